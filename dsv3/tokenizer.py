@@ -1,0 +1,274 @@
+"""Text to token ids and back, and conversations to text.
+
+The model knows no letters. It reads ids in [0, vocab_size) and writes ids; this module owns the
+map between them and text. Three things are worth knowing.
+
+**A token is a string of bytes, not of characters.** DeepSeek's tokenizer is a byte-level BPE: text
+is written as UTF-8, each of the 256 byte values is given a printable stand-in letter, and frequent
+byte sequences are merged. So any text can be encoded, and there is no unknown token. The price:
+one character may be cut over several tokens (an emoji has four bytes). Whoever prints token by
+token must hold back an unfinished character until its last byte has arrived. ``StreamDecoder``
+does; printing ``decode([id])`` for each id shows replacement marks instead.
+
+**The beginning-of-sequence token (bos) is part of the input.** The model has never seen a text
+without it, and it was trained to rest attention there. A chat template writes it itself, so a
+rendered conversation must be encoded with ``add_bos=False``, or it starts twice.
+
+**The chat template is a program that came with the checkpoint.** It is a Jinja template which
+turns a list of messages into the exact text the model was trained on: for DeepSeek-V3
+``bos + system + <｜User｜> + question + <｜Assistant｜> + answer + eos``. A checkpoint is data from
+elsewhere, so its program runs in Jinja's sandbox: it can read the messages and nothing else.
+
+The tokenizer has fewer entries than the model has rows in its embedding (128815 against 129280,
+a multiple of 128 that cuts well over ranks). The model's tail ids are never text; ``generate``
+masks them when it is told ``valid_vocab_size=tokenizer.vocab_size``.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Iterable, Mapping, Sequence
+
+import jinja2
+import jinja2.ext
+import tokenizers
+import tokenizers.decoders
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dsv3.errors import DSV3Error
+
+Message = Mapping[str, Any]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read ``tokenizer.json`` and ``tokenizer_config.json`` from a checkpoint folder."""
+    folder = Path(path)
+    settings = _read_json(folder / "tokenizer_config.json")
+    file = folder / "tokenizer.json"
+    try:
+        engine = tokenizers.Tokenizer.from_str(_read_text(file))
+    except DSV3Error:
+        raise
+    except Exception as error:  # the library raises a bare Exception
+        raise DSV3Error("not a readable tokenizer", where=file, found=error,
+                        fix="Copy the file again from the checkpoint") from None
+    if not isinstance(engine.decoder, tokenizers.decoders.ByteLevel):
+        raise DSV3Error(
+            "not a byte-level tokenizer", where=f"{file}: decoder",
+            found=type(engine.decoder).__name__, expected="ByteLevel",
+            fix="Use the tokenizer.json that belongs to the checkpoint",
+        )
+    template_file = folder / "chat_template.jinja"
+    if template_file.is_file():
+        settings["chat_template"] = _read_text(template_file)
+    return Tokenizer(engine, settings, source=str(folder))
+
+
+class Tokenizer:
+    """A byte-level BPE with its special tokens and its chat template.
+
+    bos_token, eos_token: text of the special tokens, or None; bos_id, eos_id: their ids, or None.
+    vocab_size: one more than the largest id, so every id is in range(vocab_size).
+    """
+
+    def __init__(self, engine: tokenizers.Tokenizer, settings: Mapping[str, Any], source: str):
+        # A file saved after training may carry a length limit; a prompt is never cut in silence.
+        engine.no_truncation()
+        engine.no_padding()
+        self._engine, self._settings, self.source = engine, settings, source
+        self.vocab_size = 1 + max(engine.get_vocab(with_added_tokens=True).values())
+        self.bos_token, self.bos_id = self._special("bos_token")
+        self.eos_token, self.eos_id = self._special("eos_token")
+        self.adds_bos = bool(settings.get("add_bos_token", self.bos_id is not None))
+        if self.adds_bos and self.bos_id is None:
+            raise DSV3Error("add_bos_token is true but there is no bos_token", where=self._where(),
+                            fix="Name the bos_token, or set add_bos_token to false")
+        self._special_ids = {
+            id for id, token in engine.get_added_tokens_decoder().items() if token.special
+        }
+
+    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """Ids of ``text``. ``add_bos``: put bos first; None does what the checkpoint's
+        ``add_bos_token`` says. Special tokens written out in the text become their ids."""
+        add_bos = self.adds_bos if add_bos is None else add_bos
+        if add_bos and self.bos_id is None:
+            raise DSV3Error("this tokenizer has no bos token", where=self._where(),
+                            fix="Encode with add_bos=False")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DSV3Error("text is not valid Unicode", where=f"character {error.start}",
+                            found=repr(text[error.start]),
+                            fix="Write the prompt in UTF-8") from None
+        ids = self._engine.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if add_bos else ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of ``ids``. Bytes that are not UTF-8 become U+FFFD. ``skip_special`` leaves out
+        the tokens that the file marks as special (bos and eos among them)."""
+        self.check(ids)
+        return self._engine.decode(list(ids), skip_special_tokens=skip_special)
+
+    def check(self, ids: Iterable[int]) -> None:
+        """Raise ``DSV3Error`` for the first id that this tokenizer does not have."""
+        for id in ids:
+            if not 0 <= id < self.vocab_size or self._engine.id_to_token(id) is None:
+                raise DSV3Error("token id out of range", where=self.source, found=id,
+                                expected=f"0 to {self.vocab_size - 1}")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes one token stands for: its part of the UTF-8 of the text."""
+        self.check([id])
+        token = self._engine.id_to_token(id)
+        letters = [_BYTE_OF_LETTER.get(letter) for letter in token]
+        # An added token is stored as plain text and may hold letters outside the byte alphabet.
+        return token.encode("utf-8") if None in letters else bytes(letters)
+
+    def is_special(self, id: int) -> bool:
+        return id in self._special_ids
+
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's template; None when it has none (a base model)."""
+        template = self._settings.get("chat_template")
+        if isinstance(template, list):  # several named templates: the one named "default" is meant
+            named = {entry.get("name"): entry.get("template") for entry in template}
+            template = named.get("default")
+        return template
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The text of a conversation, ready for the model to answer.
+
+        messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} in order.
+        add_generation_prompt: end where the assistant's answer begins.
+        variables: further names that the template may read (``tools`` for instance).
+        """
+        template = self.chat_template
+        if not isinstance(template, str):
+            raise DSV3Error("this checkpoint has no chat template", where=self._where(),
+                            fix="Give a plain prompt instead, or add a chat_template")
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        special = {name: _token_text(self._settings.get(name)) for name in names}
+        special = {name: text for name, text in special.items() if text is not None}
+        try:
+            return _sandbox().from_string(template).render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt, **special, **variables,
+            )
+        # A template is a program: besides Jinja's own errors it may add None to text, for example.
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError,
+                AttributeError, LookupError, RecursionError) as error:
+            raise DSV3Error("the chat template cannot render this conversation",
+                            where=self._where(), found=f"{type(error).__name__}: {error}",
+                            fix="Check the order and the fields of the messages") from None
+
+    def chat_ids(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """Ids of a conversation. The template writes bos itself, so none is added here."""
+        text = self.apply_chat_template(messages, add_generation_prompt, **variables)
+        return self.encode(text, add_bos=False)
+
+    def _special(self, name: str) -> tuple[str | None, int | None]:
+        text = _token_text(self._settings.get(name))
+        if text is None:
+            return None, None
+        id = self._engine.token_to_id(text)
+        if id is None:
+            raise DSV3Error(f"{name} is not in the vocabulary", where=self._where(),
+                            found=repr(text), fix="The two tokenizer files do not belong together")
+        return text, id
+
+    def _where(self) -> str:
+        return f"{self.source}/tokenizer_config.json"
+
+
+class StreamDecoder:
+    """Text from ids that arrive one at a time.
+
+    ``push(id)`` returns the text that is now certain, often a word, sometimes "". ``flush()``
+    returns what is left at the end: an unfinished character becomes U+FFFD. All pieces together
+    equal ``tokenizer.decode`` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        if self._skip_special and self._tokenizer.is_special(id):
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(id))
+
+    def flush(self) -> str:
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
+
+
+def _byte_letters() -> dict[str, int]:
+    """The printable letter of each byte value in a byte-level vocabulary, inverted.
+
+    Bytes that print in Latin-1 stand for themselves. The other 68 (control characters, the space,
+    0x7F to 0xA0 and the soft hyphen 0xAD) take the letters from U+0100 on, in order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(0x100 + order): byte for order, byte in enumerate(hidden)}
+
+
+_BYTE_OF_LETTER: Mapping[str, int] = _byte_letters()
+
+
+def _sandbox() -> ImmutableSandboxedEnvironment:
+    """Jinja as chat templates expect it: block tags leave no blank lines behind, and four helpers
+    (``raise_exception``, ``strftime_now``, ``tojson``, break and continue) exist."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        # Jinja's own filter escapes < and & for web pages, which would change the prompt.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    sandbox.filters["tojson"] = tojson
+    sandbox.globals["raise_exception"] = raise_exception
+    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return sandbox
+
+
+def _token_text(entry: Any) -> str | None:
+    """A special token is written as plain text or as a dict with its text under "content"."""
+    return entry.get("content") if isinstance(entry, Mapping) else entry
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DSV3Error("file not found", where=file,
+                        fix="Copy the checkpoint's tokenizer files into the folder") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DSV3Error("cannot read the file", where=file, found=error) from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DSV3Error("not valid JSON", where=file, found=error,
+                        fix="Copy the file again from the checkpoint") from None
+    if not isinstance(content, dict):
+        raise DSV3Error("not a JSON object", where=file, found=type(content).__name__,
+                        expected="{...}")
+    return content
