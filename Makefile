@@ -1,0 +1,99 @@
+# The commands of the project; `make` alone lists them. Each sets up what it needs and no more, in
+# a virtual environment of its own, and sets up nothing a second time.
+
+# the Python that makes the environment, 3.11 or later
+PYTHON ?= python3
+# where the environment lies
+VENV ?= .venv
+# the package index that torch is taken from; empty: the one pip uses anyway
+TORCH_INDEX ?=
+# what `make run` continues, and by how many tokens
+PROMPT ?= ROMEO. But soft, what light through yonder window breaks?
+TOKENS ?= 120
+# notebooks tested at a time
+JOBS ?= 2
+# more arguments for JupyterLab, for example LAB_ARGS=--no-browser
+LAB_ARGS ?=
+
+export PROMPT
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip --disable-pip-version-check --no-input -qq install -c constraints.txt
+
+.PHONY: help run test lab clean FORCE
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make run    generate text from the trained model: FP8, on two ranks (sets up what it needs)"
+	@echo "make lab    open the book in JupyterLab"
+	@echo "make test   run all tests, then all notebooks, comparing their outputs"
+	@echo "make clean  remove the environment and what Python left behind"
+	@echo "Options, with their values: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX)"
+
+run: $(VENV)/.stamp-run
+	@echo "==> dsv3 generate assets/dsv3-mini --tp 2 --precision fp8" \
+	  "--prompt \"$$PROMPT\" --max-new-tokens $(TOKENS)"
+	@$(VENV)/bin/dsv3 generate assets/dsv3-mini --tp 2 --precision fp8 \
+	  --prompt "$$PROMPT" --max-new-tokens $(TOKENS)
+	@echo "==> the book that builds this model: make lab"
+
+lab: $(VENV)/.stamp-lab
+	@echo "==> JupyterLab on chapters/ (end it with Ctrl-C)"
+	@$(PY) -m jupyter lab --LabApp.default_url=/lab/tree/chapters $(LAB_ARGS)
+
+# Debugger notes on stderr would differ from the stored outputs, hence PYDEVD_...
+test: $(VENV)/.stamp-test
+	@echo "==> tests"
+	@$(PY) -m pytest tests
+	@echo "==> notebooks, each run from top to bottom and compared with its stored outputs"
+	@PYDEVD_DISABLE_FILE_VALIDATION=1 $(PY) -m pytest --nbval --nbval-current-env \
+	  --nbval-cell-timeout=120 --nbval-sanitize-with chapters/nbval_sanitize.cfg \
+	  -n $(JOBS) --dist loadscope chapters
+
+clean:
+	@echo "==> removing $(VENV), builds and caches"
+	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	@rm -rf build dist *.egg-info .pytest_cache
+	@find . -name .git -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) \
+	  -type d -prune -exec rm -rf {} +
+
+# A stamp is written when its step has succeeded. The first one holds the path of this folder: an
+# environment does not survive the move of its folder, so a moved one is set up again.
+ifneq ($(shell cat $(VENV)/.stamp-venv 2>/dev/null),$(CURDIR))
+$(VENV)/.stamp-venv: FORCE
+endif
+
+$(VENV)/.stamp-venv:
+	@command -v "$(PYTHON)" >/dev/null || { echo "No $(PYTHON) found. Install Python 3.11 or" \
+	  "later, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	  "$(PYTHON) is $$("$(PYTHON)" --version 2>&1), and 3.11 or later is needed." \
+	  "Name a newer one, for example: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo \
+	  "$(PYTHON) cannot make virtual environments." \
+	  "On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	@echo "==> making $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv "$(VENV)"
+	@printf '%s\n' "$(CURDIR)" > $@
+
+# torch comes first and alone, so that TORCH_INDEX is asked for torch and for nothing else.
+$(VENV)/.stamp-run: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	@echo "==> installing torch (by far the largest download)"
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-deps $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch
+	@echo "==> installing dsv3 and what it needs"
+	@$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+# matplotlib's list of fonts is made here: made in a notebook, it would leave a note among the
+# outputs.
+$(VENV)/.stamp-lab: $(VENV)/.stamp-run
+	@echo "==> installing JupyterLab and what the notebooks import"
+	@$(INSTALL) --no-build-isolation --editable '.[book]'
+	@$(PY) -c 'import matplotlib.font_manager'
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-run
+	@echo "==> installing what the tests and the notebooks need"
+	@$(INSTALL) --no-build-isolation --editable '.[book,train,test]'
+	@$(PY) -c 'import matplotlib.font_manager'
+	@touch $(VENV)/.stamp-lab $@

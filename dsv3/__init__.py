@@ -1,0 +1,66 @@
+"""dsv3: DeepSeek-V3 as a package that a book builds, chapter by chapter.
+
+The public face is five names; everything else is reached through its own module::
+
+    from dsv3 import ModelConfig, Transformer, load_model, load_tokenizer, generate
+
+    model = load_model("assets/dsv3-mini", precision="fp8")
+    tokenizer = load_tokenizer("assets/dsv3-mini")
+    ids = generate(model, [tokenizer.encode("To be, or not to be")], max_new_tokens=32)
+    print(tokenizer.decode(ids[0]))
+
+A name is imported when it is first used (PEP 562), so ``import dsv3`` itself costs next to nothing
+and loads neither torch, nor Triton, nor matplotlib: the command line can print its help, or say
+that torch is missing, at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what an editor or a type checker reads
+    from dsv3.checkpoint import load_model
+    from dsv3.config import ModelConfig
+    from dsv3.generate import generate
+    from dsv3.model import Transformer
+    from dsv3.tokenizer import load_tokenizer
+
+__version__ = "0.1.0"  # pyproject.toml reads it here
+__all__ = ["ModelConfig", "Transformer", "load_model", "load_tokenizer", "generate"]
+
+_HOME = {
+    "ModelConfig": "dsv3.config",
+    "Transformer": "dsv3.model",
+    "load_model": "dsv3.checkpoint",
+    "load_tokenizer": "dsv3.tokenizer",
+    "generate": "dsv3.generate",
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'dsv3' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """This module's class. It keeps ``dsv3.generate`` the function.
+
+    When Python has imported a submodule it binds it to the package under its own name: without
+    this, ``from dsv3 import generate`` would give the function or the module, depending on what
+    was imported before.
+    """
+
+    def __setattr__(self, name: str, value) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
