@@ -1,0 +1,42 @@
+"""One layer of the transformer: attention and feed-forward around the residual stream.
+
+    u = x + MLA(RMSNorm(x));   x' = u + FFN(RMSNorm(u))
+
+Each half reads a normalised copy and *adds* what it found. The stream itself is never rescaled,
+so the first layer's words still reach the last one. The first ``first_k_dense_replace`` layers
+have a dense feed-forward, the others a mixture of experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dsv3.config import ModelConfig
+from dsv3.layers import RMSNorm, SwiGLU
+from dsv3.mla import MLA, LatentCache, Step
+from dsv3.moe import MoE
+from dsv3.parallel.tensor import TensorGroup
+from dsv3.precision import Precision
+
+
+class Block(nn.Module):
+    """Layer number ``layer`` of the model."""
+
+    def __init__(self, config: ModelConfig, layer: int, precision: Precision, group: TensorGroup,
+                 device=None):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
+        self.attn = MLA(config, precision, group, device)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
+        if config.is_moe(layer):
+            self.ffn = MoE(config, precision, group, device)
+        else:
+            self.ffn = SwiGLU(config.hidden_size, config.intermediate_size, precision, group,
+                              what="intermediate_size", device=device)
+
+    def forward(self, x: torch.Tensor, step: Step, cache: LatentCache | None = None,
+                slot: int = 0) -> torch.Tensor:
+        """x (b, s, d) -> (b, s, d); slot: this layer's place in the cache."""
+        u = x + self.attn(self.attn_norm(x), step, cache, slot)
+        return u + self.ffn(self.ffn_norm(u))

@@ -1,0 +1,258 @@
+"""Multi-head latent attention (TR 2.1.1): ordinary attention that remembers little.
+
+Attention needs the keys and values of all earlier tokens. Stored for every head, they fill the
+memory: 4,997,120 bytes a token at the size of DeepSeek-V3. MLA stores one short vector instead,
+the latent c^KV, from which the keys and values of all heads are made by fixed matrices, and one
+rotated key shared by all heads: 512 + 64 values a token and layer, 70,272 bytes a token.
+
+    c_t^KV = W^DKV h_t                       (1)  wkv_a, then kv_norm
+    k^C_t  = W^UK c_t^KV                     (2)  wkv_b, per head rows [W^UK; W^UV]
+    k^R_t  = RoPE(W^KR h_t)                  (3)  wkv_a's last rows
+    v^C_t  = W^UV c_t^KV                     (5)
+    q_t    = [W^UQ c_t^Q; RoPE(W^QR c_t^Q)]  (6-9) wq_a, q_norm, wq_b
+    o_t,i  = sum_j softmax_j(q_t,i . [k^C_j,i; k^R_j] / sqrt(d_h + d_h^R)) v^C_j,i      (10)
+    u_t    = W^O [o_t,1; ...]                (11) wo
+
+The same sum can be taken in two orders. *Expanded*: make every head's keys and values, then
+attend. *Absorbed*: since q^T (W^UK c) = (W^UK^T q)^T c, carry the query into the latent space,
+attend to the latents themselves, and carry the result out by W^UV. Expanding T latents is shared
+by all s queries; absorbed scores are wider but read nothing but the cache. So many queries are
+cheaper expanded (prefill), few are cheaper absorbed (decode). RoPE stands outside this: a
+rotation between W^UQ and W^UK would differ for every pair of positions and could not be absorbed,
+which is why the position has its own small key.
+
+The core computes in float32 from the stored values in both forms, so which one runs changes no
+rounding, only the order of sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dsv3.config import ModelConfig
+from dsv3.errors import DSV3Error
+from dsv3.layers import (ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear, as_plain, put,
+                         quantize_once)
+from dsv3.parallel.tensor import TensorGroup
+from dsv3.precision import Precision
+from dsv3.rope import inverse_frequencies, rotate, rotation_scale, rotations, softmax_scale
+
+# The two latent norms keep this epsilon whatever rms_norm_eps says, in the released code too.
+_LATENT_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the new tokens of one forward pass stand; made once, read by every layer.
+
+    start: position of each row's first new token, or None when all rows start at ``offset``.
+    rotation (b, s, d_h^R/2) complex; mask (b, 1, s, total) bool, True where a query may look, or
+    None when the causal rule says it all; total: keys that can be seen; take: for ragged rows,
+    (row, column, position) of every true token, else None.
+    """
+
+    offset: int
+    total: int
+    rotation: torch.Tensor
+    mask: torch.Tensor | None
+    take: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+
+    @classmethod
+    def make(cls, config: ModelConfig, starts: list[int], counts: list[int], width: int,
+             device: torch.device) -> Step:
+        """starts: tokens already seen per row; counts: true new tokens per row; width: s."""
+        total = max(start + count for start, count in zip(starts, counts))
+        first = torch.tensor(starts, device=device)
+        columns = torch.arange(width, device=device)
+        positions = first[:, None] + columns                                    # (b, s)
+        rotation = rotations(positions, inverse_frequencies(config).to(device),
+                             rotation_scale(config))
+        even = len(set(starts)) == 1 and all(count == width for count in counts)
+        take = None
+        if not even:
+            row, column = (columns < torch.tensor(counts, device=device)[:, None]).nonzero(
+                as_tuple=True)
+            take = (row, column, first[row] + column)
+        mask = None
+        if not even or (starts[0] > 0 and width > 1):
+            keys = torch.arange(total, device=device)
+            mask = (keys <= positions[..., None])[:, None]                      # (b, 1, s, T)
+        return cls(starts[0], total, rotation, mask, take)
+
+
+class LatentCache:
+    """What decoding remembers: [c^KV; k^R] of every token, layer by layer.
+
+    A tensor (layers, batch, max_seq_len, d_c + d_h^R). Every row has its own length; positions
+    beyond it hold leftovers that no query looks at. The latent is stored after its norm, the key
+    after its rotation.
+    """
+
+    def __init__(self, config: ModelConfig, layers: int, batch_size: int, max_seq_len: int,
+                 dtype: torch.dtype, device: torch.device | str):
+        self.data = torch.zeros(layers, batch_size, max_seq_len, config.latent_dim, dtype=dtype,
+                                device=device)
+        self.lengths = [0] * batch_size
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens a row can hold."""
+        return self.data.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole cache."""
+        return self.data.nbytes
+
+    def append(self, layer: int, new: torch.Tensor, step: Step) -> torch.Tensor:
+        """Write new (b, s, d_c + d_h^R) after each row's tokens; return all keys' (b, T, ...)."""
+        store = self.data[layer]
+        if step.take is None:
+            store[:, step.offset:step.offset + new.shape[1]] = new
+        else:
+            row, column, position = step.take
+            store[row, position] = new[row, column]
+        return store[:, :step.total]
+
+    def advance(self, counts: list[int]) -> None:
+        """Count the tokens of a finished forward pass."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts)]
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Forget each row's tokens from ``lengths`` on (rejected drafts, an edited prompt)."""
+        for row, (new, old) in enumerate(zip(lengths, self.lengths, strict=True)):
+            if not 0 <= new <= old:
+                raise DSV3Error("cannot grow a cache by truncating", where=f"row {row}",
+                                found=new, expected=f"0 to {old}")
+        self.lengths = list(lengths)
+
+    def check_room(self, counts: list[int]) -> None:
+        """Raise DSV3Error when a row's new tokens do not fit."""
+        for row, (length, count) in enumerate(zip(self.lengths, counts)):
+            if length + count > self.max_seq_len:
+                raise DSV3Error("the cache is full", where=f"row {row}",
+                                found=f"{length} + {count} tokens",
+                                expected=f"at most {self.max_seq_len}",
+                                fix="Make the cache longer (max_seq_len)")
+
+
+class LatentUpProjection(nn.Module):
+    """W^UK and W^UV of this rank's heads, (heads, d_h + d_v, d_c): ``wkv_b`` in checkpoints.
+
+    Held in float32 in every precision, dequantised once at loading. Both forms of the core read
+    it: expanded as a product with the latent, absorbed as two products around the core.
+    """
+
+    def __init__(self, config: ModelConfig, heads: int, device=None):
+        super().__init__()
+        self.split_at = config.qk_nope_head_dim
+        self.heads = heads
+        rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.weight = nn.Parameter(torch.empty(rows, config.kv_lora_rank, device=device))
+
+    def per_head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """W^UK (heads, d_h, d_c) and W^UV (heads, d_v, d_c), as views."""
+        both = self.weight.view(self.heads, -1, self.weight.shape[-1])
+        return both[:, :self.split_at], both[:, self.split_at:]
+
+    def load(self, name: str, value: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        put(self.weight, as_plain(name, value, scale), name)
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention over one layer's slice of the cache."""
+
+    def __init__(self, config: ModelConfig, precision: Precision, group: TensorGroup, device=None):
+        super().__init__()
+        self.config, self.precision = config, precision
+        self.heads = group.split(config.num_attention_heads, "num_attention_heads")
+        d, head_rows = config.hidden_size, config.num_attention_heads * config.qk_head_dim
+        cut = dict(what="num_attention_heads", device=device)
+        if config.q_lora_rank is None:
+            self.wq = ColumnParallelLinear(d, head_rows, precision, group, **cut)   # W^UQ, W^QR
+        else:
+            self.wq_a = Linear(d, config.q_lora_rank, precision, device=device)     # W^DQ
+            self.q_norm = RMSNorm(config.q_lora_rank, _LATENT_EPS, device)
+            self.wq_b = ColumnParallelLinear(config.q_lora_rank, head_rows, precision, group,
+                                             **cut)                                 # W^UQ, W^QR
+        self.wkv_a = Linear(d, config.latent_dim, precision, device=device)         # W^DKV, W^KR
+        self.kv_norm = RMSNorm(config.kv_lora_rank, _LATENT_EPS, device)
+        self.wkv_b = LatentUpProjection(config, self.heads, device)                 # W^UK, W^UV
+        self.wo = RowParallelLinear(config.num_attention_heads * config.v_head_dim, d, precision,
+                                    group, **cut)                                   # W^O
+        self.scale = softmax_scale(config)
+
+    def forward(self, h: torch.Tensor, step: Step, cache: LatentCache | None = None,
+                layer: int = 0) -> torch.Tensor:
+        """h (b, s, d) of the new tokens -> u (b, s, d); their latents go to the cache."""
+        h = quantize_once(h, self.precision)
+        q_nope, q_rope = self.queries(h, step)
+        new = self.latents(h, step)
+        seen = new if cache is None else cache.append(layer, new, step)
+        core = self.expanded if self.prefers_expanded(q_nope.shape[1]) else self.absorbed
+        o = core(q_nope, q_rope, seen, step)
+        return self.wo(o.flatten(2).to(self.precision.dtype))
+
+    def queries(self, h, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """q^C (b, s, heads, d_h) and rotated q^R (b, s, heads, d_h^R) (eq. 6-9)."""
+        if self.config.q_lora_rank is None:
+            q = self.wq(h)
+        else:
+            q = self.wq_b(self.q_norm(self.wq_a(h)))
+        q = q.unflatten(-1, (self.heads, -1))
+        q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
+        return q_nope, rotate(q_rope, step.rotation[:, :, None])
+
+    def latents(self, h, step: Step) -> torch.Tensor:
+        """[c^KV; k^R] (b, s, d_c + d_h^R): normalised latent, rotated shared key (eq. 1, 3)."""
+        c, k_rope = self.wkv_a(h).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim],
+                                        -1)
+        return torch.cat([self.kv_norm(c), rotate(k_rope, step.rotation)], -1)
+
+    def prefers_expanded(self, queries: int) -> bool:
+        """Whether so many queries take fewer multiplications in the expanded form.
+
+        Per head and key, expanding costs d_c (d_h + d_v) once, then d_h + d_h^R + d_v a query;
+        absorbed costs 2 d_c + d_h^R a query. They meet at 171 queries for the released sizes.
+        """
+        c = self.config
+        once = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
+        saved = 2 * c.kv_lora_rank - c.qk_nope_head_dim - c.v_head_dim
+        return queries * saved > once
+
+    def expanded(self, q_nope, q_rope, seen, step: Step) -> torch.Tensor:
+        """Keys and values of every head, then attention (eq. 2, 4, 5, 10): (b, s, heads, d_v)."""
+        c, k_rope = seen.float().split([self.config.kv_lora_rank, self.config.qk_rope_head_dim],
+                                       -1)
+        kv = F.linear(c, self.wkv_b.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_nope, v = kv.split([self.config.qk_nope_head_dim, self.config.v_head_dim], -1)
+        k_rope = k_rope[:, None].expand(-1, self.heads, -1, -1)
+        k = torch.cat([k_nope, k_rope], -1)                                 # (b, heads, T, d_qk)
+        q = torch.cat([q_nope, q_rope], -1).float().transpose(1, 2)         # (b, heads, s, d_qk)
+        d_v = v.shape[-1]
+        # Fast attention kernels want values as wide as keys; zeros change nothing.
+        v = F.pad(v, (0, max(q.shape[-1] - d_v, 0)))
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, scale=self.scale,
+                                           is_causal=step.mask is None and q.shape[2] > 1)
+        return o[..., :d_v].transpose(1, 2)
+
+    def absorbed(self, q_nope, q_rope, seen, step: Step) -> torch.Tensor:
+        """Attention to the latents themselves: (b, s, heads, d_v)."""
+        w_uk, w_uv = self.wkv_b.per_head()
+        b, s = q_nope.shape[:2]
+        seen = seen.float()
+        q_latent = torch.einsum("bshd,hdc->bshc", q_nope.float(), w_uk)     # W^UK^T q^C
+        q = torch.cat([q_latent, q_rope.float()], -1).flatten(1, 2)         # (b, s heads, d_c+d_r)
+        scores = (q @ seen.transpose(1, 2)).view(b, s, self.heads, -1) * self.scale
+        mask = step.mask
+        if mask is None and s > 1:
+            mask = scores.new_ones(s, step.total, dtype=torch.bool).tril()[None, None]
+        if mask is not None:
+            scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
+        weights = scores.softmax(-1).flatten(1, 2)                          # (b, s heads, T)
+        o_latent = (weights @ seen[..., :self.config.kv_lora_rank]).view(b, s, self.heads, -1)
+        return torch.einsum("bshc,hdc->bshd", o_latent, w_uv)

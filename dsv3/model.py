@@ -1,0 +1,205 @@
+"""The whole model: embedding, layers, final norm, head, and the MTP modules behind them.
+
+One class serves training, prefill, decoding, one process and many. What differs comes in as
+objects: ``Precision`` says how to multiply, ``TensorGroup`` who holds what, ``LatentCache`` what
+is remembered. Names of weights are those of the released inference code (``embed``,
+``layers.0.attn.wq_a``, ``layers.3.ffn.experts.7.w2``, ``norm``, ``head``), so a converted
+checkpoint loads without renaming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from dsv3.block import Block
+from dsv3.config import ModelConfig
+from dsv3.errors import DSV3Error
+from dsv3.layers import Embedding, Head, RMSNorm
+from dsv3.mla import LatentCache, Step
+from dsv3.moe import Experts, Router
+from dsv3.mtp import MTPModule
+from dsv3.parallel.tensor import TensorGroup
+from dsv3.precision import Precision
+
+
+class Transformer(nn.Module):
+    """DeepSeek-V3 of any size.
+
+    precision: "fp32", "bf16" or "fp8". group: the ranks that share the model (default: this
+    process alone). device: where the weights live (default: the group's device). Weights are
+    allocated and not filled: use ``init_weights`` or ``dsv3.checkpoint.load_model``.
+    """
+
+    def __init__(self, config: ModelConfig, precision: str = "fp32",
+                 group: TensorGroup | None = None, device: torch.device | str | None = None):
+        super().__init__()
+        self.config = config
+        self.precision = Precision.of(precision, config)
+        self.group = group or TensorGroup.single(device or "cpu")
+        shared = (self.precision, self.group)
+        device = device or self.group.device
+        self.embed = Embedding(config.vocab_size, config.hidden_size, *shared, device=device)
+        self.layers = nn.ModuleList(Block(config, layer, *shared, device=device)
+                                    for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
+        self.head = Head(config.hidden_size, config.vocab_size, *shared, device=device)
+        self.mtp = nn.ModuleList(MTPModule(config, depth, *shared, device=device)
+                                 for depth in range(config.num_nextn_predict_layers))
+        if config.tie_word_embeddings:
+            self.head.weight = self.embed.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.embed.weight.device
+
+    def forward(self, tokens: torch.Tensor, cache: LatentCache | None = None,
+                lengths: list[int] | None = None, last_only: bool = False,
+                return_hidden: bool = False):
+        """Scores of the next token after each token.
+
+        tokens: (b, s) int64. With a cache they continue each row's text (chunked prefill,
+        decoding, another turn); without one they are the whole text. lengths: true new tokens of
+        each row, 1 to s, when rows are padded on the right; what stands behind a row's length is
+        ignored. Returns logits (b, s, vocab_size) float32, or (b, vocab_size) of each row's last
+        true token with last_only; with return_hidden also the states after the final norm
+        (b, s, d). Raises DSV3Error for a wrong shape, a token id out of range, a full cache.
+        """
+        step, counts = self._step(tokens, cache, lengths)
+        x = self.embed(tokens)
+        for slot, layer in enumerate(self.layers):
+            x = layer(x, step, cache, slot)
+        hidden = self.norm(x)
+        if cache is not None:
+            cache.advance(counts)
+        return self._answer(hidden, counts, last_only, return_hidden)
+
+    def mtp_logits(self, hidden: torch.Tensor, tokens: torch.Tensor,
+                   cache: LatentCache | None = None, depth: int = 0,
+                   lengths: list[int] | None = None, last_only: bool = False):
+        """What MTP module ``depth`` predicts (eq. 21-23).
+
+        hidden (b, s, d): states after the final norm at positions i (of the module before, for
+        depth > 0). tokens (b, s): t_{i+1+depth}, the token after each position. Returns logits
+        for t_{i+2+depth} and the module's own states (b, s, d). cache: a draft cache of its own.
+        """
+        if depth >= len(self.mtp):
+            raise DSV3Error("no such MTP module", where="depth", found=depth,
+                            expected=f"below num_nextn_predict_layers ({len(self.mtp)})")
+        step, counts = self._step(tokens, cache, lengths)
+        hidden = self.mtp[depth](hidden, self.embed(tokens), step, cache)
+        if cache is not None:
+            cache.advance(counts)
+        return self._answer(hidden, counts, last_only, return_hidden=True)
+
+    def _answer(self, hidden, counts, last_only: bool, return_hidden: bool):
+        rows = hidden
+        if last_only:
+            last = torch.tensor(counts, device=hidden.device) - 1
+            rows = hidden[torch.arange(len(counts), device=hidden.device), last]
+        logits = self.head(rows)
+        return (logits, hidden) if return_hidden else logits
+
+    def _step(self, tokens, cache, lengths) -> tuple[Step, list[int]]:
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
+            raise DSV3Error("wrong token tensor", where="tokens",
+                            found=f"{tuple(tokens.shape)} {tokens.dtype}",
+                            expected="(batch, length) int64, neither of them 0")
+        batch, width = tokens.shape
+        low, high = tokens.aminmax()
+        if low < 0 or high >= self.config.vocab_size:
+            raise DSV3Error("token id out of range", where="tokens",
+                            found=int(low) if low < 0 else int(high),
+                            expected=f"0 to {self.config.vocab_size - 1}")
+        counts = [width] * batch if lengths is None else [int(n) for n in lengths]
+        if len(counts) != batch or not all(1 <= n <= width for n in counts):
+            raise DSV3Error("wrong row lengths", where="lengths", found=counts,
+                            expected=f"{batch} numbers from 1 to {width}")
+        starts = [0] * batch
+        if cache is not None:
+            if len(cache.lengths) != batch:
+                raise DSV3Error("the cache is for another batch", where="cache",
+                                found=f"{len(cache.lengths)} rows", expected=batch)
+            cache.check_room(counts)
+            starts = cache.lengths
+        longest = max(start + count for start, count in zip(starts, counts))
+        if longest > self.config.max_position_embeddings:
+            raise DSV3Error("text longer than the context", where="tokens",
+                            found=f"{longest} tokens",
+                            expected=f"at most {self.config.max_position_embeddings}",
+                            fix="Shorten the text or start a new one")
+        return Step.make(self.config, starts, counts, width, tokens.device), counts
+
+    def new_cache(self, batch_size: int, max_seq_len: int) -> LatentCache:
+        """An empty cache for ``batch_size`` texts of at most ``max_seq_len`` tokens."""
+        return self._cache(self.config.num_hidden_layers, batch_size, max_seq_len)
+
+    def new_draft_cache(self, batch_size: int, max_seq_len: int) -> LatentCache:
+        """The same for one MTP module."""
+        return self._cache(1, batch_size, max_seq_len)
+
+    def _cache(self, layers: int, batch_size: int, max_seq_len: int) -> LatentCache:
+        return LatentCache(self.config, layers, batch_size, max_seq_len, self.precision.dtype,
+                           self.device)
+
+    # Weights ------------------------------------------------------------------------------------
+
+    def weight_names(self) -> Iterator[str]:
+        """Names of the weights this rank holds, as in a converted checkpoint (without scales)."""
+        for name, _ in self.named_parameters():
+            if name.endswith("scale"):
+                continue
+            head, dot, leaf = name.rpartition(".experts.")
+            if not dot:
+                yield name
+                continue
+            experts = self.get_submodule(head + ".experts")
+            for expert in range(experts.first, experts.first + experts.count):
+                for matrix in ("w1", "w3") if leaf == "w13" else ("w2",):
+                    yield f"{head}.experts.{expert}.{matrix}.weight"
+
+    def load_weight(self, name: str, value: torch.Tensor,
+                    scale: torch.Tensor | None = None) -> None:
+        """Put this rank's slice of weight ``name`` in its place.
+
+        value: E4M3 with its grid of scales, or any float dtype. Raises DSV3Error for an unknown
+        name, a wrong shape, a missing scale.
+        """
+        self._module_of(name).load(name, value, scale)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """Weight ``name`` as it lies in memory (a view)."""
+        module = self._module_of(name)
+        if isinstance(module, Experts):
+            expert, matrix, _ = name.split(".")[-3:]
+            return module.slot(int(expert), matrix)[0]
+        return getattr(module, name.rpartition(".")[2])
+
+    def _module_of(self, name: str) -> nn.Module:
+        path = name.split(".")[:-1]
+        if "experts" in path:
+            path = path[:path.index("experts") + 1]
+        try:
+            return self.get_submodule(".".join(path))
+        except AttributeError:
+            raise DSV3Error("no such weight in this model", where=name) from None
+
+    def init_weights(self, seed: int = 0) -> Transformer:
+        """Random weights as before training: normal matrices, unit norms, zero biases.
+
+        Standard deviation ``initializer_range``. For unquantised models.
+        """
+        random = torch.Generator(device=self.device).manual_seed(seed)
+        with torch.no_grad():
+            for module in self.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if isinstance(module, RMSNorm):
+                        parameter.fill_(1.0)
+                    elif isinstance(module, Router) and name == "bias":
+                        parameter.zero_()
+                    else:
+                        parameter.normal_(0.0, self.config.initializer_range, generator=random)
+        return self

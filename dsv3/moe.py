@@ -1,0 +1,200 @@
+"""DeepSeekMoE (TR 2.1.2): many small experts, of which each token uses a few.
+
+    h'_t = u_t + sum_i FFN^(s)_i(u_t) + sum_i g_i,t FFN^(r)_i(u_t)                     (12)
+    g_i,t = g'_i,t / sum_j g'_j,t                                                      (13)
+    s_i,t = Sigmoid(u_t . e_i)                                                         (15)
+    g'_i,t = s_i,t if s_i,t + b_i is among the K_r largest, else 0                     (16)
+
+The bias b_i steers *which* experts are chosen, so that all stay busy; the *weight* of a chosen
+expert comes from s_i,t alone. Weights taken from the biased scores are the most common bug.
+
+Experts stand in groups, one per node in training. A token may reach ``topk_group`` of them,
+ranked by the sum of their two best biased scores; the other groups' experts are out, by -inf and
+not by 0, since a strongly negative bias makes 0 the winner.
+
+Two things stand in the released code and not in the equations: groups are ranked by *biased*
+scores, and the weights are multiplied by ``routed_scaling_factor`` (2.5).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dsv3 import fp8
+from dsv3.config import ModelConfig
+from dsv3.errors import DSV3Error
+from dsv3.fp8 import QuantizedTensor
+from dsv3.layers import SwiGLU, as_plain, as_quantized, put, quantize_once, quantized_storage
+from dsv3.parallel.tensor import TensorGroup
+from dsv3.precision import Precision
+
+# A grouped product wants rows that start at multiples of so many bytes.
+_ROW_BYTES = 16
+
+
+class Router(nn.Module):
+    """The gate: which experts a token goes to, and with which weights. Float32 throughout."""
+
+    def __init__(self, config: ModelConfig, device=None):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(                                   # e_i, (N_r, d)
+            torch.empty(config.n_routed_experts, config.hidden_size, device=device))
+        if config.gate_bias:                                          # b_i; no gradient moves it
+            self.bias = nn.Parameter(torch.empty(config.n_routed_experts, device=device),
+                                     requires_grad=False)
+        else:
+            self.bias = None
+
+    def forward(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """u (T, d) -> weights (T, K_r) float32 and chosen experts (T, K_r) int64."""
+        scores = self.scores(u)
+        chosen = self.choose(scores)
+        weights = scores.gather(-1, chosen)
+        if self.config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)          # eq. 13
+        return weights * self.config.routed_scaling_factor, chosen
+
+    def scores(self, u: torch.Tensor) -> torch.Tensor:
+        """Affinities s_i,t (T, N_r) (eq. 15)."""
+        logits = F.linear(u.float(), self.weight)
+        return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """The K_r best experts of the M best groups, by biased score (eq. 16): (T, K_r)."""
+        c = self.config
+        biased = scores if self.bias is None else scores + self.bias
+        if c.n_group > 1:
+            grouped = biased.unflatten(-1, (c.n_group, -1))                      # (T, G, N_r/G)
+            best = grouped.topk(2, dim=-1).values.sum(-1).topk(c.topk_group, dim=-1).indices
+            closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+            biased = grouped.masked_fill(closed[..., None], float("-inf")).flatten(-2)
+        return biased.topk(c.num_experts_per_tok, dim=-1).indices
+
+    def load(self, name: str, value: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        if name.endswith("bias") and self.bias is None:
+            raise DSV3Error("the checkpoint has a router bias, the config has none", where=name,
+                            fix='Set "gate_bias": true in config.json')
+        target = self.bias if name.endswith("bias") else self.weight
+        if not value.isfinite().all():
+            raise DSV3Error("router values must be finite", where=name, found="NaN or infinity")
+        put(target, value, name)
+
+
+class Experts(nn.Module):
+    """This rank's routed experts, stacked: w13 (E, 2, inner, d) and w2 (E, d, inner).
+
+    Each expert is a SwiGLU; w1 and w3 lie side by side so that one product serves both.
+    """
+
+    def __init__(self, config: ModelConfig, precision: Precision, group: TensorGroup, device=None):
+        super().__init__()
+        self.precision = precision
+        self.count = group.split(config.n_routed_experts, "n_routed_experts")
+        self.first = group.rank * self.count
+        d, inner = config.hidden_size, config.moe_intermediate_size
+        shapes = (self.count, 2, inner, d), (self.count, d, inner)
+        if precision.quantized:
+            self.w13, self.w13_scale = quantized_storage(shapes[0], device)
+            self.w2, self.w2_scale = quantized_storage(shapes[1], device)
+        else:
+            self.w13, self.w2 = (nn.Parameter(torch.empty(s, dtype=precision.dtype, device=device))
+                                 for s in shapes)
+
+    def forward(self, u: torch.Tensor, weights: torch.Tensor,
+                chosen: torch.Tensor) -> torch.Tensor:
+        """u (T, d), weights and chosen (T, K_r) -> sum of my experts' outputs (T, d) float32.
+
+        A partial sum over the ranks. Tokens are sorted by expert, so that an expert meets all of
+        its tokens in one product and nobody waits for a token that chose somebody else.
+        """
+        local = chosen.flatten() - self.first
+        local = local.where((local >= 0) & (local < self.count), self.count)  # others' go last
+        local, order = local.sort(stable=True)
+        ends = torch.searchsorted(local, torch.arange(self.count, device=u.device), right=True)
+        token = order // chosen.shape[1]
+        run = self.grouped if self.can_group(u) else self.one_by_one
+        y = run(u, token, ends).masked_fill((local == self.count)[:, None], 0.0)
+        y = y * weights.flatten()[order, None]
+        return torch.zeros(u.shape, device=u.device).index_add(0, token, y)
+
+    def can_group(self, u: torch.Tensor) -> bool:
+        """Whether one grouped product can serve all experts: plain weights, aligned rows."""
+        if self.precision.quantized:
+            return False
+        width = self.precision.dtype.itemsize
+        return all(size * width % _ROW_BYTES == 0 for size in self.w2.shape[1:])
+
+    def grouped(self, u: torch.Tensor, token: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Outputs (T K_r, d) float32 by two grouped products; rows past the last end are junk."""
+        ends = ends.to(torch.int32)
+        both = F.grouped_mm(u[token], self.w13.flatten(1, 2).transpose(1, 2), offs=ends)
+        gate, up = both.chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate) * up, self.w2.transpose(1, 2), offs=ends).float()
+
+    def one_by_one(self, u: torch.Tensor, token: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """The same outputs, expert after expert: the plain form, and the one for FP8 weights."""
+        u = quantize_once(u, self.precision)
+        parts, start = [], 0
+        for expert, end in enumerate(ends.tolist()):
+            if end > start:
+                parts.append(self.expert(expert, u[token[start:end]]))
+            start = end
+        parts.append(torch.zeros(len(token) - start, self.w2.shape[1], device=token.device))
+        return torch.cat(parts)
+
+    def expert(self, index: int, x: torch.Tensor | QuantizedTensor) -> torch.Tensor:
+        """One expert's SwiGLU: x (n, d), plain or quantised -> (n, d) float32."""
+        if not self.precision.quantized:
+            gate, up = (F.linear(x, half) for half in self.w13[index])
+            return F.linear(F.silu(gate) * up, self.w2[index]).float()
+        gate, up = (fp8.matmul(x, self.block(self.w13, self.w13_scale, (index, half)))
+                    .to(self.precision.dtype) for half in (0, 1))
+        inner = quantize_once(F.silu(gate) * up, self.precision)
+        return fp8.matmul(inner, self.block(self.w2, self.w2_scale, (index,)))
+
+    def block(self, data: torch.Tensor, scale: torch.Tensor, index: tuple) -> QuantizedTensor:
+        """One matrix of a stack, as a quantised tensor."""
+        return QuantizedTensor(data[index], scale[index], (fp8.BLOCK, fp8.BLOCK),
+                               self.precision.scale_format)
+
+    def slot(self, expert: int, matrix: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where w1, w2 or w3 of expert number ``expert`` (0 .. N_r - 1) lives: data and scale."""
+        index = expert - self.first
+        name, place = {"w1": ("w13", (index, 0)), "w3": ("w13", (index, 1)),
+                       "w2": ("w2", (index,))}[matrix]
+        scale = getattr(self, name + "_scale")[place] if self.precision.quantized else None
+        return getattr(self, name)[place], scale
+
+    def load(self, name: str, value: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        """name ends in "experts.E.w1.weight" or the like."""
+        expert, matrix, _ = name.split(".")[-3:]
+        data, grid = self.slot(int(expert), matrix)
+        if grid is None:
+            put(data, as_plain(name, value, scale), name)
+        else:
+            stored = as_quantized(name, value, scale, self.precision)
+            put(data.view(torch.uint8), stored.data.view(torch.uint8), name)
+            put(grid, stored.scale, name + "_scale_inv")
+
+
+class MoE(nn.Module):
+    """Shared experts for every token, routed experts by choice (eq. 12, without the residual)."""
+
+    def __init__(self, config: ModelConfig, precision: Precision, group: TensorGroup, device=None):
+        super().__init__()
+        self.precision, self.group = precision, group
+        self.gate = Router(config, device)
+        self.experts = Experts(config, precision, group, device)
+        self.shared_experts = SwiGLU(
+            config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, precision,
+            group, what="n_shared_experts * moe_intermediate_size", device=device)
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """u (b, s, d) -> (b, s, d). Both sums share one all-reduce and one rounding."""
+        flat = u.flatten(0, 1)
+        weights, chosen = self.gate(flat)
+        out = self.experts(flat, weights, chosen) + self.shared_experts.partial_sum(flat)
+        return self.group.all_reduce(out).to(u.dtype).view(u.shape)
