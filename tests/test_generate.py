@@ -66,7 +66,9 @@ class Oracle:
             assert 0 <= length <= len(ids)
             cache.rows[row] += ids[:length]
             assert len(cache.rows[row]) <= cache.max_seq_len
-        return torch.stack([next_logits(row) for row in cache.rows])
+        nothing = torch.zeros(VOCAB)  # a row that fed no token has no answer
+        return torch.stack([next_logits(row) if length else nothing
+                            for row, length in zip(cache.rows, lengths.tolist())])
 
 
 PROMPTS = [[3], [7, 8, 9, 10, 11, 12, 13], [1, 2, 3], [5, 6]]
@@ -117,6 +119,11 @@ def test_context_is_filled_to_the_last_token():
     run = complete(Oracle(), [long, [4]], max_new_tokens=5)
     assert run.ids == [greedy_text(long, 2), greedy_text([4], 5)]
     assert run.stopped_by == ["context", "length"]
+
+
+def test_cache_is_no_longer_than_needed():
+    assert complete(Oracle(), [[1, 2], [3]], max_new_tokens=5).cache_bytes == 2 * (2 + 5)
+    assert complete(Oracle(), [[1, 2]], max_new_tokens=500).cache_bytes == CONTEXT
 
 
 def test_no_new_tokens_and_no_prompts():
