@@ -141,8 +141,8 @@ def complete(
         if not any(rows.active):
             break
         tokens = torch.tensor(chosen, device=model.group.device)[:, None]
-        lengths = torch.tensor(rows.active, dtype=torch.int64, device=model.group.device)
-        logits = model(tokens, cache=cache, lengths=lengths, last_only=True)
+        feed = [int(active) for active in rows.active]
+        logits = model(tokens, cache=cache, lengths=feed, last_only=True)
     return Generation(rows.ids, rows.stopped_by, time.perf_counter() - began, cache.nbytes)
 
 
@@ -158,14 +158,18 @@ def prefill(model, cache, rows: Sequence[Sequence[int]], chunk: int | None = Non
     tokens = torch.zeros(len(rows), width, dtype=torch.int64)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = torch.tensor(ids)
-    tokens, lengths = tokens.to(device), torch.tensor(counts, device=device)
+    tokens = tokens.to(device)
     chunk = chunk or width
     last = None
     for start in range(0, width, chunk):
         part = tokens[:, start : start + chunk]
-        here = (lengths - start).clamp(0, part.shape[1])
+        here = [min(max(count - start, 0), part.shape[1]) for count in counts]
         logits = model(part, cache=cache, lengths=here, last_only=True)
-        last = logits if last is None else torch.where(here[:, None] > 0, logits, last)
+        if last is None:
+            last = logits
+        else:
+            fed = torch.tensor(here, device=device) > 0
+            last = torch.where(fed[:, None], logits, last)
     return last
 
 

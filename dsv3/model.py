@@ -63,8 +63,8 @@ class Transformer(nn.Module):
 
         tokens: (b, s) int64. With a cache they continue each row's text (chunked prefill,
         decoding, another turn); without one they are the whole text. lengths: true new tokens of
-        each row, 1 to s, when rows are padded on the right; what stands behind a row's length is
-        ignored. Returns logits (b, s, vocab_size) float32, or (b, vocab_size) of each row's last
+        each row, 0 to s, when rows are padded on the right; what stands behind a row's length is
+        ignored (a row of 0 leaves its cache alone, and its answer means nothing). Returns logits (b, s, vocab_size) float32, or (b, vocab_size) of each row's last
         true token with last_only; with return_hidden also the states after the final norm
         (b, s, d). Raises DSV3Error for a wrong shape, a token id out of range, a full cache.
         """
@@ -115,9 +115,9 @@ class Transformer(nn.Module):
                             found=int(low) if low < 0 else int(high),
                             expected=f"0 to {self.config.vocab_size - 1}")
         counts = [width] * batch if lengths is None else [int(n) for n in lengths]
-        if len(counts) != batch or not all(1 <= n <= width for n in counts):
+        if len(counts) != batch or not all(0 <= n <= width for n in counts):
             raise DSV3Error("wrong row lengths", where="lengths", found=counts,
-                            expected=f"{batch} numbers from 1 to {width}")
+                            expected=f"{batch} numbers from 0 to {width}")
         starts = [0] * batch
         if cache is not None:
             if len(cache.lengths) != batch:

@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.generate import (Session, complete, draw, generate, prefill, probabilities,
                            row_generators, sample)
+from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 
 VOCAB, CONTEXT = 50, 64
@@ -61,14 +63,14 @@ class Oracle:
 
     def __call__(self, tokens, cache=None, lengths=None, last_only=False):
         assert last_only and tokens.dtype == torch.int64 and len(tokens) == len(lengths)
-        self.fed.append(lengths.tolist())
-        for row, (ids, length) in enumerate(zip(tokens.tolist(), lengths.tolist())):
+        self.fed.append(lengths)
+        for row, (ids, length) in enumerate(zip(tokens.tolist(), lengths)):
             assert 0 <= length <= len(ids)
             cache.rows[row] += ids[:length]
             assert len(cache.rows[row]) <= cache.max_seq_len
         nothing = torch.zeros(VOCAB)  # a row that fed no token has no answer
         return torch.stack([next_logits(row) if length else nothing
-                            for row, length in zip(cache.rows, lengths.tolist())])
+                            for row, length in zip(cache.rows, lengths)])
 
 
 PROMPTS = [[3], [7, 8, 9, 10, 11, 12, 13], [1, 2, 3], [5, 6]]
@@ -267,3 +269,40 @@ def test_bad_options(option, value):
 def test_a_prompt_token_outside_the_tokenizer_is_refused():
     with pytest.raises(DSV3Error, match="token id out of range.*found 12, expected 0 to 9"):
         generate(Oracle(), [[12]], valid_vocab_size=10)
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    """A random model with every mechanism, small enough for a test."""
+    config = ModelConfig.mini().but(vocab_size=128, hidden_size=64, intermediate_size=64,
+                                    moe_intermediate_size=32, num_hidden_layers=2,
+                                    max_position_embeddings=96)
+    return Transformer(config).init_weights(0)
+
+
+def greedy_without_cache(model, prompt: list[int], count: int) -> list[int]:
+    """The slow and certain way: the whole text through the model for every token."""
+    text = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            text.append(int(model(torch.tensor([text]), last_only=True).argmax()))
+    return text[len(prompt):]
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_model_in_a_ragged_batch_equals_full_passes(small_model, chunk):
+    """With an early end in the first row: ended rows stay in the batch and change nothing."""
+    texts = [greedy_without_cache(small_model, prompt, 10) for prompt in PROMPTS]
+    assert len({tuple(text) for text in texts}) == 4
+    eos = texts[0][3]
+    out = generate(small_model, PROMPTS, max_new_tokens=10, eos_ids=[eos], prefill_chunk=chunk)
+    assert out == [text[:text.index(eos)] if eos in text else text for text in texts]
+
+
+def test_model_in_a_session_equals_full_passes(small_model):
+    session, text = Session(small_model), [1, 2, 3, 4]
+    for _ in range(3):
+        answer = session.complete(text, max_new_tokens=5).ids[0]
+        assert answer == greedy_without_cache(small_model, text, 5)
+        text = [*text, *answer, 9, 8]
+    assert session.prefilled == 3
