@@ -38,7 +38,7 @@ run: $(VENV)/.stamp-run
 
 lab: $(VENV)/.stamp-lab
 	@echo "==> JupyterLab on chapters/ (end it with Ctrl-C)"
-	@$(PY) -m jupyter lab --LabApp.default_url=/lab/tree/chapters $(LAB_ARGS)
+	@$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/chapters $(LAB_ARGS)
 
 # Debugger notes on stderr would differ from the stored outputs, hence PYDEVD_...
 test: $(VENV)/.stamp-test
