@@ -8,17 +8,8 @@ Prompts of different lengths go through together, padded on the right; the model
 length of each row, and every row keeps its own place in the cache. A row that has ended feeds
 nothing any more and the others go on. No row is held back to the shortest prompt.
 
-Choosing a token from logits z at temperature T:
-
-    p_i = exp(z_i / T) / sum_j exp(z_j / T)
-
-T = 0 is the limit, the largest logit (greedy). Top-p keeps the most probable tokens until their
-sum reaches p, and drops the tail. Both are computed in float64. The draw inverts the cumulative
-sum with a single uniform number, from a generator that belongs to the row: what a row says depends
-on the seed and on its number, never on its neighbours in the batch.
-
-With several ranks, all hold the same logits up to rounding. Were each to choose for itself, one
-near-tie would send them apart for good, so rank 0 chooses and tells the others.
+How a token is chosen from the logits stands in ``dsv3.sampling``; how a step can give two tokens a
+row in ``dsv3.speculative``. Both ways of decoding share everything else here.
 """
 
 from __future__ import annotations
@@ -31,6 +22,8 @@ from typing import Callable, Sequence
 import torch
 
 from dsv3.errors import DSV3Error
+from dsv3.sampling import Chooser
+from dsv3.speculative import Speculative
 
 OnToken = Callable[[int, int], None]
 
@@ -42,7 +35,8 @@ class Generation:
     ids: new tokens of each row, the end-of-sequence token left out; stopped_by: for each row
     "eos", "length" (max_new_tokens), "context" (no room left) or "interrupt"; seconds: wall time
     from the first prefilled token to the last chosen one; acceptance: share of drafted tokens
-    that were accepted, None without speculative decoding; cache_bytes: of all caches used.
+    that were accepted, None where nothing was drafted; cache_bytes: of all caches used; passes:
+    how often a row was fed after prefill, over all rows.
     """
 
     ids: list[list[int]]
@@ -50,6 +44,13 @@ class Generation:
     seconds: float
     cache_bytes: int
     acceptance: float | None = None
+    passes: int = 0
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """Tokens a row got from a pass after prefill: 1 in plain decoding, up to 2 with drafts."""
+        chosen = sum(map(len, self.ids)) + self.stopped_by.count("eos")
+        return (chosen - len(self.ids)) / self.passes if self.passes else None
 
     @property
     def tokens_per_second(self) -> float:
@@ -117,14 +118,6 @@ def complete(
     check_prompts(prompts, valid, context)
     if not prompts or max_new_tokens == 0:
         return Generation([[] for _ in prompts], ["length"] * len(prompts), 0.0, 0)
-    if speculative:
-        from dsv3.speculative import speculative_generate
-
-        return speculative_generate(
-            model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-            seed=seed, eos_ids=eos_ids, on_token=on_token, valid_vocab_size=valid,
-            prefill_chunk=prefill_chunk, should_stop=should_stop,
-        )
     began = time.perf_counter()
     room = min(context, max(map(len, prompts)) + max_new_tokens)
     if cache is None:
@@ -132,25 +125,27 @@ def complete(
     rest = [list(prompt[seen:]) for prompt, seen in zip(prompts, cache.lengths)]
     rows = Rows(prompts, max_new_tokens, context, eos_ids, on_token)
     choose = Chooser(model.group, len(prompts), temperature, top_p, seed, valid, should_stop)
-    logits = prefill(model, cache, rest, prefill_chunk)
+    decoder = (Speculative if speculative else Plain)(model, cache, choose)
+    chosen = [[id] for id in choose(prefill(model, cache, rest, prefill_chunk, decoder.watch))]
+    passes = 0
     while True:
-        chosen, interrupted = choose(logits)
         rows.add(chosen)
-        if interrupted:
+        if choose.interrupted:
             rows.interrupt()
-        if not any(rows.active):
+        if not any(rows.left):
             break
-        tokens = torch.tensor(chosen, device=model.group.device)[:, None]
-        feed = [int(active) for active in rows.active]
-        logits = model(tokens, cache=cache, lengths=feed, last_only=True)
-    return Generation(rows.ids, rows.stopped_by, time.perf_counter() - began, cache.nbytes)
+        passes += sum(room > 0 for room in rows.left)
+        chosen = decoder.step(chosen, rows.left)
+    return Generation(rows.ids, rows.stopped_by, time.perf_counter() - began, decoder.nbytes,
+                      decoder.acceptance, passes)
 
 
-def prefill(model, cache, rows: Sequence[Sequence[int]], chunk: int | None = None) -> torch.Tensor:
+def prefill(model, cache, rows: Sequence[Sequence[int]], chunk: int | None = None,
+            watch: Callable | None = None) -> torch.Tensor:
     """Run ragged rows of tokens into the cache; logits (b, vocab) after each row's last token.
 
     Each row needs at least one token. In later chunks the short rows have nothing left and take
-    part with length 0.
+    part with length 0. watch(start, hidden, tokens, counts) gets the states of each chunk.
     """
     device = model.group.device
     counts = [len(row) for row in rows]
@@ -164,7 +159,12 @@ def prefill(model, cache, rows: Sequence[Sequence[int]], chunk: int | None = Non
     for start in range(0, width, chunk):
         part = tokens[:, start : start + chunk]
         here = [min(max(count - start, 0), part.shape[1]) for count in counts]
-        logits = model(part, cache=cache, lengths=here, last_only=True)
+        if watch is None:
+            logits = model(part, cache=cache, lengths=here, last_only=True)
+        else:
+            logits, hidden = model(part, cache=cache, lengths=here, last_only=True,
+                                   return_hidden=True)
+            watch(start, hidden, tokens, counts)
         if last is None:
             last = logits
         else:
@@ -173,74 +173,30 @@ def prefill(model, cache, rows: Sequence[Sequence[int]], chunk: int | None = Non
     return last
 
 
-def probabilities(logits: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
-    """The distribution a token is drawn from: logits (..., v) -> float64 (..., v), sums to 1.
+class Plain:
+    """Decodes a batch one token a row and step: the form that speculative decoding must equal."""
 
-    Temperature 0 puts all of it on the largest logit. Top-p keeps the smallest set of most
-    probable tokens whose sum reaches top_p.
-    """
-    best = logits.max(dim=-1, keepdim=True)
-    if not torch.isfinite(best.values).all():
-        raise DSV3Error("the logits are not finite numbers", where="sampling",
-                        fix="The weights are damaged or overflow in this precision")
-    if temperature == 0:
-        greedy = torch.zeros_like(logits, dtype=torch.float64)
-        return greedy.scatter_(-1, best.indices, 1.0)
-    # The largest exponent is 0, so neither a large logit nor a tiny temperature overflows.
-    p = ((logits.double() - best.values.double()) / temperature).softmax(dim=-1)
-    if top_p < 1:
-        ordered, order = p.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered  # mass ahead of each token
-        p = p.masked_fill(torch.zeros_like(p, dtype=torch.bool).scatter_(
-            -1, order, before >= top_p), 0.0)
-        p = p / p.sum(dim=-1, keepdim=True)
-    return p
+    watch = None  # nothing to keep of prefill but the cache
+    acceptance = None  # nothing is drafted
 
+    def __init__(self, model, cache, choose: Chooser):
+        self.model, self.cache, self.choose = model, cache, choose
 
-def draw(p: torch.Tensor, generator: torch.Generator) -> int:
-    """One index from weights p (v,) >= 0 (any sum), by inverting their cumulative sum."""
-    cumulative = p.double().cumsum(dim=0)
-    u = torch.rand((), dtype=torch.float64, generator=generator).to(p.device)
-    # The first index whose cumulative sum exceeds the mark: an index of weight 0 never is.
-    index = torch.searchsorted(cumulative, u * cumulative[-1], right=True)
-    return min(int(index), int(p.nonzero()[-1]))
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
+        return self.cache.nbytes
 
+    def step(self, chosen: list[list[int]], left: list[int]) -> list[list[int]]:
+        """The tokens that follow ``chosen``, those of the last step.
 
-def sample(
-    logits: torch.Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]
-) -> list[int]:
-    """A token for each row of logits (b, v), each drawn with its row's own generator."""
-    if temperature == 0:
-        return probabilities(logits, 0).argmax(dim=-1).tolist()
-    p = probabilities(logits, temperature, top_p)
-    return [draw(row, generator) for row, generator in zip(p, generators, strict=True)]
-
-
-def row_generators(seed: int, rows: int) -> list[torch.Generator]:
-    """One random generator a row. They live on the CPU, so a seed means the same everywhere."""
-    return [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in range(rows)]
-
-
-class Chooser:
-    """Picks each row's next token on rank 0 and tells every rank."""
-
-    def __init__(self, group, rows: int, temperature: float, top_p: float, seed: int,
-                 valid_vocab_size: int, should_stop: Callable[[], bool] | None = None):
-        self.group, self.temperature, self.top_p = group, temperature, top_p
-        self.generators = row_generators(seed, rows)
-        self.valid, self.should_stop = valid_vocab_size, should_stop
-
-    def __call__(self, logits: torch.Tensor) -> tuple[list[int], bool]:
-        """logits (b, vocab) -> the tokens, and whether rank 0 was asked to stop."""
-        message = [0] * (len(self.generators) + 1)
-        if self.group.rank == 0:
-            usable = logits[:, : self.valid]
-            stop = bool(self.should_stop and self.should_stop())
-            message = [*sample(usable, self.temperature, self.top_p, self.generators), int(stop)]
-        if self.group.size > 1:
-            message = self.group.broadcast(
-                torch.tensor(message, device=self.group.device)).tolist()
-        return message[:-1], bool(message[-1])
+        left: how many tokens each row may still take; 0 for a row that has ended, which is fed
+        nothing.
+        """
+        tokens = torch.tensor(chosen, device=self.model.group.device)
+        logits = self.model(tokens, cache=self.cache, lengths=[min(room, 1) for room in left],
+                            last_only=True)
+        return [[id] for id in self.choose(logits)]
 
 
 class Rows:
@@ -255,26 +211,28 @@ class Rows:
         self.eos, self.on_token = set(eos_ids), on_token
 
     @property
-    def active(self) -> list[bool]:
-        return [not reason for reason in self.stopped_by]
+    def left(self) -> list[int]:
+        """How many tokens each row may still take; 0 for a row that has ended."""
+        return [0 if reason else room - len(ids)
+                for reason, room, ids in zip(self.stopped_by, self.room, self.ids)]
 
-    def add(self, chosen: Sequence[int]) -> None:
-        """Append each active row's token, or end the row."""
-        for row, id in enumerate(chosen):
-            if self.active[row]:
-                self.add_one(row, id)
+    def add(self, chosen: Sequence[Sequence[int]]) -> None:
+        """Give each row its tokens; those that come after its end are dropped."""
+        for row, ids in enumerate(chosen):
+            for id in ids:
+                if not self.stopped_by[row]:
+                    self.add_one(row, id)
 
-    def add_one(self, row: int, id: int) -> bool:
-        """Append one token to one active row; True while the row goes on."""
+    def add_one(self, row: int, id: int) -> None:
+        """Append one token to a row that has not ended, or end it."""
         if id in self.eos:
             self.stopped_by[row] = "eos"
-            return False
+            return
         self.ids[row].append(id)
         if self.on_token:
             self.on_token(row, id)
         if len(self.ids[row]) == self.room[row]:
             self.stopped_by[row] = self.full[row]
-        return not self.stopped_by[row]
 
     def interrupt(self) -> None:
         """End the rows that are still going."""

@@ -15,10 +15,10 @@ import torch
 
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
-from dsv3.generate import (Session, complete, draw, generate, prefill, probabilities,
-                           row_generators, sample)
+from dsv3.generate import Session, complete, generate, prefill
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
+from dsv3.sampling import draw, probabilities, row_generators, sample
 
 VOCAB, CONTEXT = 50, 64
 
