@@ -1,0 +1,92 @@
+"""The block-scaled product: FP8 operands, FP32 sums (TR 3.3.2, figure 7).
+
+A layer y = x W^T in FP8 quantises x on the way in and multiplies the codes:
+
+    y[m, n] = sum over blocks k of  sx[m, k] * sw[n / 128, k] * ( sum of 128 products of codes )
+
+The scales are constant inside a block of 128 along K, so a tensor core can multiply bare codes and
+the scales come in once every 128 products, where the partial sum is promoted to an FP32 register.
+That promotion is also what keeps the sum exact: the tensor core itself adds with about 14 bits.
+
+Two forms compute the same sum.
+
+* "triton": the kernel ``dsv3.kernels.fp8_gemm`` on a GPU that multiplies E4M3 itself.
+* "torch": everywhere else. A run of rows of W is dequantised (exactly, up to one FP32 rounding
+  for each number), multiplied in FP32, and forgotten. W stays in FP8 in memory; nothing that was
+  dequantised outlives the call. On the CPU the result is within 1e-5 of the float64 product of
+  the dequantised operands; so it is on a GPU, as long as TF32 is off.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dsv3.errors import DSV3Error
+from dsv3.fp8.quantize import (
+    ACTIVATION_BLOCK,
+    WEIGHT_BLOCK,
+    QuantizedTensor,
+    dequantize_rows,
+    pick_backend,
+    quantize_activation,
+    row_chunks,
+)
+
+
+def linear(x: torch.Tensor, w: QuantizedTensor, backend: str | None = None) -> torch.Tensor:
+    """x (..., K) times W^T for W (N, K) in FP8: float32 (..., N).
+
+    x is quantised per token and 128 channels, with scales of the format that W has.
+    backend: "torch", "triton", or None for the best one on x's device.
+    """
+    backend = pick_backend(x.device, backend)
+    return matmul(quantize_activation(x, w.scale_format, backend), w, backend)
+
+
+def matmul(xq: QuantizedTensor, wq: QuantizedTensor, backend: str | None = None) -> torch.Tensor:
+    """The product of quantised activations (..., K) and weights (N, K): float32 (..., N).
+
+    No rows at all (an expert without tokens) are fine. NaN scales of activations come out as NaN.
+    """
+    _check_operands(xq, wq)
+    shape = (*xq.shape[:-1], wq.shape[0])
+    if 0 in shape:
+        return torch.zeros(shape, device=xq.device)
+    if pick_backend(xq.device, backend) == "triton":
+        from dsv3.kernels.fp8_gemm import fp8_gemm
+
+        k = xq.shape[-1]
+        out = fp8_gemm(xq.data.reshape(-1, k), xq.scale.reshape(-1, xq.scale.shape[-1]),
+                       wq.data, wq.scale)
+    else:
+        out = _matmul_torch(xq.dequantize().view(-1, xq.shape[-1]), wq)
+    return out.view(shape)
+
+
+def _matmul_torch(x: torch.Tensor, wq: QuantizedTensor) -> torch.Tensor:
+    """x (M, K) in FP32 times W^T, a run of W's rows at a time."""
+    n, k = wq.shape
+    chunks = list(row_chunks(n, k, WEIGHT_BLOCK[0]))
+    buffer = x.new_empty(chunks[0][0].stop, k)
+    out = x.new_empty(x.shape[0], n)
+    for rows, blocks in chunks:
+        codes = wq.data[rows]
+        w = dequantize_rows(codes, wq.scale[blocks], wq.block, out=buffer[: len(codes)])
+        if len(x) == 1:
+            torch.mv(w, x[0], out=out[0, rows])
+        else:
+            out[:, rows] = x @ w.T
+    return out
+
+
+def _check_operands(xq: QuantizedTensor, wq: QuantizedTensor) -> None:
+    if xq.block != ACTIVATION_BLOCK or wq.block != WEIGHT_BLOCK or len(wq.shape) != 2:
+        raise DSV3Error("operands of an FP8 product in the wrong form",
+                        found=f"x in blocks {xq.block}, w {tuple(wq.shape)} in blocks {wq.block}",
+                        expected="x in (1, 128) tiles and a matrix w in (128, 128) blocks",
+                        fix="Quantise x with quantize_activation and w with quantize_weight; "
+                            "index a stack of experts first.")
+    if xq.shape[-1] != wq.shape[1]:
+        raise DSV3Error("inner sizes of an FP8 product differ",
+                        found=f"x {tuple(xq.shape)}, w {tuple(wq.shape)}",
+                        expected="the last axes to be equal")

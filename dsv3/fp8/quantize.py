@@ -1,0 +1,242 @@
+"""Quantised tensors: bytes, and one scale for each block of them (TR 3.3.2, figure 7a).
+
+E4M3 spans 2^-9 to 448. One outlier in a tensor would push everything else out at the lower end
+if the whole tensor shared a scale. So a scale serves few numbers:
+
+    weights      128 x 128 blocks    scale[i, j] = max |w| in the block / 448
+    activations  1 x 128 tiles       one scale for each token and 128 channels
+
+    value = code * scale,            code = round_to_E4M3(value / scale)
+
+Activations need the finer grid because outliers come with single tokens; weights, quantised once,
+do with the coarser one, and it makes the product cheap. A last block that is not full (the 576
+rows of wkv_a are 4.5 blocks) counts as padded with zeros: it has its own scale, so there are
+ceil(rows / 128) of them.
+
+How scales were made is a property of the tensor, not an argument that someone can forget: a layer
+whose weights have power-of-two scales ("ue8m0") quantises its activations the same way.
+
+A block with an infinity or a NaN gets the scale NaN: all of it, and all that is computed from it,
+is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dsv3.errors import DSV3Error
+from dsv3.fp8.formats import E4M3, block_scale, decode_finite, has_nan_code, is_nan_code, to_e4m3
+
+BLOCK = 128
+WEIGHT_BLOCK = (BLOCK, BLOCK)
+ACTIVATION_BLOCK = (1, BLOCK)
+_CHUNK = 1 << 19  # numbers worked on at a time: their FP32 copy (2 MiB) stays near the core
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """E4M3 codes with their block scales. value[.., r, c] = data[.., r, c] * scale[.., r/br, c/bc].
+
+    data: float8_e4m3fn (..., rows, cols); for activations the leading axes may be any, with rows
+        or without. scale: float32 (..., ceil(rows/br), ceil(cols/bc)). block: (br, bc).
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    block: tuple[int, int] = WEIGHT_BLOCK
+    scale_format: str = "float32"
+
+    def __post_init__(self):
+        if self.data.dtype != E4M3 or self.scale.dtype != torch.float32:
+            raise DSV3Error("wrong dtypes of a quantised tensor",
+                            found=f"data {self.data.dtype}, scale {self.scale.dtype}",
+                            expected="data torch.float8_e4m3fn, scale torch.float32",
+                            fix="Stored scales of other dtypes go through decode_scale.")
+        if self.scale_format not in ("float32", "ue8m0"):
+            raise DSV3Error("unknown scale format", found=self.scale_format,
+                            expected="float32 or ue8m0")
+        expected = scale_shape(self.data.shape, self.block)
+        if tuple(self.scale.shape) != expected:
+            raise DSV3Error("scales do not match the quantised data",
+                            found=f"scale {tuple(self.scale.shape)}",
+                            expected=f"{expected} for data {tuple(self.data.shape)} in blocks of "
+                                     f"{self.block[0]}x{self.block[1]}")
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales together."""
+        return self.data.nbytes + self.scale.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def __getitem__(self, index: int) -> QuantizedTensor:
+        """One matrix of a stack (experts, rows, cols); a view, nothing is copied."""
+        return QuantizedTensor(self.data[index], self.scale[index], self.block, self.scale_format)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        return QuantizedTensor(self.data.to(device), self.scale.to(device), self.block,
+                               self.scale_format)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The values: code * scale in FP32, rounded once to ``dtype``. NaN codes give NaN."""
+        if self.data.dim() > 2 and self.block[0] > 1:  # a stack: its matrices, one by one
+            return torch.stack([matrix.dequantize(dtype) for matrix in self])
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        data, scale, flat = _matrix(self.data), _matrix(self.scale), _matrix(out)
+        for rows, blocks in row_chunks(*data.shape, self.block[0]):
+            values = dequantize_rows(data[rows], scale[blocks], self.block)
+            if has_nan_code(data[rows]):
+                values.masked_fill_(is_nan_code(data[rows]), torch.nan)
+            flat[rows] = values
+        return out
+
+    def check(self, where: str) -> QuantizedTensor:
+        """Refuse what no quantiser makes: NaN codes, and scales that are not positive numbers.
+
+        To be called once, on what comes from a file: the products trust it afterwards.
+        """
+        if has_nan_code(self.data):
+            raise DSV3Error("NaN among the quantised weights", where=where,
+                            fix="The file is damaged or was quantised from broken weights.")
+        if not (self.scale.isfinite() & (self.scale > 0)).all():
+            raise DSV3Error("a scale is not a positive finite number", where=where,
+                            fix="The file is damaged or was quantised from broken weights.")
+        return self
+
+
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the scales for data of ``shape``: ragged last blocks count as whole ones."""
+    if len(shape) == 0 or (len(shape) == 1 and block[0] != 1):
+        raise DSV3Error("too few dimensions to be cut into blocks", found=tuple(shape),
+                        expected=f"rows and columns for blocks of {block[0]}x{block[1]}")
+    *lead, cols = shape
+    if lead:
+        lead[-1] = -(-lead[-1] // block[0])
+    return (*lead, -(-cols // block[1]))
+
+
+def pick_backend(device: torch.device, backend: str | None = None) -> str:
+    """"triton" where the GPU multiplies E4M3 itself (compute capability 8.9 and later, NVIDIA),
+    else "torch". A backend asked for by name is kept, if there is one of that name.
+    """
+    if backend is not None:
+        if backend not in ("torch", "triton"):
+            raise DSV3Error("unknown FP8 backend", found=backend, expected="torch or triton")
+        if backend == "triton" and not _has_triton():
+            raise DSV3Error("Triton is not installed", where="backend='triton'",
+                            fix="Install it (Linux with an NVIDIA GPU), or use backend='torch'.")
+        return backend
+    if device.type != "cuda" or torch.version.hip:
+        return "torch"
+    has_units = torch.cuda.get_device_capability(device) >= (8, 9)
+    return "triton" if has_units and _has_triton() else "torch"
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def quantize_weight(w: torch.Tensor, scale_format: str = "float32") -> QuantizedTensor:
+    """Weights (..., rows, cols) of any float dtype to E4M3 with one scale per 128 x 128 block."""
+    return _quantize(w, WEIGHT_BLOCK, scale_format)
+
+
+def quantize_activation(x: torch.Tensor, scale_format: str = "float32",
+                        backend: str | None = None) -> QuantizedTensor:
+    """Activations (..., K) to E4M3 with one scale per token and 128 channels.
+
+    backend: "torch", "triton", or None for the best one on x's device; all give the same bits.
+    """
+    if pick_backend(x.device, backend) == "triton":
+        from dsv3.kernels.act_quant import act_quant
+
+        data, scale = act_quant(x, scale_format)
+        return QuantizedTensor(data, scale, ACTIVATION_BLOCK, scale_format)
+    return _quantize(x, ACTIVATION_BLOCK, scale_format)
+
+
+def _quantize(x: torch.Tensor, block: tuple[int, int], scale_format: str) -> QuantizedTensor:
+    scale = torch.empty(scale_shape(x.shape, block), dtype=torch.float32, device=x.device)
+    if x.dim() > 2 and block[0] > 1:  # a stack: its matrices, one by one
+        parts = [_quantize(matrix, block, scale_format) for matrix in x]
+        return QuantizedTensor(torch.stack([part.data for part in parts]),
+                               torch.stack([part.scale for part in parts]), block, scale_format)
+    data = torch.empty(x.shape, dtype=E4M3, device=x.device)
+    matrix, codes, scales = _matrix(x), _matrix(data), _matrix(scale)
+    for rows, blocks in row_chunks(*matrix.shape, block[0]):
+        codes[rows], scales[blocks] = _quantize_rows(matrix[rows], block, scale_format)
+    return QuantizedTensor(data, scale, block, scale_format)
+
+
+def _quantize_rows(x: torch.Tensor, block: tuple[int, int], scale_format: str):
+    rows, cols = x.shape
+    br, bc = block
+    x = F.pad(x.to(torch.float32), (0, -cols % bc, 0, -rows % br))
+    tiles = x.view(-1, br, x.shape[1] // bc, bc)
+    scale = block_scale(tiles.abs().amax(dim=(1, 3)), scale_format)
+    # A NaN scale marks its block already; dividing by it would leave the sign of the codes to the
+    # processor. Such blocks are divided by 1, so that every machine writes the same bytes.
+    divisor = torch.where(scale.isnan(), 1.0, scale)
+    codes = to_e4m3(tiles / divisor[:, None, :, None])
+    return codes.view(x.shape)[:rows, :cols], scale
+
+
+def dequantize_rows(data: torch.Tensor, scale: torch.Tensor, block: tuple[int, int],
+                    out: torch.Tensor | None = None) -> torch.Tensor:
+    """code * scale in FP32 for whole rows of blocks: data (rows, cols), scale (blocks, blocks).
+
+    The fast form: on the CPU NaN codes are not looked for. ``out``, where given, takes the values.
+    """
+    rows, cols = data.shape
+    br, bc = block
+    if data.device.type == "cpu":
+        values = decode_finite(data, out)
+        if (scale < 2.0**119).all():
+            scale = scale * 256.0
+        else:  # 256 * scale might overflow
+            values.mul_(256.0)
+    else:  # torch's cast is fast on a GPU, and a question about the scales would wait for it
+        values = data.to(torch.float32) if out is None else out.copy_(data)
+    if cols % bc == 0 and rows % br == 0:
+        values.view(-1, br, cols // bc, bc).mul_(scale[:, None, :, None])
+        return values
+    wide = scale[:, :, None].expand(-1, -1, bc).reshape(scale.shape[0], -1)[:, :cols]
+    whole = rows // br * br
+    values[:whole].view(-1, br, cols).mul_(wide[: whole // br, None, :])
+    if whole < rows:
+        values[whole:].mul_(wide[-1])
+    return values
+
+
+def row_chunks(rows: int, cols: int, block_rows: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into runs of whole row blocks of about half a million numbers.
+
+    Yields (rows, blocks): the slice of the data and the slice of its scales. Working on a run at
+    a time keeps temporaries small and in the processor's cache.
+    """
+    blocks_at_once = max(1, _CHUNK // max(1, cols * block_rows))
+    for first in range(0, -(-rows // block_rows), blocks_at_once):
+        last = first + blocks_at_once
+        yield slice(first * block_rows, min(last * block_rows, rows)), slice(first, last)
+
+
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    """x with two axes, its leading axes merged: a view wherever x is contiguous."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

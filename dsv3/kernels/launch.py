@@ -1,0 +1,22 @@
+"""What the kernels' wrappers share: where they can run, and what they accept."""
+
+from __future__ import annotations
+
+import torch
+from triton import knobs
+
+from dsv3.errors import DSV3Error
+
+# Triton decides when a kernel is decorated, so the answer holds for the life of the process.
+INTERPRETING: bool = knobs.runtime.interpret
+
+
+def check_input(x: torch.Tensor, kernel: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuse a tensor that the kernel would misread or cannot reach."""
+    if x.dtype not in dtypes:
+        raise DSV3Error("wrong dtype", where=kernel, found=x.dtype,
+                        expected=" or ".join(str(dtype) for dtype in dtypes))
+    if x.device.type != "cuda" and not INTERPRETING:
+        raise DSV3Error("Triton kernels need a GPU", where=kernel, found=f"a tensor on {x.device}",
+                        fix="Use backend='torch', or set TRITON_INTERPRET=1 before the start to "
+                            "run them, slowly, on the CPU.")
