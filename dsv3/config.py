@@ -248,7 +248,7 @@ class ModelConfig:
         missing = [f.name for f in fields(cls)
                    if f.name not in values and f.default is f.default_factory]
         if missing:
-            raise DSV3Error("missing field", where="config", found="no " + ", ".join(missing))
+            raise DSV3Error("missing field", where=", ".join(missing))
         return cls(**values)
 
     def to_dict(self) -> dict:

@@ -5,8 +5,8 @@ which bits. So ``Linear`` carries its weight in the form the model's precision a
 two parallel kin carry only this rank's slice:
 
 * ``ColumnParallelLinear`` (outputs cut): every rank computes some of the outputs;
-* ``RowParallelLinear`` (inputs cut): every rank computes a partial sum of all outputs, in
-  float32, and one all-reduce adds them (see ``dsv3.parallel.tensor``).
+* ``RowParallelLinear`` (inputs cut): every rank computes a partial sum of all outputs, unrounded,
+  and one all-reduce adds them (see ``dsv3.parallel.tensor``).
 
 Modules allocate their weights without filling them. ``load`` takes a slice from a checkpoint in
 whatever form it was stored and keeps what the precision needs.
@@ -22,7 +22,7 @@ from dsv3 import fp8
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import QuantizedTensor
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.precision import Precision, linear_fp32
+from dsv3.precision import Precision, wide_linear
 
 
 def put(target: torch.Tensor, value: torch.Tensor, what: str) -> None:
@@ -80,14 +80,15 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor | QuantizedTensor) -> torch.Tensor:
         """x (..., in_features), plain or already quantised -> (..., out_features)."""
         if self.quantized:
-            return self.product_fp32(x).to(self.precision.dtype)
+            return self.wide(x).to(self.precision.dtype)
         return F.linear(x, self.weight)
 
-    def product_fp32(self, x: torch.Tensor | QuantizedTensor) -> torch.Tensor:
-        """The same product, left in float32: for sums that go on, and for logits."""
+    def wide(self, x: torch.Tensor | QuantizedTensor) -> torch.Tensor:
+        """The same product, not rounded: for sums that go on, and for logits."""
+        sums = self.precision.sums
         if self.quantized:
-            return fp8.matmul(quantize_once(x, self.precision), self.quantized_weight)
-        return linear_fp32(x, self.weight)
+            return fp8.matmul(quantize_once(x, self.precision), self.quantized_weight, sums)
+        return wide_linear(x, self.weight, sums)
 
     def load(self, name: str, value: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         """Take this rank's slice: E4M3 with its scale grid, or a plain tensor."""
@@ -118,7 +119,7 @@ class RowParallelLinear(Linear):
     def forward(self, x: torch.Tensor | QuantizedTensor) -> torch.Tensor:
         if self.group.size == 1:
             return super().forward(x)
-        return self.group.all_reduce(self.product_fp32(x)).to(self.precision.dtype)
+        return self.group.all_reduce(self.wide(x)).to(self.precision.dtype)
 
 
 class Embedding(nn.Module):
@@ -163,7 +164,7 @@ class Head(ColumnParallelLinear):
         self.group = group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.group.all_gather(self.product_fp32(x))
+        return self.group.all_gather(self.wide(x).float())
 
 
 class SwiGLU(nn.Module):
@@ -187,8 +188,8 @@ class SwiGLU(nn.Module):
         return self.w2(self.inner(x))
 
     def partial_sum(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the output in float32, not yet reduced: MoE adds to it first."""
-        return self.w2.product_fp32(self.inner(x))
+        """This rank's part of the output, neither reduced nor rounded: MoE adds to it first."""
+        return self.w2.wide(self.inner(x))
 
 
 def quantize_once(x: torch.Tensor | QuantizedTensor, precision: Precision):

@@ -21,8 +21,8 @@ cheaper expanded (prefill), few are cheaper absorbed (decode). RoPE stands outsi
 rotation between W^UQ and W^UK would differ for every pair of positions and could not be absorbed,
 which is why the position has its own small key.
 
-The core computes in float32 from the stored values in both forms, so which one runs changes no
-rounding, only the order of sums.
+The core computes from the stored values in both forms and rounds nothing on the way
+(``Precision.sums``), so which one runs changes no rounding, only the order of sums.
 """
 
 from __future__ import annotations
@@ -143,16 +143,17 @@ class LatentCache:
 class LatentUpProjection(nn.Module):
     """W^UK and W^UV of this rank's heads, (heads, d_h + d_v, d_c): ``wkv_b`` in checkpoints.
 
-    Held in float32 in every precision, dequantised once at loading. Both forms of the core read
+    Held in the dtype of the core's sums, dequantised once at loading. Both forms of the core read
     it: expanded as a product with the latent, absorbed as two products around the core.
     """
 
-    def __init__(self, config: ModelConfig, heads: int, device=None):
+    def __init__(self, config: ModelConfig, heads: int, precision: Precision, device=None):
         super().__init__()
         self.split_at = config.qk_nope_head_dim
         self.heads = heads
         rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
-        self.weight = nn.Parameter(torch.empty(rows, config.kv_lora_rank, device=device))
+        self.weight = nn.Parameter(torch.empty(rows, config.kv_lora_rank, dtype=precision.sums,
+                                               device=device))
 
     def per_head(self) -> tuple[torch.Tensor, torch.Tensor]:
         """W^UK (heads, d_h, d_c) and W^UV (heads, d_v, d_c), as views."""
@@ -181,7 +182,7 @@ class MLA(nn.Module):
                                              **cut)                                 # W^UQ, W^QR
         self.wkv_a = Linear(d, config.latent_dim, precision, device=device)         # W^DKV, W^KR
         self.kv_norm = RMSNorm(config.kv_lora_rank, _LATENT_EPS, device)
-        self.wkv_b = LatentUpProjection(config, self.heads, device)                 # W^UK, W^UV
+        self.wkv_b = LatentUpProjection(config, self.heads, precision, device)      # W^UK, W^UV
         self.wo = RowParallelLinear(config.num_attention_heads * config.v_head_dim, d, precision,
                                     group, **cut)                                   # W^O
         self.scale = softmax_scale(config)
@@ -226,13 +227,13 @@ class MLA(nn.Module):
 
     def expanded(self, q_nope, q_rope, seen, step: Step) -> torch.Tensor:
         """Keys and values of every head, then attention (eq. 2, 4, 5, 10): (b, s, heads, d_v)."""
-        c, k_rope = seen.float().split([self.config.kv_lora_rank, self.config.qk_rope_head_dim],
+        c, k_rope = seen.to(self.precision.sums).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim],
                                        -1)
         kv = F.linear(c, self.wkv_b.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([self.config.qk_nope_head_dim, self.config.v_head_dim], -1)
         k_rope = k_rope[:, None].expand(-1, self.heads, -1, -1)
         k = torch.cat([k_nope, k_rope], -1)                                 # (b, heads, T, d_qk)
-        q = torch.cat([q_nope, q_rope], -1).float().transpose(1, 2)         # (b, heads, s, d_qk)
+        q = torch.cat([q_nope, q_rope], -1).to(kv.dtype).transpose(1, 2)    # (b, heads, s, d_qk)
         d_v = v.shape[-1]
         # Fast attention kernels want values as wide as keys; zeros change nothing.
         v = F.pad(v, (0, max(q.shape[-1] - d_v, 0)))
@@ -244,9 +245,9 @@ class MLA(nn.Module):
         """Attention to the latents themselves: (b, s, heads, d_v)."""
         w_uk, w_uv = self.wkv_b.per_head()
         b, s = q_nope.shape[:2]
-        seen = seen.float()
-        q_latent = torch.einsum("bshd,hdc->bshc", q_nope.float(), w_uk)     # W^UK^T q^C
-        q = torch.cat([q_latent, q_rope.float()], -1).flatten(1, 2)         # (b, s heads, d_c+d_r)
+        seen = seen.to(w_uk.dtype)
+        q_latent = torch.einsum("bshd,hdc->bshc", q_nope.to(w_uk.dtype), w_uk)  # W^UK^T q^C
+        q = torch.cat([q_latent, q_rope.to(w_uk.dtype)], -1).flatten(1, 2)  # (b, s heads, d_c+d_r)
         scores = (q @ seen.transpose(1, 2)).view(b, s, self.heads, -1) * self.scale
         mask = step.mask
         if mask is None and s > 1:

@@ -37,10 +37,10 @@ class Transformer(nn.Module):
                  group: TensorGroup | None = None, device: torch.device | str | None = None):
         super().__init__()
         self.config = config
-        self.precision = Precision.of(precision, config)
         self.group = group or TensorGroup.single(device or "cpu")
+        device = torch.device(device or self.group.device)
+        self.precision = Precision.of(precision, config, device)
         shared = (self.precision, self.group)
-        device = device or self.group.device
         self.embed = Embedding(config.vocab_size, config.hidden_size, *shared, device=device)
         self.layers = nn.ModuleList(Block(config, layer, *shared, device=device)
                                     for layer in range(config.num_hidden_layers))
@@ -64,9 +64,9 @@ class Transformer(nn.Module):
         tokens: (b, s) int64. With a cache they continue each row's text (chunked prefill,
         decoding, another turn); without one they are the whole text. lengths: true new tokens of
         each row, 0 to s, when rows are padded on the right; what stands behind a row's length is
-        ignored (a row of 0 leaves its cache alone, and its answer means nothing). Returns logits (b, s, vocab_size) float32, or (b, vocab_size) of each row's last
-        true token with last_only; with return_hidden also the states after the final norm
-        (b, s, d). Raises DSV3Error for a wrong shape, a token id out of range, a full cache.
+        ignored (a row of 0 leaves its cache alone, and its answer means nothing). Returns logits
+        (b, s, vocab_size) float32, or (b, vocab_size) of each row's last true token with
+        last_only; with return_hidden also the states after the final norm (b, s, d). Raises DSV3Error for a wrong shape, a token id out of range, a full cache.
         """
         step, counts = self._step(tokens, cache, lengths)
         x = self.embed(tokens)

@@ -35,11 +35,11 @@ _ROW_BYTES = 16
 
 
 class Router(nn.Module):
-    """The gate: which experts a token goes to, and with which weights. Float32 throughout."""
+    """The gate: which experts a token goes to, and with which weights; never in few bits."""
 
-    def __init__(self, config: ModelConfig, device=None):
+    def __init__(self, config: ModelConfig, precision: Precision, device=None):
         super().__init__()
-        self.config = config
+        self.config, self.precision = config, precision
         self.weight = nn.Parameter(                                   # e_i, (N_r, d)
             torch.empty(config.n_routed_experts, config.hidden_size, device=device))
         if config.gate_bias:                                          # b_i; no gradient moves it
@@ -49,7 +49,7 @@ class Router(nn.Module):
             self.bias = None
 
     def forward(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """u (T, d) -> weights (T, K_r) float32 and chosen experts (T, K_r) int64."""
+        """u (T, d) -> weights (T, K_r) unrounded and chosen experts (T, K_r) int64."""
         scores = self.scores(u)
         chosen = self.choose(scores)
         weights = scores.gather(-1, chosen)
@@ -59,7 +59,8 @@ class Router(nn.Module):
 
     def scores(self, u: torch.Tensor) -> torch.Tensor:
         """Affinities s_i,t (T, N_r) (eq. 15)."""
-        logits = F.linear(u.float(), self.weight)
+        sums = self.precision.sums
+        logits = F.linear(u.to(sums), self.weight.to(sums))
         return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
@@ -105,7 +106,7 @@ class Experts(nn.Module):
 
     def forward(self, u: torch.Tensor, weights: torch.Tensor,
                 chosen: torch.Tensor) -> torch.Tensor:
-        """u (T, d), weights and chosen (T, K_r) -> sum of my experts' outputs (T, d) float32.
+        """u (T, d), weights and chosen (T, K_r) -> sum of my experts' outputs (T, d), unrounded.
 
         A partial sum over the ranks. Tokens are sorted by expert, so that an expert meets all of
         its tokens in one product and nobody waits for a token that chose somebody else.
@@ -118,7 +119,7 @@ class Experts(nn.Module):
         run = self.grouped if self.can_group(u) else self.one_by_one
         y = run(u, token, ends).masked_fill((local == self.count)[:, None], 0.0)
         y = y * weights.flatten()[order, None]
-        return torch.zeros(u.shape, device=u.device).index_add(0, token, y)
+        return torch.zeros_like(u, dtype=y.dtype).index_add(0, token, y)
 
     def can_group(self, u: torch.Tensor) -> bool:
         """Whether one grouped product can serve all experts: plain weights, aligned rows."""
@@ -128,7 +129,7 @@ class Experts(nn.Module):
         return all(size * width % _ROW_BYTES == 0 for size in self.w2.shape[1:])
 
     def grouped(self, u: torch.Tensor, token: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Outputs (T K_r, d) float32 by two grouped products; rows past the last end are junk."""
+        """Outputs (T K_r, d) by two grouped products; rows past the last end are junk."""
         ends = ends.to(torch.int32)
         both = F.grouped_mm(u[token], self.w13.flatten(1, 2).transpose(1, 2), offs=ends)
         gate, up = both.chunk(2, dim=-1)
@@ -142,23 +143,26 @@ class Experts(nn.Module):
             if end > start:
                 parts.append(self.expert(expert, u[token[start:end]]))
             start = end
-        parts.append(torch.zeros(len(token) - start, self.w2.shape[1], device=token.device))
+        others = len(token) - start
+        parts.append(torch.zeros(others, self.w2.shape[1], device=token.device))
         return torch.cat(parts)
 
     def expert(self, index: int, x: torch.Tensor | QuantizedTensor) -> torch.Tensor:
-        """One expert's SwiGLU: x (n, d), plain or quantised -> (n, d) float32."""
+        """One expert's SwiGLU: x (n, d), plain or quantised -> (n, d), unrounded if quantised."""
         if not self.precision.quantized:
             gate, up = (F.linear(x, half) for half in self.w13[index])
             return F.linear(F.silu(gate) * up, self.w2[index]).float()
-        gate, up = (fp8.matmul(x, self.block(self.w13, self.w13_scale, (index, half)))
+        gate, up = (self.product(x, self.w13, self.w13_scale, (index, half))
                     .to(self.precision.dtype) for half in (0, 1))
         inner = quantize_once(F.silu(gate) * up, self.precision)
-        return fp8.matmul(inner, self.block(self.w2, self.w2_scale, (index,)))
+        return self.product(inner, self.w2, self.w2_scale, (index,))
 
-    def block(self, data: torch.Tensor, scale: torch.Tensor, index: tuple) -> QuantizedTensor:
-        """One matrix of a stack, as a quantised tensor."""
-        return QuantizedTensor(data[index], scale[index], (fp8.BLOCK, fp8.BLOCK),
-                               self.precision.scale_format)
+    def product(self, x: QuantizedTensor, data: torch.Tensor, scale: torch.Tensor,
+                index: tuple) -> torch.Tensor:
+        """x times one matrix of a stack."""
+        weight = QuantizedTensor(data[index], scale[index], (fp8.BLOCK, fp8.BLOCK),
+                                 self.precision.scale_format)
+        return fp8.matmul(x, weight, self.precision.sums)
 
     def slot(self, expert: int, matrix: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Where w1, w2 or w3 of expert number ``expert`` (0 .. N_r - 1) lives: data and scale."""
@@ -186,7 +190,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, precision: Precision, group: TensorGroup, device=None):
         super().__init__()
         self.precision, self.group = precision, group
-        self.gate = Router(config, device)
+        self.gate = Router(config, precision, device)
         self.experts = Experts(config, precision, group, device)
         self.shared_experts = SwiGLU(
             config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, precision,

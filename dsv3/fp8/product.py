@@ -40,18 +40,20 @@ def linear(x: torch.Tensor, w: QuantizedTensor, backend: str | None = None) -> t
     backend: "torch", "triton", or None for the best one on x's device.
     """
     backend = pick_backend(x.device, backend)
-    return matmul(quantize_activation(x, w.scale_format, backend), w, backend)
+    return matmul(quantize_activation(x, w.scale_format, backend), w, backend=backend)
 
 
-def matmul(xq: QuantizedTensor, wq: QuantizedTensor, backend: str | None = None) -> torch.Tensor:
-    """The product of quantised activations (..., K) and weights (N, K): float32 (..., N).
+def matmul(xq: QuantizedTensor, wq: QuantizedTensor, sums: torch.dtype = torch.float32,
+           backend: str | None = None) -> torch.Tensor:
+    """The product of quantised activations (..., K) and weights (N, K): (..., N) in ``sums``.
 
+    sums: dtype in which products are added up; float64 for the "torch" form only.
     No rows at all (an expert without tokens) are fine. NaN scales of activations come out as NaN.
     """
     _check_operands(xq, wq)
     shape = (*xq.shape[:-1], wq.shape[0])
     if 0 in shape:
-        return torch.zeros(shape, device=xq.device)
+        return torch.zeros(shape, dtype=sums, device=xq.device)
     if pick_backend(xq.device, backend) == "triton":
         from dsv3.kernels.fp8_gemm import fp8_gemm
 
@@ -59,19 +61,19 @@ def matmul(xq: QuantizedTensor, wq: QuantizedTensor, backend: str | None = None)
         out = fp8_gemm(xq.data.reshape(-1, k), xq.scale.reshape(-1, xq.scale.shape[-1]),
                        wq.data, wq.scale)
     else:
-        out = _matmul_torch(xq.dequantize().view(-1, xq.shape[-1]), wq)
+        out = _matmul_torch(xq.dequantize().view(-1, xq.shape[-1]).to(sums), wq)
     return out.view(shape)
 
 
 def _matmul_torch(x: torch.Tensor, wq: QuantizedTensor) -> torch.Tensor:
-    """x (M, K) in FP32 times W^T, a run of W's rows at a time."""
+    """x (M, K) times W^T in x's dtype, a run of W's rows at a time."""
     n, k = wq.shape
     chunks = list(row_chunks(n, k, WEIGHT_BLOCK[0]))
-    buffer = x.new_empty(chunks[0][0].stop, k)
+    buffer = torch.empty(chunks[0][0].stop, k, device=x.device)
     out = x.new_empty(x.shape[0], n)
     for rows, blocks in chunks:
         codes = wq.data[rows]
-        w = dequantize_rows(codes, wq.scale[blocks], wq.block, out=buffer[: len(codes)])
+        w = dequantize_rows(codes, wq.scale[blocks], wq.block, out=buffer[: len(codes)]).to(x.dtype)
         if len(x) == 1:
             torch.mv(w, x[0], out=out[0, rows])
         else:

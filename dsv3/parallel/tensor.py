@@ -7,7 +7,7 @@ all-reduce. Put a row-parallel linear behind a column-parallel one, and the pair
 all-reduce: heads between wq_b/wkv_b and wo, inner channels between w1/w3 and w2. Routed experts
 are not cut; each rank holds some whole.
 
-Partial sums leave a rank in float32 and are rounded once after the reduction. Rounding them to
+Partial sums leave a rank in at least float32 and are rounded once after the reduction. Rounding them to
 bfloat16 first makes the result depend on the number of ranks, enough to change greedy tokens.
 
 DeepSeek-V3 was trained without tensor parallelism (TR 3.2); inference uses it for attention
@@ -84,10 +84,10 @@ class TensorGroup:
         return count // self.size
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum of every rank's x, in place. x must be float32: partial sums are not rounded."""
+        """Sum of every rank's x, in place. x is float32 or wider: partial sums are not rounded."""
         if self.size == 1:
             return x
-        assert x.dtype == torch.float32, "partial sums leave a rank in float32"
+        assert x.dtype.itemsize >= 4, "partial sums leave a rank unrounded"
         self.bytes_sent += 2 * (self.size - 1) * x.nbytes // self.size
         dist.all_reduce(x, group=self._process_group)
         return x

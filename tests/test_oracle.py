@@ -1,0 +1,156 @@
+"""The model against transformers' DeepSeek-V3 on small random configs, one per hard branch.
+
+transformers writes its random model to disk under the released names; ours reads that folder. So
+each case also tests names, spellings of the config and the loader. Bound: the largest logit
+difference is under 2e-5 of the largest logit.
+"""
+
+import math
+
+import pytest
+import torch
+
+from dsv3 import ModelConfig, load_model
+from dsv3.generate import generate
+
+transformers = pytest.importorskip("transformers")
+
+BOUND = 2e-5
+BASE = dict(
+    vocab_size=320, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
+    num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=16,
+    num_experts_per_tok=4, n_group=4, topk_group=2, n_shared_experts=1, kv_lora_rank=32,
+    q_lora_rank=48, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+    first_k_dense_replace=1, routed_scaling_factor=2.5, max_position_embeddings=512,
+    num_nextn_predict_layers=0)
+YARN = dict(type="yarn", factor=8, original_max_position_embeddings=16, beta_fast=32, beta_slow=1)
+
+CASES = {
+    "strongly negative bias": dict(bias=(-6.0, 1.0)),
+    "bias larger than the scores": dict(bias=(0.0, 3.0)),
+    "yarn past the original length": dict(
+        rope_scaling=dict(YARN, mscale=1.0, mscale_all_dim=1.0)),
+    "yarn with two temperatures": dict(rope_scaling=dict(YARN, mscale=0.7, mscale_all_dim=1.2)),
+    "yarn without temperatures": dict(rope_scaling=YARN, rope_theta=500.0),
+    "queries not compressed": dict(q_lora_rank=None),
+    "tied embeddings": dict(tie_word_embeddings=True),
+    "two groups, all open": dict(n_group=2, topk_group=2, num_experts_per_tok=8),
+    "one group": dict(n_group=1, topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.0),
+    "odd sizes": dict(hidden_size=76, intermediate_size=100, moe_intermediate_size=36,
+                      kv_lora_rank=27, q_lora_rank=33, qk_nope_head_dim=14, v_head_dim=30,
+                      qk_rope_head_dim=10, num_attention_heads=3, num_key_value_heads=3,
+                      n_routed_experts=12, n_group=3, topk_group=1, num_experts_per_tok=3),
+    "values wider than keys, two shared experts": dict(v_head_dim=40, n_shared_experts=2,
+                                                       rms_norm_eps=1e-3),
+    "dense only": dict(first_k_dense_replace=3),
+}
+
+
+def random_pair(folder, changes: dict, seed: int = 0):
+    """transformers' random model, and ours read from what it wrote."""
+    changes = dict(changes)
+    mean, spread = changes.pop("bias", (0.0, 0.5))
+    torch.manual_seed(seed)
+    config = transformers.DeepseekV3Config(**(BASE | changes), attn_implementation="eager")
+    theirs = transformers.DeepseekV3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]:
+            if name.endswith("e_score_correction_bias"):
+                tensor.normal_(mean, spread)
+            elif "norm" in name:
+                tensor.normal_(1.0, 0.2)
+            elif "inv_freq" not in name:
+                tensor.normal_(0.0, 1.0 / math.sqrt(tensor.shape[-1]))
+    theirs.save_pretrained(folder)
+    return theirs, load_model(folder, precision="fp32")
+
+
+@pytest.fixture(params=list(CASES), scope="module")
+def pair(request, tmp_path_factory):
+    return random_pair(tmp_path_factory.mktemp("oracle"), CASES[request.param])
+
+
+def tokens(model, rows: int, length: int) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (rows, length),
+                         generator=torch.Generator().manual_seed(1))
+
+
+def gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@torch.inference_mode()
+def test_logits_equal_transformers(pair):
+    theirs, ours = pair
+    text = tokens(ours, 2, 96)
+    assert gap(ours(text), theirs(text).logits) < BOUND
+
+
+@torch.inference_mode()
+def test_chunks_and_single_steps_equal_transformers(pair):
+    """Chunked prefill, then decoding, through both forms of attention."""
+    theirs, ours = pair
+    text = tokens(ours, 2, 80)
+    cache = ours.new_cache(2, 80)
+    cuts = [0, 50, 57, *range(58, 81)]
+    parts = [ours(text[:, a:b], cache=cache) for a, b in zip(cuts, cuts[1:])]
+    assert gap(torch.cat(parts, 1), theirs(text).logits) < BOUND
+    assert cache.lengths == [80, 80]
+
+
+@torch.inference_mode()
+def test_ragged_rows_equal_transformers_row_by_row(pair):
+    theirs, ours = pair
+    text = tokens(ours, 3, 60)
+    cache = ours.new_cache(3, 70)
+    lengths = [60, 1, 33]
+    last = ours(text, cache=cache, lengths=lengths, last_only=True)
+    more = tokens(ours, 3, 4)
+    next_two = ours(more, cache=cache, lengths=[2, 4, 1])
+    for row, length in enumerate(lengths):
+        alone = torch.cat([text[row, :length], more[row]])[None]
+        wanted = theirs(alone).logits[0]
+        new = [2, 4, 1][row]
+        assert gap(last[row], wanted[length - 1]) < BOUND
+        assert gap(next_two[row, :new], wanted[length:length + new]) < BOUND
+
+
+@pytest.mark.parametrize("case", ["strongly negative bias", "yarn past the original length",
+                                  "queries not compressed"])
+def test_greedy_ids_equal_transformers_over_64_tokens(tmp_path, case):
+    theirs, ours = random_pair(tmp_path, CASES[case], seed=3)
+    prompt = tokens(ours, 1, 7)
+    with torch.inference_mode():
+        wanted = theirs.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None,
+                                 pad_token_id=0)
+    found = generate(ours, prompt.tolist(), max_new_tokens=64, temperature=0.0)
+    assert found[0] == wanted[0, 7:].tolist()
+    assert len(set(found[0])) > 8, "a text that repeats itself proves little"
+
+
+@torch.inference_mode()
+def test_bf16_follows_transformers(tmp_path):
+    theirs, ours = random_pair(tmp_path, CASES["yarn past the original length"])
+    low = load_model(tmp_path, precision="bf16")
+    text = tokens(ours, 2, 64)
+    assert gap(low(text), ours(text)) < 0.05
+    assert gap(low(text), ours(text)) > 1e-4, "bf16 must really round"
+
+
+def test_preset_and_new_spelling_give_transformers_frequencies():
+    """YaRN at the released size: 32 frequencies, the ramp from pair 10 to 23, mscale^2."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import (DeepseekV3RotaryEmbedding,
+                                                                      yarn_apply_mscale)
+
+    from dsv3.rope import inverse_frequencies, rotation_scale, softmax_scale, yarn_range
+    config = ModelConfig.deepseek_v3()
+    theirs = transformers.DeepseekV3Config(**config.to_dict())
+    rotary = DeepseekV3RotaryEmbedding(theirs)
+    torch.testing.assert_close(inverse_frequencies(config), rotary.inv_freq, rtol=1e-6, atol=0)
+    assert rotation_scale(config) == rotary.attention_scaling == 1.0
+    assert softmax_scale(config) == pytest.approx(
+        yarn_apply_mscale(theirs.rope_parameters, 192 ** -0.5), rel=1e-7)
+    assert softmax_scale(config) * 192 ** 0.5 == pytest.approx(1.36888 ** 2, rel=1e-5)
+    assert yarn_range(config) == (10, 23)
+    assert ModelConfig.from_dict(theirs.to_dict()).but(
+        quantization_config=config.quantization_config) == config
