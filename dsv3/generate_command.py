@@ -1,0 +1,231 @@
+"""``dsv3 generate``: prompts in, text out, on one rank or many.
+
+The order of work keeps mistakes cheap: options, prompts and config are checked first, in the
+process that was started; only then are ranks started and weights read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
+
+import torch
+
+from dsv3.checkpoint import load_model
+from dsv3.config import ModelConfig
+from dsv3.errors import DSV3Error
+from dsv3.generate import Generation, Session, check_options, check_prompts, complete
+from dsv3.layout import check_sharding
+from dsv3.parallel.launch import check_ranks, launch, world_size
+from dsv3.parallel.tensor import TensorGroup
+from dsv3.terminal import Terminal
+from dsv3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+
+# Prompt tokens in one pass: bounds the memory of a long prompt without making small matrices.
+_PREFILL_CHUNK = 2048
+
+
+def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """``args``: parsed options; ``arguments``: the command line they came from."""
+    check_ranks(args.tp)
+    check_options(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    config = ModelConfig.from_pretrained(args.model)
+    check_sharding(config, world_size() or args.tp or 1)
+    tokenizer = load_tokenizer(args.model)
+    texts = read_prompts(args)
+    prompts = [prompt_ids(tokenizer, text, args.chat) for text in texts]
+    check_prompts(prompts, min(tokenizer.vocab_size, config.vocab_size),
+                  config.max_position_embeddings)
+    if args.tp and args.tp > 1 and world_size() is None:
+        check_devices(args.device, args.tp)
+        return launch(arguments, args.tp, interactive=args.interactive)
+    group = TensorGroup.from_environment(args.device)
+    try:
+        model = load_model(args.model, precision=args.precision, group=group)
+        job = Job(args, model, tokenizer, Terminal(group))
+        if args.interactive:
+            job.talk()
+        else:
+            job.answer(texts, prompts)
+    finally:
+        group.close()
+    return 0
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts to complete: one, the lines of a file, or none in interactive use."""
+    if args.interactive:
+        return []
+    if args.prompt is not None:
+        if not args.prompt:
+            raise DSV3Error("empty prompt", where="--prompt", fix="Write at least one letter")
+        return [args.prompt]
+    file = Path(args.input_file)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DSV3Error("not a UTF-8 text file", where=file, found=f"byte {error.start}") from None
+    except OSError as error:
+        raise DSV3Error("cannot read the prompts", where=file, found=error.strerror) from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise DSV3Error("no prompts in the file", where=file, found=f"{len(lines)} empty lines",
+                        expected="one prompt a line")
+    return prompts
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
+    """Ids of a text to continue, or with ``chat`` of a question to answer."""
+    return tokenizer.chat_ids([{"role": "user", "content": text}]) if chat \
+        else tokenizer.encode(text)
+
+
+def check_devices(device: str | None, ranks: int) -> None:
+    """Every rank on a GPU needs one for itself."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return
+    if torch.cuda.device_count() < ranks:
+        raise DSV3Error("not enough GPUs for the ranks", where="--tp",
+                        found=f"{torch.cuda.device_count()} GPUs", expected=f"{ranks}",
+                        fix="Use fewer ranks, or --device cpu")
+
+
+@dataclass
+class Job:
+    """A loaded model and what was asked of it; every rank holds one and they act in step."""
+
+    args: argparse.Namespace
+    model: object
+    tokenizer: Tokenizer
+    terminal: Terminal
+
+    def options(self, turn: int = 0) -> dict:
+        """Options of ``complete``. Each turn of a talk draws from a seed of its own."""
+        a = self.args
+        eos = {*self.model.config.eos_ids, self.tokenizer.eos_id} - {None}
+        return dict(
+            max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_p=a.top_p,
+            seed=a.seed + turn, eos_ids=sorted(eos), speculative=a.speculative,
+            valid_vocab_size=min(self.tokenizer.vocab_size, self.model.config.vocab_size),
+            prefill_chunk=_PREFILL_CHUNK,
+        )
+
+    def answer(self, texts: list[str], prompts: list[list[int]]) -> None:
+        """Complete all prompts together. One alone is streamed, several are printed in order."""
+        streams = len(prompts) == 1 and not self.args.no_stream and not self.args.json
+        echo = "" if self.args.chat else texts[0]
+        if streams:
+            self.terminal.write(echo)
+        stream = StreamDecoder(self.tokenizer)
+        result = complete(
+            self.model, prompts, **self.options(),
+            on_token=(lambda _, id: self.terminal.write(stream.push(id))) if streams else None,
+        )
+        if self.args.json:
+            self.print_json(texts, prompts, result)
+            return
+        if streams:
+            self.terminal.write(stream.flush() + "\n")
+        elif len(prompts) == 1:
+            self.terminal.write(f"{echo}{self.tokenizer.decode(result.ids[0])}\n")
+        else:
+            for row, (text, ids) in enumerate(zip(texts, result.ids)):
+                answer = self.tokenizer.decode(ids)
+                self.terminal.write(f"[{row + 1}/{len(texts)}] {text}\n{answer}\n\n")
+        self.summarize(result)
+
+    def talk(self) -> None:
+        """Interactive use: a chat where the checkpoint has a template, else text to continue."""
+        terminal, session = self.terminal, Session(self.model)
+        chats = self.tokenizer.chat_template is not None
+        terminal.note("Ask away." if chats else "This model has no chat template: each line is a "
+                      "text to continue, on its own.")
+        terminal.note("/clear forgets the conversation, /exit leaves, Ctrl-C stops an answer.")
+        terminal.listen()
+        messages: list[dict] = []
+        turn = 0
+        while (line := terminal.ask("> ")) is not None and line.strip() != "/exit":
+            if line.strip() == "/clear":
+                messages.clear()
+                session.clear()
+            if not line.strip() or line.strip() == "/clear":
+                continue
+            try:  # only what every rank finds alike may be caught: they must stay in step
+                question = [*messages, {"role": "user", "content": line}]
+                ids = self.tokenizer.chat_ids(question) if chats else self.tokenizer.encode(line)
+                check_prompts([ids], self.model.config.vocab_size,
+                              self.model.config.max_position_embeddings)
+            except DSV3Error as error:
+                terminal.note(f"dsv3: {error}. /clear starts anew")
+                continue
+            answer = self.reply(session, ids, turn)
+            if chats:
+                messages = [*question, {"role": "assistant", "content": answer}]
+            turn += 1
+
+    def reply(self, session: Session, ids: list[int], turn: int) -> str:
+        """Stream one answer; Ctrl-C ends it early. Returns its text."""
+        terminal, stream = self.terminal, StreamDecoder(self.tokenizer)
+        show = None if self.args.no_stream else (lambda _, id: terminal.write(stream.push(id)))
+        terminal.stopped = False
+        result = session.complete(ids, **self.options(turn), on_token=show,
+                                  should_stop=lambda: terminal.stopped)
+        text = self.tokenizer.decode(result.ids[0])
+        terminal.write((text if self.args.no_stream else stream.flush()) + "\n")
+        return text
+
+    def print_json(self, texts, prompts, result: Generation) -> None:
+        rows = zip(texts, prompts, result.ids, result.stopped_by, strict=True)
+        self.terminal.write(json.dumps({
+            "model": str(self.args.model),
+            "precision": self.args.precision,
+            "tp": self.model.group.size,
+            "results": [
+                {"prompt": text, "prompt_ids": prompt, "ids": ids,
+                 "text": self.tokenizer.decode(ids), "stopped_by": reason}
+                for text, prompt, ids, reason in rows
+            ],
+            "tokens_per_second": round(result.tokens_per_second, 2),
+            "acceptance": result.acceptance,
+        }) + "\n")
+
+    def summarize(self, result: Generation) -> None:
+        """What was run and what it cost, on stderr. Every rank reports its own share."""
+        group, count = self.model.group, sum(map(len, result.ids))
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        mine = dict(sent=group.bytes_sent, weights=sum(tensor.nbytes for tensor in tensors),
+                    cache=result.cache_bytes, peak=_peak_memory(group.device))
+        ranks = [group.broadcast_object(mine, src=rank) for rank in range(group.size)]
+        note = self.terminal.note
+        plural = "rank" if group.size == 1 else "ranks"
+        note(f"model       {self.args.model}, {self.args.precision}, {group.size} {plural} on "
+             f"{group.device.type}")
+        note(f"speed       {count} new tokens in {result.seconds:.2f} s, prefill included: "
+             f"{result.tokens_per_second:.1f} tokens/s")
+        if result.acceptance is not None:
+            note(f"acceptance  {result.acceptance:.0%} of the drafted tokens")
+        for rank, seen in enumerate(ranks):
+            note(f"rank {rank}      weights {_size(seen['weights'])}, cache {_size(seen['cache'])}, "
+                 f"peak of the process {_size(seen['peak'])}; sent {_size(seen['sent'])}")
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where there is one, else the largest resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _size(count: int) -> str:
+    """Bytes in words: 1 kB is 1000 bytes."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
