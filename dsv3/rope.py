@@ -103,5 +103,5 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     x (..., d_h^R); rotation (..., d_h^R / 2) complex, broadcast over x's leading dimensions.
     Computed in float32, returned in x's dtype.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)

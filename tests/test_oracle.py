@@ -129,12 +129,15 @@ def test_greedy_ids_equal_transformers_over_64_tokens(tmp_path, case):
 
 
 @torch.inference_mode()
-def test_bf16_follows_transformers(tmp_path):
-    theirs, ours = random_pair(tmp_path, CASES["yarn past the original length"])
+def test_bf16_is_as_near_to_fp32_as_transformers_bf16(tmp_path):
+    """On dense layers: with experts, one near-tie of the router sends a token elsewhere."""
+    theirs, ours = random_pair(tmp_path, CASES["dense only"])
     low = load_model(tmp_path, precision="bf16")
     text = tokens(ours, 2, 64)
-    assert gap(low(text), ours(text)) < 0.05
-    assert gap(low(text), ours(text)) > 1e-4, "bf16 must really round"
+    exact = ours(text)
+    mine = float((low(text) - exact).norm() / exact.norm())
+    other = float((theirs.bfloat16()(text).logits.float() - exact).norm() / exact.norm())
+    assert 1e-3 < mine < 1.2 * other
 
 
 def test_preset_and_new_spelling_give_transformers_frequencies():
@@ -150,7 +153,7 @@ def test_preset_and_new_spelling_give_transformers_frequencies():
     assert rotation_scale(config) == rotary.attention_scaling == 1.0
     assert softmax_scale(config) == pytest.approx(
         yarn_apply_mscale(theirs.rope_parameters, 192 ** -0.5), rel=1e-7)
-    assert softmax_scale(config) * 192 ** 0.5 == pytest.approx(1.36888 ** 2, rel=1e-5)
+    assert softmax_scale(config) * 192 ** 0.5 == pytest.approx(1.87385, rel=1e-5)
     assert yarn_range(config) == (10, 23)
     assert ModelConfig.from_dict(theirs.to_dict()).but(
         quantization_config=config.quantization_config) == config
