@@ -55,14 +55,14 @@ def run_job(task: str, reader: CheckpointReader, out_dir: str | Path, outputs: l
 
     task: the job in words, e.g. "convert --tp 2"; a resumed job must match it. Returns the plan:
     {"task", "out_dir", "files": [{"name", "tensors", "bytes", "done"}], "bytes", "bytes_to_write",
-    "bytes_free", "largest_tensor"}. With dry_run nothing is written. Raises DSV3Error when the
+    "bytes_free", "largest_tensor" (of input and output)}. With dry_run nothing is written. Raises DSV3Error when the
     folder is in use for something else, or the disk is too small or not writable.
     """
     out = Path(out_dir)
     record = {"task": task, "source": _fingerprint(reader)}
     resumed = _check_folder(out, record)
     done = {o.name for o in outputs if resumed and _is_complete(out / o.name, o.tensors)}
-    plan = _plan(task, out, outputs, done)
+    plan = _plan(task, reader, out, outputs, done)
     if progress or dry_run:
         print(plan_text(plan), file=sys.stderr)
     if dry_run:
@@ -138,7 +138,8 @@ def plan_text(plan: dict) -> str:
     return "\n".join(lines)
 
 
-def _plan(task: str, out: Path, outputs: list[Output], done: set[str]) -> dict:
+def _plan(task: str, reader: CheckpointReader, out: Path, outputs: list[Output],
+          done: set[str]) -> dict:
     files = [{"name": o.name, "tensors": len(o.tensors), "bytes": o.nbytes,
               "done": o.name in done} for o in outputs]
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
@@ -147,7 +148,8 @@ def _plan(task: str, out: Path, outputs: list[Output], done: set[str]) -> dict:
         "bytes": sum(f["bytes"] for f in files),
         "bytes_to_write": sum(f["bytes"] for f in files if not f["done"]),
         "bytes_free": shutil.disk_usage(place).free,
-        "largest_tensor": max(stored_bytes(t) for o in outputs for t in o.tensors),
+        "largest_tensor": max(*(stored_bytes(t) for o in outputs for t in o.tensors),
+                              *(reader.entry(name).nbytes for name in reader.home)),
     }
 
 
