@@ -75,7 +75,7 @@ def test_codes_survive_a_round_trip():
 # Scales
 
 
-@pytest.mark.parametrize("scale", [1024 * (1 + 2.0**-23), 1024.0, 1024 * (1 - 2.0**-24), 3.0, 1e-12])
+@pytest.mark.parametrize("scale", [1024 * (1 + 2.0**-23), 1024.0, 1024 * (1 - 2.0**-24), 3.0])
 def test_power_of_two_scale_is_the_smallest_one_not_below(scale):
     found = formats.next_power_of_two(torch.tensor([scale])).item()
     mantissa, exponent = math.frexp(torch.tensor(scale).item())
@@ -197,7 +197,7 @@ def test_a_stack_is_its_matrices():
 
 def test_dequantising_is_exact_for_extreme_scales():
     codes = ALL_CODES[:127].repeat(4).view(torch.float8_e4m3fn).view(4, 127)
-    scale = torch.tensor([[2.0**-140], [1e-12], [2.0**8], [1.5 * 2.0**119]])
+    scale = torch.tensor([[2.0**-140], [1e-12], [2.0**8], [1.5 * 2.0**120]])
     q = QuantizedTensor(codes, scale, (1, 128))
     assert same_bits(q.dequantize(), dequantized(q).float())
 

@@ -97,10 +97,12 @@ class QuantizedTensor:
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
         data, scale, flat = _matrix(self.data), _matrix(self.scale), _matrix(out)
         for rows, blocks in row_chunks(*data.shape, self.block[0]):
-            values = dequantize_rows(data[rows], scale[blocks], self.block)
+            in_place = flat[rows] if dtype == torch.float32 else None
+            values = dequantize_rows(data[rows], scale[blocks], self.block, in_place)
             if has_nan_code(data[rows]):
                 values.masked_fill_(is_nan_code(data[rows]), torch.nan)
-            flat[rows] = values
+            if in_place is None:
+                flat[rows] = values
         return out
 
     def check(self, where: str) -> QuantizedTensor:
@@ -208,7 +210,7 @@ def dequantize_rows(data: torch.Tensor, scale: torch.Tensor, block: tuple[int, i
     br, bc = block
     if data.device.type == "cpu":
         values = decode_finite(data, out)
-        if (scale < 2.0**119).all():
+        if (scale < 2.0**120).all():
             scale = scale * 256.0
         else:  # 256 * scale might overflow
             values.mul_(256.0)
