@@ -24,8 +24,8 @@ CONFIG = ModelConfig(
     max_position_embeddings=128, initializer_range=0.15, routed_scaling_factor=2.5)
 
 
-def save_random(folder, config: ModelConfig = CONFIG) -> None:
-    """Random weights; norms and router biases are given values that matter."""
+def save_random(folder, config: ModelConfig = CONFIG, change=lambda model: None) -> None:
+    """Random weights; norms and router biases are given values that matter; then ``change``."""
     model = Transformer(config).init_weights(0)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -33,6 +33,7 @@ def save_random(folder, config: ModelConfig = CONFIG) -> None:
             if "norm" in name or name.endswith("gate.bias"):
                 weight = model.weight(name)
                 weight.add_(torch.randn(weight.shape, generator=random), alpha=0.2)
+        change(model)
     save_model(model, folder)
 
 
