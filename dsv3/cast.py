@@ -41,7 +41,7 @@ def cast(in_dir: str | Path, out_dir: str | Path, to: str = "bf16", scale_fmt: s
 
     in_dir: the checkpoint; out_dir: an empty or new folder, or one with this job unfinished.
     to: "bf16" or "fp8". scale_fmt: for "fp8", "float32" or "ue8m0" (powers of two). dry_run:
-    print the plan and stop. progress: show the plan and a bar on stderr. Returns the plan, see
+    make the plan and stop. progress: show the plan and a bar on stderr. Returns the plan, see
     ``dsv3.jobs.run_job``. Raises DSV3Error for anything wrong with the input or the disk.
     """
     if to not in ("bf16", "fp8"):

@@ -11,7 +11,6 @@ scale, a wrong shape or dtype, NaN codes, a scale or a router bias that is not f
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +24,7 @@ from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.safetensors_io import DTYPES, StreamWriter, unwritable, write_text
 from dsv3.shards import (INDEX_FILE, SINGLE_FILE, CheckpointReader, check_tensors,
-                         copy_companions, index_text, open_checkpoint)
-
-_CONVERTED = re.compile(r"(model|mtp)(\d+)-mp(\d+)\.safetensors")
+                         converted_ranks, copy_companions, index_text, open_checkpoint)
 
 
 def load_model(folder: str | Path, precision: str = "fp8",
@@ -95,17 +92,6 @@ def _open_converted(folder: Path, group: TensorGroup, ranks: int):
         return reader.read(spec.name) if spec.name in reader else None
 
     return config, reader, pick
-
-
-def converted_ranks(folder: str | Path) -> int | None:
-    """For how many ranks a folder was converted; None for a folder of another kind."""
-    folder = Path(folder)
-    found = {int(match[3]) for path in (folder.iterdir() if folder.is_dir() else ())
-             if (match := _CONVERTED.fullmatch(path.name))}
-    if len(found) > 1:
-        raise DSV3Error("files for different numbers of ranks in one folder", where=folder,
-                        found=sorted(found), fix="Keep each conversion in a folder of its own")
-    return found.pop() if found else None
 
 
 def check_values(name: str, value: torch.Tensor, scale: torch.Tensor | None = None) -> None:

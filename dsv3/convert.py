@@ -31,8 +31,8 @@ def convert(in_dir: str | Path, out_dir: str | Path, tp: int, dry_run: bool = Fa
     """Cut a checkpoint in the released layout into one set of files for each of ``tp`` ranks.
 
     in_dir: the checkpoint; out_dir: an empty or new folder, or one with this job unfinished.
-    dry_run: print the plan (files, bytes, disk space) and stop. progress: show the plan and a
-    bar on stderr. Returns the plan, see ``dsv3.jobs.run_job``. Raises DSV3Error for anything
+    dry_run: make the plan (files, bytes, disk space) and stop. progress: show the plan and a bar
+    on stderr. Returns the plan, see ``dsv3.jobs.run_job``. Raises DSV3Error for anything
     wrong with the input, for a ``tp`` that cannot be, and for a disk that is full.
     """
     config, reader, specs = open_checkpoint(in_dir)

@@ -63,7 +63,7 @@ def run_job(task: str, reader: CheckpointReader, out_dir: str | Path, outputs: l
     resumed = _check_folder(out, record)
     done = {o.name for o in outputs if resumed and _is_complete(out / o.name, o.tensors)}
     plan = _plan(task, reader, out, outputs, done)
-    if progress or dry_run:
+    if progress:
         print(plan_text(plan), file=sys.stderr)
     if dry_run:
         return plan

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ from dsv3.safetensors_io import (PARTIAL, PICKLES, Entry, Planned, SafetensorsFi
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_CONVERTED = re.compile(r"(model|mtp)(\d+)-mp(\d+)\.safetensors")
 # Small files that belong to a checkpoint and are carried along; none of them is run.
 COMPANIONS = ("*token*", "vocab.json", "merges.txt", "chat_template*", "generation_config.json",
               "LICENSE*")
@@ -96,14 +98,17 @@ class CheckpointReader:
         if SINGLE_FILE in names:
             return SINGLE_FILE
         shards = [n for n in names if n.endswith(".safetensors")]
-        pickles = [n for n in names if n.endswith(PICKLES)]
-        found = shards or pickles
-        fix = "Download the index that belongs to the shards" if shards else None
-        if pickles and not shards:
+        found = shards or [n for n in names if n.endswith(PICKLES)] or ["no safetensors file"]
+        fix = None
+        if ranks := converted_ranks(self.folder):
+            fix = (f"This folder was converted for {ranks} ranks; name the folder that it was "
+                   "made from")
+        elif shards:
+            fix = "Download the index that belongs to the shards"
+        elif found[0].endswith(PICKLES):
             fix = "These are pickle files, which can run code and are never opened here"
         raise DSV3Error("no checkpoint in this folder", where=self.folder,
-                        found=", ".join(found[:3]) + (", ..." if found[3:] else "")
-                        if found else "no safetensors file",
+                        found=", ".join(found[:3]) + (", ..." if found[3:] else ""),
                         expected=f"{INDEX_FILE} or {SINGLE_FILE}", fix=fix)
 
     def _open_all(self, names: Iterable[str]) -> None:
@@ -152,6 +157,17 @@ def read_index(path: Path) -> dict[str, str]:
             raise DSV3Error("the index names a file of another kind", where=path,
                             found=file_name, expected="a .safetensors file")
     return weight_map
+
+
+def converted_ranks(folder: str | Path) -> int | None:
+    """For how many ranks a folder was converted; None for a folder of another kind."""
+    folder = Path(folder)
+    found = {int(match[3]) for path in (folder.iterdir() if folder.is_dir() else ())
+             if (match := _CONVERTED.fullmatch(path.name))}
+    if len(found) > 1:
+        raise DSV3Error("files for different numbers of ranks in one folder", where=folder,
+                        found=sorted(found), fix="Keep each conversion in a folder of its own")
+    return found.pop() if found else None
 
 
 def index_text(files: dict[str, list[Planned]]) -> str:
@@ -215,8 +231,9 @@ def check_tensors(reader: CheckpointReader,
     if missing:
         name, spec = missing[0]
         fix = None
-        if all(spec.part == "mtp" for _, spec in missing):
-            fix = ("Only MTP tensors are missing: for a checkpoint without them, set "
+        if spec.part == "mtp" and not any(spec.part == "mtp" for name, (spec, _) in expected.items()
+                                          if name in reader):
+            fix = ("No MTP tensor is there: for a checkpoint without MTP, set "
                    "num_nextn_predict_layers to 0 in config.json")
         raise DSV3Error(
             f"missing {'scale' if spec.scale_of else 'tensor'}"

@@ -175,7 +175,7 @@ def test_a_cast_checkpoint_computes_the_same(tmp_path):
 
 def test_dry_run_and_refusals(tmp_path, capsys):
     write_checkpoint(tmp_path / "in", tiny_config())
-    plan = cast(tmp_path / "in", tmp_path / "out", dry_run=True, progress=False)
+    plan = cast(tmp_path / "in", tmp_path / "out", dry_run=True)
     assert not (tmp_path / "out").exists() and "to write" in capsys.readouterr().err
     found = run(tmp_path / "in", tmp_path / "out")
     assert plan["bytes"] == sum(t.nbytes for t in found.values())

@@ -13,13 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from checkpoints import same_bits, tiny_config, write_checkpoint
-from dsv3.checkpoint import converted_ranks, load_model
+from dsv3.checkpoint import load_model
 from dsv3.config import QuantizationConfig
 from dsv3.convert import convert
 from dsv3.errors import DSV3Error
 from dsv3.jobs import RECORD_FILE
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.safetensors_io import StreamWriter
+from dsv3.shards import converted_ranks
 
 # released word -> (short word, dimension that is cut)
 RULE = {
@@ -139,7 +140,7 @@ def test_another_number_of_ranks_is_refused(tmp_path):
 
 def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
     write_checkpoint(tmp_path / "in", tiny_config())
-    plan = run(tmp_path / "in", tmp_path / "out", 2, dry_run=True)
+    plan = convert(tmp_path / "in", tmp_path / "out", 2, dry_run=True)
     assert not (tmp_path / "out").exists()
     text = capsys.readouterr().err
     assert "model1-mp2.safetensors" in text and "free on the disk" in text
@@ -172,6 +173,7 @@ KILLED = """
 import os, signal, sys
 from dsv3.convert import convert
 from dsv3.safetensors_io import StreamWriter
+from dsv3.shards import converted_ranks
 
 write = StreamWriter.write
 def deadly(self, name, value, first_row=0):
