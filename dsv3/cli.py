@@ -30,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         begin_rank()
     try:
-        args = build_parser().parse_args(arguments)
-        code = args.command(args, arguments)
+        code = _run(arguments)
         sys.stdout.flush()
         return code
     except DSV3Error as error:
@@ -50,6 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "OutOfMemoryError":
             return _fail("out of GPU memory. Use fewer or shorter prompts, or more ranks", 1)
         return _lost_peer(error)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        args = build_parser().parse_args(arguments)
+    except SystemExit as done:  # argparse has printed --help or --version
+        return int(done.code or 0)
+    return args.command(args, arguments)
 
 
 def _fail(message: str, code: int) -> int:
@@ -84,6 +91,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise DSV3Error(message, fix=f"See {self.prog} --help")
+
+    def print_help(self, file=None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse would hide that it cannot write
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     check_ranks(args.tp)
     check_options(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     config = ModelConfig.from_pretrained(args.model)
-    check_sharding(config, world_size() or args.tp or 1)
+    check_sharding(config, world_size() or args.tp or 1,
+                   blocks=args.precision == "fp8" or config.quantization_config is not None)
     tokenizer = load_tokenizer(args.model)
     texts = read_prompts(args)
     prompts = [prompt_ids(tokenizer, text, args.chat) for text in texts]
@@ -149,7 +150,7 @@ class Job:
         terminal.listen()
         messages: list[dict] = []
         turn = 0
-        while (line := terminal.ask("> ")) is not None and line.strip() != "/exit":
+        while (line := terminal.ask()) is not None and line.strip() != "/exit":
             if line.strip() == "/clear":
                 messages.clear()
                 session.clear()

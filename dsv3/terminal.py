@@ -21,6 +21,7 @@ import sys
 from dsv3.parallel.tensor import TensorGroup
 
 _KEEP_ALIVE_SECONDS = 60
+_PROMPT = "> "
 
 
 class Terminal:
@@ -53,8 +54,9 @@ class Terminal:
         else:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def ask(self, prompt: str) -> str | None:
+    def ask(self) -> str | None:
         """The next line, the same on all ranks; None at the end of the input."""
+        prompt = _PROMPT
         while True:
             answer = self._read(prompt) if self.speaks else None
             kind, line = self.group.broadcast_object(answer)
@@ -71,22 +73,26 @@ class Terminal:
 
     def _read(self, prompt: str) -> tuple[str, str]:
         """("line", text), ("end", "") or, after a minute of silence, ("waiting", "")."""
-        self.write(prompt)
-        try:
-            self._reading = True
-            while b"\n" not in self._pending:
-                if not select.select([0], [], [], _KEEP_ALIVE_SECONDS)[0]:
-                    return "waiting", ""
-                more = os.read(0, 65536)
-                if not more:
-                    break
-                self._pending += more
-        except KeyboardInterrupt:
-            self._reading, self._pending = False, b""
-            self.write("\n(/exit or Ctrl-D leaves)\n")
-            return self._read(prompt)
-        finally:
-            self._reading = False
+        while True:
+            try:
+                self._reading = True
+                self.write(prompt)
+                return self._read_line()
+            except KeyboardInterrupt:
+                self._pending = b""
+                prompt = f"\n(/exit or Ctrl-D leaves)\n{_PROMPT}"
+            finally:
+                self._reading = False
+
+    def _read_line(self) -> tuple[str, str]:
+        # Straight from the descriptor: what Python's own buffer held, select would not see.
+        while b"\n" not in self._pending:
+            if not select.select([0], [], [], _KEEP_ALIVE_SECONDS)[0]:
+                return "waiting", ""
+            more = os.read(0, 65536)
+            if not more:
+                break
+            self._pending += more
         if not self._pending:
             return "end", ""
         line, _, self._pending = self._pending.partition(b"\n")

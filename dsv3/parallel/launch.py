@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -51,11 +52,6 @@ class RankFailed(DSV3Error):
 def world_size() -> int | None:
     """Ranks that a launcher has started, this one included; None when there was no launcher."""
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks for all: rank 0, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def check_ranks(asked: int | None) -> None:
@@ -110,6 +106,7 @@ def begin_rank() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(0.5)
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(PEER_LOST)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,456 @@
+"""The command line, as its users meet it: output, errors and exit codes.
+
+Starting Python and torch costs seconds, so what needs no process of its own is run in this one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from dsv3 import cli, doctor
+from dsv3.checkpoint import load_model
+from dsv3.generate import generate
+from dsv3.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 120  # seconds; reached only when something hangs
+PROMPT = "In byte-level text"
+
+
+def environment(**changes) -> dict[str, str]:
+    """What a user's process sees: no launcher's variables, one thread, this package."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    clean = {name: value for name, value in os.environ.items() if name not in launcher}
+    return clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"} | changes
+
+
+def dsv3(*words, code: int = 0, **options) -> subprocess.CompletedProcess:
+    """Run a command to its end and check its exit code."""
+    done = subprocess.run([sys.executable, "-m", "dsv3", *map(str, words)], capture_output=True,
+                          text=True, timeout=LIMIT, env=options.pop("env", environment()),
+                          **options)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture
+def here(capsys):
+    """Run a command in this process; gives (stdout, stderr)."""
+
+    def run(*words, code: int = 0) -> tuple[str, str]:
+        assert cli.main([str(word) for word in words]) == code
+        return capsys.readouterr()
+
+    return run
+
+
+def one_line(text: str) -> str:
+    """The single error line of a failed command."""
+    lines = text.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("dsv3: error: "), text
+    return lines[0]
+
+
+def wait_until(condition, seconds: float = LIMIT):
+    """Poll until ``condition`` gives something true, and return that."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if result := condition():
+            return result
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
+
+
+def members(session_of: int) -> list[int]:
+    """Processes below a process, by its id (Linux)."""
+    found, queue = [], [session_of]
+    while queue:
+        parent = queue.pop()
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                children = [int(word) for word in task.read_text().split()]
+            except OSError:
+                continue
+            found += children
+            queue += children
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; one that waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+# dsv3 generate ----------------------------------------------------------------------------------
+
+def test_json_on_one_rank_and_two(tiny_checkpoint, here):
+    """Exactly the documented object and nothing else on stdout; ids are those of the library."""
+    model, tokenizer = load_model(tiny_checkpoint, "fp32"), load_tokenizer(tiny_checkpoint)
+    prompt = "In $$ ${rank} é😀"  # dollars must reach the ranks as they are
+    ids = tokenizer.encode(prompt)
+    expected = generate(model, [ids], max_new_tokens=12, eos_ids=[1],
+                        valid_vocab_size=tokenizer.vocab_size)[0]
+    words = ["generate", tiny_checkpoint, "--prompt", prompt, "--json", "--precision", "fp32",
+             "--max-new-tokens", 12]
+    done = dsv3(*words, "--tp", 2)
+    for ranks, (output, errors) in {1: here(*words), 2: (done.stdout, done.stderr)}.items():
+        answer = json.loads(output)
+        assert answer.pop("tokens_per_second") > 0
+        assert answer == {
+            "model": str(tiny_checkpoint), "precision": "fp32", "tp": ranks, "acceptance": None,
+            "results": [{"prompt": prompt, "prompt_ids": ids, "ids": expected,
+                         "text": tokenizer.decode(expected), "stopped_by": "length"}]}
+        assert errors == ""
+
+
+def test_streamed_text_and_summary_on_two_ranks(tiny_checkpoint, here):
+    """Only rank 0 prints; each rank's bytes are told."""
+    words = ["generate", tiny_checkpoint, "--prompt", PROMPT, "--max-new-tokens", 8,
+             "--precision", "fp32", "--speculative"]
+    done = dsv3(*words, "--tp", 2)
+    assert done.stdout == here(*words, "--no-stream")[0] == here(*words)[0]
+    assert done.stdout.startswith(PROMPT) and done.stdout.count(PROMPT) == 1
+    summary = done.stderr.splitlines()
+    assert [line.split()[0] for line in summary] == [
+        "model", "speed", "acceptance", "rank", "rank"]
+    assert "fp32, 2 ranks on cpu" in summary[0] and "8 new tokens" in summary[1]
+    for line in summary[3:]:
+        assert re.search(r"weights [\d.]+ MB, cache [\d.]+ kB, peak of the process [\d.]+ MB; "
+                         r"sent [\d.]+ kB$", line)
+
+
+def test_input_file_of_ragged_lines(tiny_checkpoint, tmp_path, here):
+    """One prompt a line, empty lines skipped, Windows line ends taken off; sampled by row."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("In byte\r\n\n   \nevery word, çédille and emoji 😀\nx".encode())
+    words = ["generate", tiny_checkpoint, "--input-file", file, "--max-new-tokens", 6,
+             "--precision", "fp32", "--temperature", 1, "--top-p", 0.9, "--seed", 5]
+    results = json.loads(here(*words, "--json")[0])["results"]
+    prompts = ["In byte", "every word, çédille and emoji 😀", "x"]
+    assert [result["prompt"] for result in results] == prompts
+    assert json.loads(here(*words, "--json")[0])["results"] == results
+    other = json.loads(here(*words[:-1], 6, "--json")[0])["results"]
+    assert other != results
+    printed = here(*words)[0]
+    for number, result in enumerate(results, 1):
+        assert f"[{number}/3] {result['prompt']}\n{result['text']}\n" in printed
+
+
+def test_chat_and_speculative(tiny_checkpoint, here):
+    words = ["generate", tiny_checkpoint, "--prompt", "Hi", "--chat", "--json",
+             "--max-new-tokens", 6, "--precision", "fp32"]
+    plain = json.loads(here(*words)[0])
+    drafted = json.loads(here(*words, "--speculative")[0])
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    assert tokenizer.decode(plain["results"][0]["prompt_ids"], skip_special=False) == (
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>")
+    assert drafted["results"] == plain["results"]
+    assert plain["acceptance"] is None and 0 <= drafted["acceptance"] <= 1
+
+
+def test_under_torchrun_the_ranks_that_are_there_are_used(tiny_checkpoint):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", "-m", "dsv3", "generate", str(tiny_checkpoint),
+               "--prompt", PROMPT, "--json", "--max-new-tokens", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT,
+                          env=environment())
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tp"] == 2
+
+
+def test_tp_that_disagrees_with_torchrun(tiny_checkpoint, here, monkeypatch):
+    """Refused before anything is read or joined."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, errors = here("generate", tiny_checkpoint, "--prompt", "x", "--tp", 4, code=2)
+    assert "--tp: disagrees" in one_line(errors) and "found 4, expected 2" in errors
+
+
+# Bad input --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, message", [
+    (["--prompt", ""], "--prompt: empty prompt"),
+    (["--prompt", "many words " * 200], "prompt longer than the context.*at most 255"),
+    (["--prompt", "x", "--temperature", "-1"], "temperature: not a usable value"),
+    (["--prompt", "x", "--temperature", "nan"], "temperature: not a usable value"),
+    (["--prompt", "x", "--top-p", "0"], "top_p: not a usable value"),
+    (["--prompt", "x", "--max-new-tokens", "-3"], "max_new_tokens: not a usable value"),
+    (["--prompt", "x", "--tp", "0"], "--tp: '0' is not a whole number of at least 1"),
+    (["--prompt", "x", "--tp", "3"], "cannot be split over 3 ranks"),
+    (["--prompt", "x", "--tp", "8"], r"Choose one of \[1, 2\] ranks"),
+    (["--prompt", "x", "--precision", "int4"], "argument --precision: invalid choice"),
+    (["--prompt", "x", "--input-file", "y"], "not allowed with argument --prompt"),
+    (["--input-file", "no-such-file"], "no-such-file: cannot read the prompts"),
+    (["--input-file", "/dev/null"], "no prompts in the file"),
+    ([], "one of the arguments --prompt --input-file --interactive is required"),
+])
+def test_bad_options_and_prompts(tiny_checkpoint, here, words, message):
+    output, errors = here("generate", tiny_checkpoint, *words, code=2)
+    assert re.search(message, one_line(errors)) and output == ""
+
+
+def test_bad_prompt_bytes(tiny_checkpoint, tmp_path, here):
+    (tmp_path / "latin").write_bytes("é".encode("latin-1"))
+    _, errors = here("generate", tiny_checkpoint, "--input-file", tmp_path / "latin", code=2)
+    assert "latin: not a UTF-8 text file (found byte 0)" in one_line(errors)
+    prompt = b"ab\xff".decode(errors="surrogateescape")  # as Python reads such an argument
+    _, errors = here("generate", tiny_checkpoint, "--prompt", prompt, code=2)
+    assert "character 2: text is not valid Unicode" in one_line(errors)
+
+
+def damaged(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy whose weights end in the middle: config and tokenizer are read first and are fine."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_checkpoint, folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100_000])
+    return folder
+
+
+def test_bad_checkpoint_gives_the_same_line_on_one_rank_and_two(tiny_checkpoint, tmp_path, here):
+    folder = damaged(tiny_checkpoint, tmp_path)
+    output, errors = here("generate", folder, "--prompt", "x", code=2)
+    assert "model.safetensors" in one_line(errors) and output == ""
+    done = dsv3("generate", folder, "--prompt", "x", "--tp", 2, code=2)
+    assert (done.stdout, done.stderr) == ("", errors)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_missing_file(tiny_checkpoint, tmp_path, here, missing):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    (folder / missing).unlink()
+    assert missing in one_line(here("generate", folder, "--prompt", "x", code=2)[1])
+
+
+def test_full_output_on_two_ranks(tiny_checkpoint):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dsv3", "generate", str(tiny_checkpoint), "--prompt", "x",
+             "--tp", "2"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT,
+            env=environment())
+    assert done.returncode == 1
+    assert "standard output: cannot write (No space left" in one_line(done.stderr)
+
+
+def test_closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "dsv3", "--help"], stdout=writer,
+                          stderr=subprocess.PIPE, text=True, timeout=LIMIT, env=environment())
+    os.close(writer)
+    assert done.returncode == 1
+    assert "standard output: cannot write (Broken pipe" in one_line(done.stderr)
+
+
+# Ranks that die ---------------------------------------------------------------------------------
+
+def start_endless(tiny_checkpoint, tmp_path, *words) -> subprocess.Popen:
+    """Two ranks that generate for minutes; returns when text has begun to appear."""
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    folder, output = tmp_path / "endless", tmp_path / "output"
+    shutil.copytree(tiny_checkpoint, folder)
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
+    with open(output, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dsv3", "generate", str(folder), "--prompt", PROMPT, "--tp", "2",
+             "--max-new-tokens", "90000", *words], stdout=file, stderr=subprocess.PIPE, text=True,
+            env=environment())
+    wait_until(lambda: process.poll() is not None or output.stat().st_size > len(PROMPT))
+    return process
+
+
+def pid_of_rank(process: subprocess.Popen, rank: int) -> int:
+    for pid in members(process.pid):
+        if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
+            return pid
+    raise AssertionError(f"no rank {rank}")
+
+
+@linux
+def test_killed_rank_is_named_and_the_others_end(tiny_checkpoint, tmp_path):
+    rank = 1
+    process = start_endless(tiny_checkpoint, tmp_path)
+    below = members(process.pid)
+    os.kill(pid_of_rank(process, rank), signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert f"rank {rank} of 2 was killed by SIGKILL; the other ranks were stopped" in one_line(errors)
+    assert not any(map(alive, below))
+
+
+@linux
+def test_ctrl_c_ends_launcher_and_ranks(tiny_checkpoint, tmp_path):
+    process = start_endless(tiny_checkpoint, tmp_path)
+    below = members(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "")
+    assert len(below) >= 2 and not any(map(alive, below))
+
+
+@linux
+def test_a_killed_launcher_takes_its_ranks_along(tiny_checkpoint, tmp_path):
+    """SIGKILL leaves the launcher no time for anything: the ranks notice by themselves."""
+    process = start_endless(tiny_checkpoint, tmp_path)
+    below = members(process.pid)
+    process.kill()
+    process.communicate(timeout=30)
+    wait_until(lambda: not any(map(alive, below)), 30)
+
+
+# dsv3 generate --interactive --------------------------------------------------------------------
+
+class Talk:
+    """A command on a terminal of its own, driven like a person would."""
+
+    def __init__(self, *words):
+        self.terminal, inside = pty.openpty()
+
+        def own_terminal():
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dsv3", *map(str, words)], stdin=inside, stdout=inside,
+            stderr=inside, env=environment(), preexec_fn=own_terminal)
+        os.close(inside)
+        self.seen = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        below = members(self.process.pid)
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+        os.close(self.terminal)
+        wait_until(lambda: not any(map(alive, below)), 30)
+
+    def type(self, text: str) -> None:
+        os.write(self.terminal, text.encode())
+
+    def until(self, pattern: str) -> str:
+        """What appears up to and with ``pattern``."""
+        end = time.monotonic() + LIMIT
+        while not (match := re.search(pattern, self.seen)):
+            assert time.monotonic() < end, f"waited for {pattern!r}, saw {self.seen!r}"
+            if select.select([self.terminal], [], [], 0.2)[0]:
+                try:
+                    self.seen += os.read(self.terminal, 65536).decode(errors="replace")
+                except OSError:  # the other side has closed
+                    assert re.search(pattern, self.seen), self.seen
+        text, self.seen = self.seen[:match.end()], self.seen[match.end():]
+        return text
+
+
+@linux
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_interactive_talk(tiny_checkpoint, tmp_path, ranks):
+    """Question, Ctrl-C in the middle of an answer, Ctrl-C at the prompt, /clear, /exit."""
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    folder = tmp_path / "endless"
+    shutil.copytree(tiny_checkpoint, folder)
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
+    with Talk("generate", folder, "--interactive", "--tp", ranks, "--temperature", 1,
+              "--max-new-tokens", 50_000) as talk:
+        talk.until("Ctrl-C stops an answer")
+        talk.until("> ")
+        talk.type("Who are you?\n")
+        talk.until(r"Who are you\?\r\n.{20}(?s:.)*")
+        talk.type("\x03")
+        talk.until("\n> ")
+        talk.type("half a line\x03")
+        talk.until("/exit or Ctrl-D leaves")
+        talk.until("> ")
+        talk.type("/clear\n")
+        talk.until("\n> ")
+        talk.type("/exit\n")
+        assert talk.process.wait(30) == 0
+
+
+@linux
+def test_interactive_input_that_does_not_fit_is_told_and_the_talk_goes_on(tiny_checkpoint):
+    """From a pipe too; the end of the input ends the talk."""
+    lines = "many words " * 200 + "\nHi\n"
+    done = dsv3("generate", tiny_checkpoint, "--interactive", "--max-new-tokens", 3, input=lines)
+    assert "prompt longer than the context" in done.stderr and "/clear starts anew" in done.stderr
+    assert done.stdout.count("> ") >= 3 and len(done.stdout) > len("> > > ")
+
+
+# Other commands ---------------------------------------------------------------------------------
+
+def test_help_needs_no_torch(tmp_path):
+    """--help and --version work where torch is missing, and doctor says that it is."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    env = environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert dsv3("--version", env=env).stdout.startswith("dsv3 0.")
+    assert "usage: dsv3 generate" in dsv3("generate", "--help", env=env).stdout
+    report = dsv3("doctor", env=env, code=1).stdout
+    assert "[missing] a torch that imports" in report and "no torch here" in report
+
+
+def test_every_command_is_listed_and_explains_itself(here):
+    commands = here("--help")[0]
+    for command in "generate convert cast inspect diff train bench doctor".split():
+        assert command in commands
+        assert "usage: dsv3 " + command in here(command, "--help")[0]
+
+
+def test_unknown_command(here):
+    assert "invalid choice: 'swim'" in one_line(here("swim", code=2)[1])
+
+
+def test_doctor_here(here):
+    report = here("doctor")[0].splitlines()
+    assert report[-1] == "ready"
+    assert all(re.match(r"\[(ok|--)\] ", line) for line in report[:-1])
+
+
+def test_doctor_knows_the_packages_of_pyproject():
+    """One truth for names and least versions."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    written = {"": project["dependencies"], **project["optional-dependencies"]}
+    for name, least, extra, _ in doctor.PACKAGES:
+        assert f"{name}>={least}" in written[extra]
+    assert {name for name, _, extra, _ in doctor.PACKAGES if not extra} == {
+        entry.partition(">=")[0] for entry in written[""]}
+
+
+def test_doctor_names_what_is_missing_and_old(monkeypatch):
+    versions = {"torch": "2.9.1+cpu", "jupyterlab": "3.0"}
+
+    def version(name):
+        if name == "numpy":
+            raise doctor.importlib.metadata.PackageNotFoundError(name)
+        return versions.get(name, "99.0")
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    lines = {thing: (state, remark) for state, thing, remark in doctor.check()}
+    assert lines["torch 2.9.1+cpu"] == ("old", '2.11 or later: pip install "torch>=2.11"')
+    assert lines["numpy"] == ("missing", 'for training data: pip install "numpy>=2.0"')
+    assert lines["jupyterlab 3.0"] == ("--", '4.2 or later: pip install "dsv3[book]"')
