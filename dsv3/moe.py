@@ -116,14 +116,15 @@ class Experts(nn.Module):
         local, order = local.sort(stable=True)
         ends = torch.searchsorted(local, torch.arange(self.count, device=u.device), right=True)
         token = order // chosen.shape[1]
-        run = self.grouped if self.can_group(u) else self.one_by_one
+        run = self.grouped if self.can_group(chosen) else self.one_by_one
         y = run(u, token, ends).masked_fill((local == self.count)[:, None], 0.0)
         y = y * weights.flatten()[order, None]
         return torch.zeros_like(u, dtype=y.dtype).index_add(0, token, y)
 
-    def can_group(self, u: torch.Tensor) -> bool:
-        """Whether one grouped product can serve all experts: plain weights, aligned rows."""
-        if self.precision.quantized:
+    def can_group(self, chosen: torch.Tensor) -> bool:
+        """Whether one grouped product serves all experts: plain weights, aligned rows, and, on a
+        CPU, where it visits every expert, enough choices to go round."""
+        if self.precision.quantized or (chosen.numel() < self.count and not chosen.is_cuda):
             return False
         width = self.precision.dtype.itemsize
         return all(size * width % _ROW_BYTES == 0 for size in self.w2.shape[1:])
@@ -150,7 +151,7 @@ class Experts(nn.Module):
     def expert(self, index: int, x: torch.Tensor | QuantizedTensor) -> torch.Tensor:
         """One expert's SwiGLU: x (n, d), plain or quantised -> (n, d), unrounded if quantised."""
         if not self.precision.quantized:
-            gate, up = (F.linear(x, half) for half in self.w13[index])
+            gate, up = F.linear(x, self.w13[index].flatten(0, 1)).chunk(2, dim=-1)
             return F.linear(F.silu(gate) * up, self.w2[index]).float()
         gate, up = (self.product(x, self.w13, self.w13_scale, (index, half))
                     .to(self.precision.dtype) for half in (0, 1))
