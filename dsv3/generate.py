@@ -105,12 +105,13 @@ def complete(
     prefill_chunk: int | None = None,
     should_stop: Callable[[], bool] | None = None,
     cache=None,
+    draft_cache=None,
 ) -> Generation:
     """``generate`` with the full account.
 
     should_stop: asked on rank 0 after each step; True ends all rows on all ranks ("interrupt").
     cache: one that already holds the beginning of each prompt (``cache.lengths`` says how much);
-    only the rest is computed.
+    only the rest is computed. draft_cache: for speculative decoding, with the same lengths.
     """
     check_options(max_new_tokens, temperature, top_p, seed, prefill_chunk)
     valid = _valid_vocab(model.config.vocab_size, valid_vocab_size)
@@ -125,7 +126,8 @@ def complete(
     rest = [list(prompt[seen:]) for prompt, seen in zip(prompts, cache.lengths)]
     rows = Rows(prompts, max_new_tokens, context, eos_ids, on_token)
     choose = Chooser(model.group, len(prompts), temperature, top_p, seed, valid, should_stop)
-    decoder = (Speculative if speculative else Plain)(model, cache, choose)
+    decoder = (Speculative(model, cache, choose, draft_cache) if speculative
+               else Plain(model, cache, choose))
     chosen = [[id] for id in choose(prefill(model, cache, rest, prefill_chunk, decoder.watch))]
     passes = 0
     while True:
@@ -252,15 +254,11 @@ class Session:
         self.model, self._room = model, room
         self.ids: list[int] = []
         self.prefilled = 0  # prompt tokens that the last turn had to compute
-        self._cache = None
+        self._cache = self._draft_cache = None
 
     def complete(self, prompt: Sequence[int], **options) -> Generation:
         """Continue ``prompt``, the whole conversation's ids; options as in ``complete``."""
         wanted = len(prompt) + options.get("max_new_tokens", 64)
-        if options.get("speculative"):  # drafts need caches of their own, made afresh each turn
-            self.clear()
-            self.prefilled = len(prompt)
-            return complete(self.model, [prompt], **options)
         check_prompts([prompt], self.model.config.vocab_size,
                       self.model.config.max_position_embeddings)
         self._make_room(min(wanted, self.model.config.max_position_embeddings))
@@ -268,16 +266,25 @@ class Session:
         kept = 0
         while kept < min(len(self.ids), len(prompt) - 1) and self.ids[kept] == prompt[kept]:
             kept += 1
+        speculative = options.get("speculative", False)
+        if speculative and self._draft_cache is None:
+            self._draft_cache = self.model.new_draft_cache(1, self._room)
+        if self._draft_cache is not None:
+            # An entry is made of a state and the token after it, so one less can be kept.
+            drafts_kept = max(min(kept - 1, self._draft_cache.lengths[0]), 0)
+            self._draft_cache.truncate([drafts_kept])
+            kept = drafts_kept if speculative else kept
         self._cache.truncate([kept])
         self.ids, self.prefilled = list(prompt[:kept]), len(prompt) - kept
-        result = complete(self.model, [prompt], cache=self._cache, **options)
+        result = complete(self.model, [prompt], cache=self._cache, draft_cache=self._draft_cache,
+                          **options)
         # The last token chosen has not been fed, so the cache may be one shorter than the text.
         self.ids = [*prompt, *result.ids[0]][: self._cache.lengths[0]]
         return result
 
     def clear(self) -> None:
         """Forget the conversation and give its memory back."""
-        self.ids, self._cache = [], None
+        self.ids, self._cache, self._draft_cache = [], None, None
 
     def _make_room(self, wanted: int) -> None:
         """A cache of at least ``wanted`` tokens. One that is outgrown is replaced by one at least
@@ -286,6 +293,7 @@ class Session:
             context = self.model.config.max_position_embeddings
             self._room = min(context, max(self._room, 2 * wanted))
             self._cache, self.ids = self.model.new_cache(1, self._room), []
+            self._draft_cache = None
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: int) -> None:

@@ -59,17 +59,21 @@ class Speculative:
     accepted, drafts: of all rows so far.
     """
 
-    def __init__(self, model, cache: LatentCache, choose: Chooser):
-        """cache: the model's own, still to be prefilled from its beginning."""
+    def __init__(self, model, cache: LatentCache, choose: Chooser,
+                 draft_cache: LatentCache | None = None):
+        """Both caches hold the same beginning of each text, if any."""
         if not len(model.mtp):
             raise DSV3Error("the model cannot draft", where="speculative",
                             found="num_nextn_predict_layers 0", expected="1 or more",
                             fix="Leave out --speculative, or use a checkpoint with its MTP layer")
-        if any(cache.lengths):
-            raise DSV3Error("speculative decoding starts from an empty cache", where="cache",
-                            found=f"lengths {cache.lengths}", expected="all 0")
+        if draft_cache is None:
+            draft_cache = model.new_draft_cache(len(cache.lengths), cache.max_seq_len)
+        if draft_cache.lengths != cache.lengths:
+            raise DSV3Error("the draft cache does not go with the cache", where="draft_cache",
+                            found=f"lengths {draft_cache.lengths}",
+                            expected=f"lengths {cache.lengths}")
         self.model, self.cache, self.choose = model, cache, choose
-        self.draft_cache = model.new_draft_cache(len(cache.lengths), cache.max_seq_len)
+        self.draft_cache = draft_cache
         self.hidden = None  # (b, s, d): states of the last pass, which the draft cache has not seen
         self.accepted = self.drafts = 0
 

@@ -19,7 +19,7 @@ from dsv3 import speculative
 from dsv3.checkpoint import load_model, save_model
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
-from dsv3.generate import complete
+from dsv3.generate import Session, complete
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.sampling import draw, probabilities
@@ -171,6 +171,31 @@ def test_several_modules_draft_with_the_first():
     run = complete(model, prompts(), max_new_tokens=24, speculative=True)
     assert run.ids == complete(model, prompts(), max_new_tokens=24).ids
     assert run.acceptance > 0
+
+
+def test_a_conversation_keeps_both_caches():
+    """Each turn computes the new words and a few tokens. Sampled text depends on the drafts'
+    exact probabilities, so it shows that the draft cache holds this text and no other, after an
+    edit of the history and after turns without drafts, too."""
+    model = Transformer(CONFIG).init_weights(0)
+    options = dict(max_new_tokens=9, temperature=1.0, seed=2)
+    session, text, added = Session(model), [5, 9, 33], 3
+    for words in [6, 7], [8], [9, 10, 11, 12]:
+        run = session.complete(text, speculative=True, **options)
+        assert run.ids == complete(model, [text], speculative=True, **options).ids
+        assert session.prefilled <= added + 3
+        text, added = [*text, *run.ids[0], *words], len(words)
+    for changed in (text[:7] + [1] + text[8:], text[:2], text):
+        for drafts in (False, True):
+            run = session.complete(changed, speculative=drafts, **options)
+            assert run.ids == complete(model, [changed], speculative=drafts, **options).ids
+
+
+def test_caches_that_do_not_belong_together_are_refused(model):
+    cache = model.new_cache(1, 16)
+    model(torch.tensor([[1, 2]]), cache=cache)
+    with pytest.raises(DSV3Error, match="draft cache does not go with"):
+        complete(model, [[1, 2, 3]], max_new_tokens=4, speculative=True, cache=cache)
 
 
 def test_a_model_without_the_module_is_refused():
