@@ -298,13 +298,17 @@ class Run:
         if not file.exists():
             tokenizer = data.train_tokenizer(texts, self.config.vocab_size)
             data.save_tokenizer(tokenizer, self.out_dir, self.config.max_position_embeddings)
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
+        if tokenizer.get_vocab_size() != self.config.vocab_size:
+            raise DSV3Error("tokenizer of another model", where=file,
+                            found=f"{tokenizer.get_vocab_size()} tokens",
+                            expected=self.config.vocab_size, fix="Give a new --out folder")
+        return tokenizer
 
     def go(self, progress: bool = True) -> dict[str, float]:
         """Train to the end, export, and return the figures on all held-out text."""
         bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", disable=not progress)
         wall, cpu, saved = time.monotonic(), time.process_time(), time.monotonic()
-        timed = None
         while self.step < self.recipe.steps:
             rate = learning_rate(self.step, self.recipe)
             batch = self.windows.draw(self.recipe.batch_size)
@@ -321,10 +325,8 @@ class Run:
                 self._log(lr=rate, **values, tokens_per_second=round(speed), max_violation={
                     name: round(max_violation(load), 3) for name, load in self.counter.load.items()
                 })
-            if self.max_minutes is not None and self.step == 5:
-                timed = self.seconds
-            if timed is not None and self.step == 5 + _TIMED_STEPS:
-                bar.total = self._fit_steps((self.seconds - timed) / _TIMED_STEPS)
+            if self.max_minutes is not None and self.step == _TIMED_STEPS:
+                bar.total = self._fit_steps(self.seconds / _TIMED_STEPS)
             if self.step % self.recipe.eval_every == 0:
                 self._validate(self.held_out[::max(len(self.held_out) // self.recipe.eval_windows,
                                                    1)])

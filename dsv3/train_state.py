@@ -40,17 +40,22 @@ def save_state(folder: Path, step: int, facts: dict, model: nn.Module,
 
     final = folder / f"step-{step:06d}"
     beside = folder / f"{final.name}.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()},
-              beside / "state.safetensors")
-    (beside / "state.json").write_text(json.dumps({"step": step, **facts}, indent=2) + "\n",
-                                       encoding="utf-8")
-    for file in (beside / "state.safetensors", beside / "state.json", beside):
-        _flush(file)
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
-    _flush(folder)
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()},
+                  beside / "state.safetensors")
+        (beside / "state.json").write_text(json.dumps({"step": step, **facts}, indent=2) + "\n",
+                                           encoding="utf-8")
+        for path in (beside / "state.safetensors", beside / "state.json", beside):
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise DSV3Error("training checkpoint cannot be written", where=final, found=error,
+                        fix="Make room or give another --out folder") from None
     for old in _complete(folder)[:-_KEEP]:
         shutil.rmtree(old)
     return final

@@ -133,7 +133,8 @@ def test_scenes_cut_before_headings_and_lose_nothing(plays):
 
 def test_conversation_is_cue_and_answer():
     b, e, u, a = data.BOS, data.EOS, data.USER, data.ASSISTANT
-    scene = "SCENE I. X.\n\nA:\none\n\n[Enter B]\n\nB:\n[Aside] two\n\nA:\nthree\nmore\n\nB:\nfour\n"
+    scene = ("SCENE I. X.\n\nA:\none\n\n[Enter B]\n\nB:\n[Aside] two\n\n"
+             "A:\nthree\nmore\n\nB:\nfour\n")
     assert data.conversation(scene) == f"{b}{u}one{a}two{e}{u}three\nmore{a}four{e}"
     assert data.conversation(scene, turns=2) == f"{b}{u}one{a}two{e}{b}{u}three\nmore{a}four{e}"
 

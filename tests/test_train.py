@@ -271,8 +271,8 @@ def test_minutes_fix_the_number_of_steps(plays, tmp_path):
     recipe = replace(RECIPE, steps=10_000, save_minutes=60.0, eval_every=10_000)
     run = T.Run(TINY, tmp_path, recipe, 1e-9, plays)
     run.go(progress=False)
-    assert run.step == run.recipe.steps == 26           # one after the steps that were timed
-    assert T.Run(TINY, tmp_path, recipe, 1e-9, plays).recipe.steps == 26
+    assert run.step == run.recipe.steps == 21           # one after the steps that were timed
+    assert T.Run(TINY, tmp_path, recipe, 1e-9, plays).recipe.steps == 21
 
 
 def test_non_finite_loss_stops_and_names_the_last_good_checkpoint(plays, tmp_path):
@@ -315,6 +315,20 @@ def test_another_run_in_the_same_folder_is_refused(plays, tmp_path, change, mess
     config, recipe = change(run)
     with pytest.raises(DSV3Error, match=message):
         T.Run(config, tmp_path, recipe, None, plays)
+
+
+def test_full_disk_leaves_the_last_checkpoint(plays, tmp_path, monkeypatch):
+    run = T.Run(TINY, tmp_path, RECIPE, None, plays)
+    good = run.save()
+    run.step = 1
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("dsv3.train_state.save_file", full)
+    with pytest.raises(DSV3Error, match="No space left"):
+        run.save()
+    assert list(run.checkpoints.iterdir()) == [good]
 
 
 def test_broken_checkpoint_is_one_clear_line(plays, tmp_path):
