@@ -209,7 +209,8 @@ class Job:
         note(f"speed       {count} new tokens in {result.seconds:.2f} s, prefill included: "
              f"{result.tokens_per_second:.1f} tokens/s")
         if result.acceptance is not None:
-            note(f"acceptance  {result.acceptance:.0%} of the drafted tokens")
+            note(f"acceptance  {result.acceptance:.0%} of the drafted tokens, "
+                 f"{result.tokens_per_pass:.2f} tokens a pass and row")
         for rank, seen in enumerate(ranks):
             note(f"rank {rank}      weights {_size(seen['weights'])}, cache {_size(seen['cache'])}, "
                  f"peak of the process {_size(seen['peak'])}; sent {_size(seen['sent'])}")
