@@ -33,9 +33,9 @@ PROMPT = "In byte-level text"
 
 
 def environment(**changes) -> dict[str, str]:
-    """What a user's process sees: no launcher's variables, one thread, this package."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    clean = {name: value for name, value in os.environ.items() if name not in launcher}
+    """What a user's process sees: no settings of a test run, one thread, this package."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONUNBUFFERED")
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
     return clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"} | changes
 
 
