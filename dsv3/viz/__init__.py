@@ -1,0 +1,13 @@
+"""Figures of the book: drawn by code from a config or from plain tensors.
+
+A picture that is drawn by hand goes stale when the model changes; these cannot. Each function
+returns a matplotlib figure; ``show`` turns it into an image for a notebook, together with the
+sentence that says what is to be seen in it. Nothing in the model's own code imports this package.
+"""
+
+from dsv3.viz.figure import new_figure, show
+from dsv3.viz.memory import memory_per_rank_figure
+from dsv3.viz.model_map import PARTS, model_map
+from dsv3.viz.routing import routing_figure
+
+__all__ = ["PARTS", "memory_per_rank_figure", "model_map", "new_figure", "routing_figure", "show"]

@@ -1,0 +1,50 @@
+"""One style for all figures, and one way to put a figure into a notebook."""
+
+from __future__ import annotations
+
+import io
+from functools import wraps
+from pathlib import Path
+
+import matplotlib.style
+from IPython.display import Image
+from matplotlib.figure import Figure
+
+STYLE = Path(__file__).with_name("book.mplstyle")
+
+# Okabe and Ito's colours by name.
+BLACK, GREY, LIGHT = "#222222", "#888888", "#e8e8e8"
+ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+
+
+def styled(draw):
+    """Decorator: whatever the function draws has the look of the book, and nothing else has."""
+    @wraps(draw)
+    def inside(*args, **kwargs):
+        with matplotlib.style.context(STYLE):
+            return draw(*args, **kwargs)
+    return inside
+
+
+@styled
+def new_figure(width: float, height: float, **axes):
+    """(figure, axes) of width x height inches; keywords as in matplotlib's ``subplots``.
+
+    Made without pyplot, so no window is opened and no figure is kept behind the scenes.
+    """
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(**axes)
+
+
+@styled
+def show(figure: Figure, alt: str) -> Image:
+    """The figure as an image for a notebook cell. alt: what is to be seen, for those who cannot.
+
+    The image is as wide on the page as the figure in inches times 80 pixels.
+    """
+    if not alt.strip():
+        raise ValueError("a figure needs its alt text")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return Image(buffer.getvalue(), format="png", alt=alt, width=round(80 * figure.get_figwidth()))
