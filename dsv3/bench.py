@@ -1,23 +1,21 @@
-"""Prefill and decode speed against transformers' DeepSeek-V3, same random weights, same run.
-
-    python benchmarks/against_transformers.py [--rounds 5] [--threads 2] [--json]
+"""Prefill and decode speed against transformers' DeepSeek-V3: same weights, same run.
 
 A model of about 100M parameters is filled with random numbers once and given to both. Cells are
-measured in turn, A B A B, so that a noisy machine disturbs both alike; the fastest round counts
-(noise only ever adds time). Prefill: tokens per second over a prompt of so many tokens.
-Decode: tokens per second of 16 single-token steps with so many tokens in the cache. Before anything is timed,
-the two models' logits are compared in float32.
+measured in turn, A B A B, so that a noisy machine disturbs both alike, and the fastest round
+counts, since noise only ever adds time. Prefill: tokens per second over a prompt of so many
+tokens, into a new cache. Decode: tokens per second of 16 single-token steps with so many tokens
+in the cache. Before anything is timed, the logits of the two are compared in float32.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 
 import torch
 
 from dsv3.config import ModelConfig
+from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
 
 CONFIG = ModelConfig(
@@ -42,13 +40,17 @@ INNER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
          "ffn.w3": "mlp.up_proj", "ffn.w2": "mlp.down_proj"}
 
 
-def make_pair(dtype: torch.dtype):
+def make_pair(dtype: torch.dtype, device: torch.device):
     """Ours and transformers' model with the same weights."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    try:
+        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    except ImportError:
+        raise DSV3Error("transformers is not installed", where="bench",
+                        fix="Install the extra \"test\" or \"book\"") from None
 
     fields = CONFIG.to_dict() | {"num_mtp_layers": 0}
     theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**fields)).eval()
-    ours = Transformer(CONFIG, "fp32" if dtype == torch.float32 else "bf16")
+    ours = Transformer(CONFIG, "fp32" if dtype == torch.float32 else "bf16", device=device)
     source = Transformer(CONFIG).init_weights(0)
     state = theirs.state_dict()
     with torch.no_grad():
@@ -58,7 +60,7 @@ def make_pair(dtype: torch.dtype):
             target, part = their_name(name)
             place = state[target] if part is None else expert_part(state[target], *part)
             place.copy_(value)
-    return ours.requires_grad_(False), theirs.to(dtype)
+    return ours, theirs.to(device, dtype)
 
 
 def their_name(name: str):
@@ -85,8 +87,11 @@ def expert_part(fused: torch.Tensor, expert: int, matrix: str) -> torch.Tensor:
 
 
 def seconds(call) -> float:
+    """Wall time of a call, work left on the GPU included."""
     start = time.perf_counter()
     call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -128,41 +133,43 @@ def interleave(first, second, rounds: int) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def measure(rounds: int) -> list[dict]:
-    rows = []
+def measure(device: torch.device, rounds: int):
+    """One row a cell: {"dtype", "what", "length", "dsv3", "transformers", "ratio"}."""
     for dtype in (torch.float32, torch.bfloat16):
-        ours, theirs = make_pair(dtype)
-        torch.manual_seed(0)
-        text = torch.randint(CONFIG.vocab_size, (1, max(PREFILL + DECODE)))
+        ours, theirs = make_pair(dtype, device)
+        text = torch.randint(CONFIG.vocab_size, (1, max(PREFILL + DECODE)),
+                             generator=torch.Generator().manual_seed(0)).to(device)
         if dtype == torch.float32:
-            a, b = ours(text[:, :256]), theirs(text[:, :256]).logits
-            gap = float((a - b).abs().max() / b.abs().max())
-            print(f"largest logit difference in fp32: {gap:.1e} of the largest logit", flush=True)
+            check_equal(ours, theirs, text[:, :256])
         cells = [("prefill", n, n, lambda n=n: ours_prefill(ours, text[:, :n]),
                   lambda n=n: theirs_prefill(theirs, text[:, :n])) for n in PREFILL]
         cells += [("decode", n, STEPS, ours_decoder(ours, text[:, :n]),
                    theirs_decoder(theirs, text[:, :n])) for n in DECODE]
         for what, length, tokens, mine, other in cells:
             a, b = interleave(mine, other, rounds)
-            rows.append({"dtype": str(dtype).removeprefix("torch."), "what": what,
-                         "length": length, "dsv3": tokens / a, "transformers": tokens / b,
-                         "ratio": b / a})
-            print("{dtype:9} {what:8} {length:5}  dsv3 {dsv3:8.1f}  transformers "
-                  "{transformers:8.1f} tokens/s  ratio {ratio:.2f}".format(**rows[-1]), flush=True)
-    return rows
+            yield {"dtype": str(dtype).removeprefix("torch."), "what": what, "length": length,
+                   "dsv3": tokens / a, "transformers": tokens / b, "ratio": b / a}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    rows = measure(options.rounds)
-    if options.json:
-        print(json.dumps(rows))
+def check_equal(ours, theirs, text: torch.Tensor) -> None:
+    """Speeds of models that compute different things cannot be compared."""
+    wanted = theirs(text).logits
+    gap = float((ours(text) - wanted).abs().max() / wanted.abs().max())
+    if not gap < 2e-5:
+        raise DSV3Error("the two models disagree", where="bench", found=f"{gap:.1e}",
+                        expected="logits within 2e-5 of the largest")
 
 
-if __name__ == "__main__":
-    main()
+def bench(suite: str = "cpu", as_json: bool = False, rounds: int = 20) -> int:
+    """Measure and print all cells; suite "cpu" or "gpu". Returns an exit code."""
+    if suite == "gpu" and not torch.cuda.is_available():
+        raise DSV3Error("no GPU to measure", where="--suite", found=suite, expected="cpu")
+    rows = []
+    for row in measure(torch.device("cuda" if suite == "gpu" else "cpu"), rounds):
+        rows.append(row)
+        if not as_json:
+            print("{dtype:9} {what:8}{length:5}   dsv3 {dsv3:8.1f}   transformers "
+                  "{transformers:8.1f} tokens/s   ratio {ratio:.2f}".format(**row), flush=True)
+    if as_json:
+        print(json.dumps({"threads": torch.get_num_threads(), "rounds": rounds, "cells": rows}))
+    return 0
