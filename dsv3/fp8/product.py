@@ -55,6 +55,9 @@ def matmul(xq: QuantizedTensor, wq: QuantizedTensor, sums: torch.dtype = torch.f
     if 0 in shape:
         return torch.zeros(shape, dtype=sums, device=xq.device)
     if pick_backend(xq.device, backend) == "triton":
+        if sums != torch.float32:
+            raise DSV3Error("the Triton product adds up in float32", where="sums", found=sums,
+                            fix='Use the "torch" backend for wider sums')
         from dsv3.kernels.fp8_gemm import fp8_gemm
 
         k = xq.shape[-1]

@@ -1,0 +1,66 @@
+"""Data flows one way through the house: which module may stand on which."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "dsv3"
+
+# From the ground up; a module may import from lower floors and from its own folder.
+FLOORS = [
+    ["errors"],
+    ["config", "kernels", "tokenizer", "doctor"],
+    ["data", "layout", "rope", "fp8", "parallel", "safetensors_io"],
+    ["precision", "sampling", "train_state", "shards", "terminal"],
+    ["layers", "jobs"],
+    ["mla", "moe", "convert", "cast"],
+    ["block", "speculative"],
+    ["mtp", "generate"],
+    ["model"],
+    ["checkpoint", "inspect"],
+    ["train", "diff", "bench", "generate_command", "viz"],
+    ["cli"],
+    ["__main__", "__init__"],
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+HEAVY = {"matplotlib", "ipywidgets", "jupyterlab", "IPython"}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file names in imports, wherever in the file; type-checking ones too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module)
+            if node.module in ("dsv3", "dsv3.parallel"):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_module_has_a_floor_and_stands_on_lower_ones():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        here = room(path)
+        assert here in FLOOR, f"{path.name}: give {here} a floor"
+        if here == "__init__":
+            continue
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] != "dsv3" or len(parts) == 1 or parts[1] not in FLOOR or parts[1] == here:
+                continue
+            assert FLOOR[parts[1]] < FLOOR[here], f"{path.name} stands on {name}"
+
+
+def test_only_figures_import_figure_libraries():
+    for path in PACKAGE.rglob("*.py"):
+        used = {name.split(".")[0] for name in imports(path)} & HEAVY
+        assert not used or room(path) in ("viz", "doctor"), f"{path.name} imports {used}"
+
+
+def test_modules_fit_in_a_head():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 420, f"{path.name} is two modules"
