@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +18,13 @@ import torch.multiprocessing as mp
 
 from dsv3 import speculative
 from dsv3.checkpoint import load_model, save_model
-from dsv3.config import ModelConfig
+from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.errors import DSV3Error
 from dsv3.generate import Session, complete
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.sampling import draw, probabilities
+from dsv3.tokenizer import load_tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
@@ -64,27 +66,33 @@ def greedy_text(model: Transformer, prompt: list[int], count: int) -> list[int]:
     return text[len(prompt):]
 
 
+@pytest.fixture(scope="module")
+def texts(model) -> list[list[int]]:
+    """24 greedy tokens for each of ``prompts()``."""
+    return [greedy_text(model, prompt, 24) for prompt in prompts()]
+
+
 # Greedy ------------------------------------------------------------------------------------------
 
-def test_one_prompt_at_a_time(model):
+def test_one_prompt_at_a_time(model, texts):
     rates = []
-    for prompt in prompts():
+    for prompt, text in zip(prompts(), texts):
         run = complete(model, [prompt], max_new_tokens=24, speculative=True)
-        assert run.ids == [greedy_text(model, prompt, 24)]
+        assert run.ids == [text]
         rates.append(run.acceptance)
     assert 0.2 < sum(rates) / len(rates) < 0.8, "both outcomes of a draft must be tested"
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 3, 7])
-def test_ragged_batch(model, chunk):
+def test_ragged_batch(model, texts, chunk):
     run = complete(model, prompts(), max_new_tokens=24, speculative=True, prefill_chunk=chunk)
-    assert run.ids == [greedy_text(model, prompt, 24) for prompt in prompts()]
+    assert run.ids == texts
     assert run.stopped_by == ["length"] * 20
 
 
-def test_drafts_that_are_never_right_and_always_right(model):
+def test_drafts_that_are_never_right_and_always_right(model, texts):
     """The tokens do not depend on the drafts; how many passes are needed does."""
-    text = complete(model, prompts(), max_new_tokens=9).ids
+    text = [ids[:9] for ids in texts]
     copy = drafting_model()
 
     def guess(offset: int):
@@ -108,10 +116,10 @@ def test_drafts_that_are_never_right_and_always_right(model):
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
-def test_acceptance_is_that_of_the_whole_text_seen_at_once(model, chunk):
+def test_acceptance_is_that_of_the_whole_text_seen_at_once(model, texts, chunk):
     """Drafts come from a cache fed in pieces; here the module sees each finished text in one go."""
     drafts = accepted = 0
-    for prompt, ids in zip(prompts(), complete(model, prompts(), max_new_tokens=24).ids):
+    for prompt, ids in zip(prompts(), texts):
         text = torch.tensor([prompt + ids])
         with torch.inference_mode():
             _, hidden = model(text, return_hidden=True)
@@ -128,10 +136,9 @@ def test_acceptance_is_that_of_the_whole_text_seen_at_once(model, chunk):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_end_at_their_own_eos(model, seed):
+def test_rows_end_at_their_own_eos(model, texts, seed):
     """Ends fall on accepted drafts and on the tokens behind them; others go on undisturbed."""
-    plain = complete(model, prompts(), max_new_tokens=24)
-    eos = random.Random(seed).sample(sorted({id for ids in plain.ids for id in ids}), 5)
+    eos = random.Random(seed).sample(sorted({id for ids in texts for id in ids}), 5)
     wanted = complete(model, prompts(), max_new_tokens=24, eos_ids=eos)
     seen = [[] for _ in prompts()]
     run = complete(model, prompts(), max_new_tokens=24, eos_ids=eos, speculative=True,
@@ -157,13 +164,22 @@ def test_up_to_the_context(model, new):
         assert alone.ids[0] == wanted.ids[rows.index(row)]
 
 
-def test_interrupt_keeps_a_beginning(model):
-    text = complete(model, prompts(4), max_new_tokens=24).ids
+def test_interrupt_keeps_a_beginning(model, texts):
     answers = iter([False] * 5 + [True])
     run = complete(model, prompts(4), max_new_tokens=24, speculative=True,
                    should_stop=lambda: next(answers))
     assert run.stopped_by == ["interrupt"] * 4
-    assert all(0 < len(ids) < 24 and ids == whole[:len(ids)] for ids, whole in zip(run.ids, text))
+    assert all(0 < len(ids) < 24 and ids == whole[:len(ids)] for ids, whole in zip(run.ids, texts))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_low_precision(tmp_path, precision):
+    """A pass over two tokens rounds as two passes over one: the same tokens here too."""
+    save_model(drafting_model(CONFIG.but(quantization_config=QuantizationConfig())), tmp_path)
+    low = load_model(tmp_path, precision)
+    run = complete(low, prompts(8), max_new_tokens=16, speculative=True)
+    assert run.ids == complete(low, prompts(8), max_new_tokens=16).ids
+    assert 0.1 < run.acceptance < 0.9
 
 
 def test_several_modules_draft_with_the_first():
@@ -202,6 +218,27 @@ def test_a_model_without_the_module_is_refused():
     model = drafting_model(CONFIG.but(num_nextn_predict_layers=0))
     with pytest.raises(DSV3Error, match="cannot draft.*num_nextn_predict_layers"):
         complete(model, [[1]], speculative=True)
+
+
+SHIPPED = Path(__file__).parents[1] / "assets" / "dsv3-mini"
+LINES = ["To be, or not to be", "My lord,", "O Romeo, Romeo!", "Enter the KING", "What news",
+         "Once more unto the breach", "The quality of mercy", "I'll tell thee", "Good morrow",
+         "If music be the food of love", "Now is the winter", "Friends, Romans,", "HAMLET.",
+         "Exeunt", "By heaven, I", "Alas, poor", "Come, come, you", "Where is the Duke?",
+         "Tomorrow, and tomorrow", "Farewell"]
+
+
+@pytest.mark.skipif(not SHIPPED.exists(), reason="the trained model is not in this checkout")
+def test_trained_model_in_fp8(capsys):
+    """20 prompts in one batch; here the drafts come from a module that has learned to draft."""
+    trained, tokenizer = load_model(SHIPPED, "fp8"), load_tokenizer(SHIPPED)
+    texts = [tokenizer.encode(line) for line in LINES]
+    options = dict(max_new_tokens=24, valid_vocab_size=tokenizer.vocab_size)
+    run = complete(trained, texts, speculative=True, **options)
+    with capsys.disabled():
+        print(f"\nacceptance {run.acceptance:.1%}, {run.tokens_per_pass:.2f} tokens a pass")
+    assert run.ids == complete(trained, texts, **options).ids
+    assert run.acceptance > 0.15
 
 
 # Sampling ----------------------------------------------------------------------------------------
