@@ -16,6 +16,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.layout import TensorSpec, check_sharding, layout, valid_sizes
@@ -92,12 +94,33 @@ def cache_bytes_per_token(config: ModelConfig, item_bytes: int = 2) -> int:
 
 
 def memory_per_rank(config: ModelConfig, size: int, precision: str = "fp8") -> int:
-    """Bytes of the parameters that one of ``size`` ranks keeps in memory, MTP included.
+    """Bytes of the weights that one of ``size`` ranks keeps in a GPU's memory, MTP included.
 
     More than in the files: wkv_b is kept in float32, and so is the router.
     """
-    model = Transformer(config, precision, TensorGroup(0, size), device="meta")
-    return sum(parameter.nbytes for parameter in model.parameters())
+    return sum(held_bytes(Transformer(config, precision, TensorGroup(0, size),
+                                      device="meta")).values())
+
+
+def held_bytes(model: Transformer) -> dict[str, int]:
+    """Bytes of a model's parameters and buffers, by kind, largest first.
+
+    wkv_b has a line of its own: its dequantised copy, which both forms of attention read, is
+    the one FP8 weight that does not stay in FP8.
+    """
+    kinds: Counter[str] = Counter()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.dtype == torch.float8_e4m3fn:
+            kinds["FP8 codes"] += tensor.nbytes
+        elif name.endswith("scale"):
+            kinds["block scales"] += tensor.nbytes
+        elif ".wkv_b." in name:
+            kinds["wkv_b, absorbed"] += tensor.nbytes
+        elif tensor.dim() == 1 or ".gate." in name:
+            kinds["norms and routers"] += tensor.nbytes
+        else:
+            kinds["other matrices"] += tensor.nbytes
+    return dict(kinds.most_common())
 
 
 def table(result: dict, config: ModelConfig) -> str:
@@ -122,6 +145,9 @@ def table(result: dict, config: ModelConfig) -> str:
               + "".join(f"{f'{name} {gb}':>15}" for name, gb in GPUS.items())]
     tensors = [(spec, spec.dtype) for spec in layout(config)]
     asked = len(result["per_rank"])
+    held = held_bytes(Transformer(config, precision, TensorGroup(0, asked), device="meta"))
+    lines[-3:-3] = ["", f"in the memory of GPU 0 of {asked}, {precision}"] + [
+        f"  {kind + ', bytes':<23}{count:>19,}" for kind, count in held.items()]
     for size in valid_sizes(config):
         if size != asked and size & (size - 1):
             continue  # powers of two are shown, and what was asked for

@@ -1,0 +1,127 @@
+"""The model that comes with the book, as it is shipped: size, layout, and what it says.
+
+Everything that must hold on learned weights: transformers computes the same from the BF16 cast,
+two ranks say what one says, drafts change nothing.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from dsv3 import load_model, load_tokenizer
+from dsv3.cast import cast
+from dsv3.generate import complete
+from dsv3.inspect import held_bytes, report
+from dsv3.layout import layout
+from dsv3.parallel.tensor import TensorGroup
+
+MODEL = Path(__file__).parents[1] / "assets" / "dsv3-mini"
+NEW_TOKENS = 48
+PROMPTS = [
+    "HAMLET.\n", "O Romeo, ", "The king is dead, and", "Enter two Gentlemen", "My lord, I",
+    "What ho!", "Good night, good night!", "ROMEO.\nBut soft,", "I have a wife whom", "Farewell",
+    "To be, or not to be", "Now is the winter of", "The quality of mercy", "Friends, Romans,",
+    "JULIET.\nO ", "If it were done", "Exeunt.\n", "A horse, a horse!", "Who is there?",
+    "Is this a dagger which I see before me, the handle toward my hand?",
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(MODEL, precision="fp8")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    tokenizer = load_tokenizer(MODEL)
+    return [tokenizer.encode(text) for text in PROMPTS]
+
+
+def say(model, prompts, batched: bool, **options):
+    """Greedy ids of all prompts, together or one by one, and the share of accepted drafts."""
+    options = dict(max_new_tokens=NEW_TOKENS, temperature=0.0, **options)
+    if batched:
+        result = complete(model, prompts, **options)
+        return result.ids, result.acceptance
+    results = [complete(model, [prompt], **options) for prompt in prompts]
+    shares = [r.acceptance for r in results if r.acceptance is not None]
+    return [r.ids[0] for r in results], sum(shares) / len(shares) if shares else None
+
+
+@pytest.fixture(scope="module")
+def plain(model, prompts):
+    return say(model, prompts, batched=False)[0]
+
+
+def test_size_and_architecture(model):
+    config = model.config
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 24e6
+    assert config.n_shared_experts == 1 and config.n_routed_experts >= 16 and config.n_group == 4
+    assert config.num_nextn_predict_layers == 1 and config.quantization_config is not None
+    assert report(MODEL)["tensors"] == len(layout(config, mtp_copies=False))
+
+
+def test_memory_is_near_the_file(model):
+    """Parameters and buffers in fp8 take at most 1.3 times the weights' file."""
+    kinds = held_bytes(model)
+    held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    assert sum(kinds.values()) == held and kinds["FP8 codes"] > 0.7 * held
+    stored = sum(path.stat().st_size for path in MODEL.glob("*.safetensors"))
+    assert held <= 1.3 * stored
+
+
+def test_the_text_is_not_one_word_again_and_again(plain):
+    for ids in plain:
+        assert len(set(ids)) > NEW_TOKENS // 4
+
+
+def test_transformers_computes_the_same_from_the_bf16_cast(tmp_path, prompts):
+    transformers = pytest.importorskip("transformers")
+    cast(MODEL, tmp_path / "bf16", to="bf16", progress=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "bf16", dtype=torch.float32, attn_implementation="eager").eval()
+    ours = load_model(tmp_path / "bf16", precision="fp32")
+    with torch.inference_mode():
+        for prompt in prompts[-4:]:
+            text = torch.tensor([prompt])
+            wanted = theirs(text).logits
+            assert float((ours(text) - wanted).abs().max() / wanted.abs().max()) < 2e-5
+
+
+def test_a_batch_says_what_each_row_says_alone(model, prompts, plain):
+    assert say(model, prompts, batched=True)[0] == plain
+
+
+def test_drafting_changes_nothing(model, prompts, plain, capsys):
+    alone, acceptance = say(model, prompts, batched=False, speculative=True)
+    assert alone == plain
+    together, acceptance_together = say(model, prompts, batched=True, speculative=True)
+    assert together == plain
+    assert 0.1 < acceptance < 1.0
+    with capsys.disabled():
+        print(f"\ndrafts accepted, greedy: {acceptance:.0%} alone, {acceptance_together:.0%} "
+              "in a batch")
+
+
+def say_on_two_ranks(group: TensorGroup, prompts):
+    model = load_model(MODEL, precision="fp8", group=group)
+    return (say(model, prompts, batched=True)[0],
+            say(model, prompts, batched=True, speculative=True)[0])
+
+
+def test_two_ranks_say_what_one_says(prompts, plain):
+    for found, drafted in run_ranks(say_on_two_ranks, 2, prompts):
+        assert found == plain
+        assert drafted == plain
+
+
+def test_bf16_and_fp8_are_near_fp32(prompts):
+    """Log-probabilities of real continuations; what is lost is reported in the model card."""
+    text = torch.tensor([prompts[-1]])
+    with torch.inference_mode():
+        exact, half, fp8 = (load_model(MODEL, precision=p)(text).log_softmax(-1)
+                            for p in ("fp32", "bf16", "fp8"))
+    assert float((half - exact).abs().mean()) < 0.05
+    assert 1e-3 < float((fp8 - exact).abs().mean()) < 0.3
