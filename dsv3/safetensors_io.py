@@ -113,8 +113,8 @@ class SafetensorsFile:
         """A tensor as it is stored, or some of its rows (dimension 0) and columns (dimension 1).
 
         Rows lie together and are read alone. Columns do not: whole rows pass through a buffer of
-        bounded size, and the wanted part is kept. (A disk delivers whole pages anyway, and the
-        tensors that are cut this way hold 1.2% of the 671B checkpoint.)
+        bounded size, and the wanted part is kept. A disk delivers whole pages anyway, and what
+        one rank passes over, another rank of the same machine wants.
         """
         entry = self.entry(name)
         rows = range(entry.shape[0] if entry.shape else 1) if rows is None else rows
