@@ -59,7 +59,7 @@ class Recipe:
     save_minutes: time between checkpoints; eval_windows: held-out windows looked at during a run.
     """
 
-    steps: int = 2500
+    steps: int = 1800
     batch_size: int = 3
     micro_batch: int = 3
     seq_len: int = 512
