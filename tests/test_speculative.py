@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import itertools
 import random
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 
 from dsv3 import speculative
 from dsv3.checkpoint import load_model, save_model
@@ -24,7 +22,6 @@ from dsv3.generate import Session, complete
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.sampling import draw, probabilities
-from dsv3.tokenizer import load_tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
@@ -220,27 +217,6 @@ def test_a_model_without_the_module_is_refused():
         complete(model, [[1]], speculative=True)
 
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "dsv3-mini"
-LINES = ["To be, or not to be", "My lord,", "O Romeo, Romeo!", "Enter the KING", "What news",
-         "Once more unto the breach", "The quality of mercy", "I'll tell thee", "Good morrow",
-         "If music be the food of love", "Now is the winter", "Friends, Romans,", "HAMLET.",
-         "Exeunt", "By heaven, I", "Alas, poor", "Come, come, you", "Where is the Duke?",
-         "Tomorrow, and tomorrow", "Farewell"]
-
-
-@pytest.mark.skipif(not SHIPPED.exists(), reason="the trained model is not in this checkout")
-def test_trained_model_in_fp8(capsys):
-    """20 prompts in one batch; here the drafts come from a module that has learned to draft."""
-    trained, tokenizer = load_model(SHIPPED, "fp8"), load_tokenizer(SHIPPED)
-    texts = [tokenizer.encode(line) for line in LINES]
-    options = dict(max_new_tokens=24, valid_vocab_size=tokenizer.vocab_size)
-    run = complete(trained, texts, speculative=True, **options)
-    with capsys.disabled():
-        print(f"\nacceptance {run.acceptance:.1%}, {run.tokens_per_pass:.2f} tokens a pass")
-    assert run.ids == complete(trained, texts, **options).ids
-    assert run.acceptance > 0.15
-
-
 # Sampling ----------------------------------------------------------------------------------------
 
 def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
@@ -334,38 +310,19 @@ def test_a_row_keeps_its_text_beside_other_neighbours(model):
 CASES = [dict(temperature=0.0), dict(temperature=1.0, top_p=0.9)]
 
 
-def rank_main(rank: int, folder: str, results) -> None:
+def draft_on_a_rank(group: TensorGroup, folder: str) -> list:
     """One of two ranks. Rank 1 has another seed: only rank 0's draws may count."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    group = TensorGroup(rank, 2, dist.group.WORLD)
     model = load_model(folder, "fp32", group=group)
-    found = []
-    for case in CASES:
-        run = complete(model, prompts(), max_new_tokens=16, seed=3 + rank, eos_ids=[11],
-                       speculative=True, **case)
-        found.append((run.ids, run.stopped_by, run.acceptance))
-    results.put((rank, found))
-    group.close()
+    return account(model, seed=3 + group.rank)
+
+
+def account(model, seed: int) -> list:
+    runs = [complete(model, prompts(), max_new_tokens=16, seed=seed, eos_ids=[11],
+                     speculative=True, **case) for case in CASES]
+    return [(run.ids, run.stopped_by, run.acceptance) for run in runs]
 
 
 def test_two_ranks_equal_one(model, tmp_path):
     save_model(model, tmp_path)
-    single = load_model(tmp_path, "fp32")
-    runs = [complete(single, prompts(), max_new_tokens=16, seed=3, eos_ids=[11],
-                     speculative=True, **case) for case in CASES]
-    wanted = [(run.ids, run.stopped_by, run.acceptance) for run in runs]
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    ranks = [context.Process(target=rank_main, args=(rank, str(tmp_path), results), daemon=True)
-             for rank in range(2)]
-    try:
-        for process in ranks:
-            process.start()
-        found = dict(results.get(timeout=90) for _ in ranks)
-    finally:
-        for process in ranks:
-            process.join(timeout=10)
-            process.kill()
-    assert found[0] == wanted
-    assert found[1] == wanted
+    wanted = account(load_model(tmp_path, "fp32"), seed=3)
+    assert run_ranks(draft_on_a_rank, 2, str(tmp_path)) == [wanted, wanted]
