@@ -18,7 +18,8 @@ class DSV3Error(Exception):
     """
 
     def __init__(self, what: str, *, where=None, found=None, expected=None, fix: str | None = None):
-        self.what, self.where, self.found, self.expected, self.fix = what, where, found, expected, fix
+        self.what, self.where, self.fix = what, where, fix
+        self.found, self.expected = found, expected
         super().__init__(what, where, found, expected, fix)
 
     def __str__(self) -> str:

@@ -227,8 +227,8 @@ class MLA(nn.Module):
 
     def expanded(self, q_nope, q_rope, seen, step: Step) -> torch.Tensor:
         """Keys and values of every head, then attention (eq. 2, 4, 5, 10): (b, s, heads, d_v)."""
-        c, k_rope = seen.to(self.precision.sums).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim],
-                                       -1)
+        seen = seen.to(self.precision.sums)
+        c, k_rope = seen.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         kv = F.linear(c, self.wkv_b.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([self.config.qk_nope_head_dim, self.config.v_head_dim], -1)
         k_rope = k_rope[:, None].expand(-1, self.heads, -1, -1)

@@ -66,7 +66,8 @@ class Transformer(nn.Module):
         each row, 0 to s, when rows are padded on the right; what stands behind a row's length is
         ignored (a row of 0 leaves its cache alone, and its answer means nothing). Returns logits
         (b, s, vocab_size) float32, or (b, vocab_size) of each row's last true token with
-        last_only; with return_hidden also the states after the final norm (b, s, d). Raises DSV3Error for a wrong shape, a token id out of range, a full cache.
+        last_only; with return_hidden also the states after the final norm (b, s, d). Raises
+        DSV3Error for a wrong shape, a token id out of range, a full cache.
         """
         step, counts = self._step(tokens, cache, lengths)
         x = self.embed(tokens)

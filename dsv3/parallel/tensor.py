@@ -7,8 +7,9 @@ all-reduce. Put a row-parallel linear behind a column-parallel one, and the pair
 all-reduce: heads between wq_b/wkv_b and wo, inner channels between w1/w3 and w2. Routed experts
 are not cut; each rank holds some whole.
 
-Partial sums leave a rank in at least float32 and are rounded once after the reduction. Rounding them to
-bfloat16 first makes the result depend on the number of ranks, enough to change greedy tokens.
+Partial sums leave a rank in at least float32 and are rounded once after the reduction. Rounding
+them to bfloat16 first makes the result depend on the number of ranks, enough to change greedy
+tokens.
 
 DeepSeek-V3 was trained without tensor parallelism (TR 3.2); inference uses it for attention
 (TR 3.4), and the released demo for everything, as here.
