@@ -55,8 +55,8 @@ def run_job(task: str, reader: CheckpointReader, out_dir: str | Path, outputs: l
 
     task: the job in words, e.g. "convert --tp 2"; a resumed job must match it. Returns the plan:
     {"task", "out_dir", "files": [{"name", "tensors", "bytes", "done"}], "bytes", "bytes_to_write",
-    "bytes_free", "largest_tensor" (of input and output)}. With dry_run nothing is written. Raises DSV3Error when the
-    folder is in use for something else, or the disk is too small or not writable.
+    "bytes_free", "largest_tensor" (of input and output)}. With dry_run nothing is written. Raises
+    DSV3Error when the folder is in use for something else, or the disk too small or not writable.
     """
     out = Path(out_dir)
     record = {"task": task, "source": _fingerprint(reader)}

@@ -103,6 +103,14 @@ def test_values(tmp_path, case, door):
     refused(door, tmp_path / "in", tmp_path / "out", word, name)
 
 
+def test_cast_checks_all_scales_before_it_writes_the_first_shard(tmp_path):
+    tensors = random_tensors(tiny_config())
+    name = [n for i, n in enumerate(tensors) if i % 3 == 2 and n + "_scale_inv" in tensors][-1]
+    tensors[name + "_scale_inv"][0, 0] = float("nan")
+    write_checkpoint(tmp_path / "in", tiny_config(), tensors)  # the weight is in the last shard
+    refused("cast", tmp_path / "in", tmp_path / "out", "scale", name)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("quantization", [None, QuantizationConfig()])
 def test_router_bias(tmp_path, value, quantization):

@@ -173,7 +173,8 @@ def test_a_failure_leaves_no_file(tmp_path):
 
 def test_a_forgotten_tensor_is_an_error_and_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError, match="never written"):
-        with StreamWriter(tmp_path / "a.safetensors", [("t", "F32", (3,)), ("u", "U8", (1,))]) as out:
+        planned = [("t", "F32", (3,)), ("u", "U8", (1,))]
+        with StreamWriter(tmp_path / "a.safetensors", planned) as out:
             out.write("t", torch.zeros(3))
     assert os.listdir(tmp_path) == []
 
