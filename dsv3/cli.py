@@ -25,10 +25,18 @@ Command = Callable[[argparse.Namespace, Sequence[str]], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Prints errors as one line on stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "RANK" in os.environ:
-        from dsv3.parallel.launch import begin_rank
+    if "RANK" not in os.environ:
+        return _guarded(arguments)
+    from dsv3.parallel.launch import begin_rank, end_rank
 
-        begin_rank()
+    begin_rank()
+    code = _guarded(arguments)
+    end_rank(code)
+    return code
+
+
+def _guarded(arguments: Sequence[str]) -> int:
+    """The command, with every failure told in one line and turned into an exit code."""
     try:
         code = _run(arguments)
         sys.stdout.flush()
@@ -64,7 +72,7 @@ def _fail(message: str, code: int) -> int:
     if "RANK" in os.environ:
         from dsv3.parallel.launch import report_to_launcher
 
-        if report_to_launcher(message):
+        if report_to_launcher(message, code):
             return code
     print(f"dsv3: error: {message}", file=sys.stderr)
     return code

@@ -46,15 +46,14 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
         check_devices(args.device, args.tp)
         return launch(arguments, args.tp, interactive=args.interactive)
     group = TensorGroup.from_environment(args.device)
-    try:
-        model = load_model(args.model, precision=args.precision, group=group)
-        job = Job(args, model, tokenizer, Terminal(group))
-        if args.interactive:
-            job.talk()
-        else:
-            job.answer(texts, prompts)
-    finally:
-        group.close()
+    model = load_model(args.model, precision=args.precision, group=group)
+    job = Job(args, model, tokenizer, Terminal(group))
+    if args.interactive:
+        job.talk()
+    else:
+        job.answer(texts, prompts)
+    # Not after a failure: the others would miss this rank before it could say what happened.
+    group.close()
     return 0
 
 
@@ -212,8 +211,9 @@ class Job:
             note(f"acceptance  {result.acceptance:.0%} of the drafted tokens, "
                  f"{result.tokens_per_pass:.2f} tokens a pass and row")
         for rank, seen in enumerate(ranks):
-            note(f"rank {rank}      weights {_size(seen['weights'])}, cache {_size(seen['cache'])}, "
-                 f"peak of the process {_size(seen['peak'])}; sent {_size(seen['sent'])}")
+            size = {name: _size(count) for name, count in seen.items()}
+            note(f"rank {rank}      weights {size['weights']}, cache {size['cache']}, "
+                 f"peak of the process {size['peak']}; sent {size['sent']}")
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -298,7 +298,8 @@ def test_killed_rank_is_named_and_the_others_end(tiny_checkpoint, tmp_path):
     os.kill(pid_of_rank(process, rank), signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert f"rank {rank} of 2 was killed by SIGKILL; the other ranks were stopped" in one_line(errors)
+    line = one_line(errors)
+    assert f"rank {rank} of 2 was killed by SIGKILL; the other ranks were stopped" in line
     assert not any(map(alive, below))
 
 

@@ -105,7 +105,8 @@ def test_rows_stop_at_their_own_eos():
 
 def test_on_token_sees_every_token_in_order():
     seen = [[] for _ in PROMPTS]
-    out = generate(Oracle(), PROMPTS, max_new_tokens=5, on_token=lambda row, id: seen[row].append(id))
+    out = generate(Oracle(), PROMPTS, max_new_tokens=5,
+                   on_token=lambda row, id: seen[row].append(id))
     assert seen == out
 
 
@@ -161,7 +162,8 @@ def test_probabilities_by_hand():
     # T = 1/2 squares: 1, 16, 9, 4 over 30.
     assert torch.allclose(probabilities(logits, 0.5) * 30, torch.tensor([[1., 16, 9, 4]]).double())
     # 0.4 + 0.3 = 0.7 reaches 0.6, so two tokens stay: 4/7, 3/7.
-    assert torch.allclose(probabilities(logits, 1.0, 0.6) * 7, torch.tensor([[0., 4, 3, 0]]).double())
+    kept = probabilities(logits, 1.0, 0.6) * 7
+    assert torch.allclose(kept, torch.tensor([[0., 4, 3, 0]]).double())
     # The most probable token always stays.
     assert probabilities(logits, 1.0, 1e-9).tolist() == [[0, 1, 0, 0]]
     assert probabilities(logits, 0.0).tolist() == [[0, 1, 0, 0]]
@@ -203,7 +205,8 @@ def test_drawn_tokens_follow_the_distribution():
 def test_draw_at_the_ends_of_the_unit_interval(monkeypatch):
     p = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
     for u, index in [(0.0, 1), (0.25, 3), (1 - 2**-53, 3)]:
-        monkeypatch.setattr(torch, "rand", lambda *_, u=u, **__: torch.tensor(u, dtype=torch.float64))
+        drawn = torch.tensor(u, dtype=torch.float64)
+        monkeypatch.setattr(torch, "rand", lambda *_, drawn=drawn, **__: drawn)
         assert draw(p, torch.Generator()) == index
 
 

@@ -112,13 +112,28 @@ def begin_rank() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def report_to_launcher(message: str) -> bool:
-    """Leave this rank's message for ``launch`` to print; False when nobody will read it."""
+def end_rank(exit_code: int) -> None:
+    """Called last by the same process: a failed rank of ``launch`` ends here, at once.
+
+    An ordinary exit would take down connections that the others still hold, and torch would
+    complain about it on the terminal.
+    """
+    if exit_code and os.environ.get(_FOLDER):
+        os._exit(exit_code)
+
+
+def report_to_launcher(message: str, exit_code: int) -> bool:
+    """Leave this rank's message for ``launch`` to print; False when nobody will read it.
+
+    The code goes with it: a rank that lost this one as a peer may end first, and then the
+    launcher stops this one before it has exited.
+    """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file or not os.environ.get(_FOLDER):
         return False
     beside = Path(f"{file}.{os.getpid()}")
-    beside.write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+    report = {"message": message, "exit_code": exit_code, "timestamp": int(time.time())}
+    beside.write_text(json.dumps(report))
     beside.replace(file)
     return True
 
@@ -140,15 +155,15 @@ def _failure(failures: Mapping[int, ProcessFailure], ranks: int) -> RankFailed:
     """
 
     def distance_from_cause(rank: int) -> int:
-        if _message(failures[rank]):
+        if _report(failures[rank]):
             return 0
         code = failures[rank].exitcode
         return 3 if code == PEER_LOST else 2 if -code in (signal.SIGTERM, signal.SIGABRT) else 1
 
     rank = min(failures, key=distance_from_cause)
     failure = failures[rank]
-    if _message(failure):
-        return RankFailed(_message(failure), exit_code=failure.exitcode)
+    if report := _report(failure):
+        return RankFailed(report["message"], exit_code=report["exit_code"])
     fix = None
     if failure.exitcode == PEER_LOST:
         how = "lost the connection to another rank"
@@ -160,9 +175,9 @@ def _failure(failures: Mapping[int, ProcessFailure], ranks: int) -> RankFailed:
     return RankFailed(f"rank {rank} of {ranks} {how}; the other ranks were stopped", fix=fix)
 
 
-def _message(failure: ProcessFailure) -> str | None:
+def _report(failure: ProcessFailure) -> dict | None:
     """What a rank left with ``report_to_launcher``, if it did."""
-    return failure.error_file_data["message"] if os.path.isfile(failure.error_file) else None
+    return failure.error_file_data if os.path.isfile(failure.error_file) else None
 
 
 def _rank_environment(ranks: int, folder: str) -> dict[str, str]:
