@@ -3,10 +3,12 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 from dsv3 import data
@@ -336,3 +338,18 @@ def test_broken_checkpoint_is_one_clear_line(plays, tmp_path):
     (path / "state.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0nonsense")
     with pytest.raises(DSV3Error, match="cannot be read"):
         T.Run(TINY, tmp_path, RECIPE, None, plays)
+
+
+# The shipped model ------------------------------------------------------------------------------
+
+def test_shipped_model_is_the_preset_and_has_learned():
+    folder = Path(__file__).parents[1] / "assets" / "dsv3-mini"
+    assert ModelConfig.from_pretrained(folder) == ModelConfig.mini()
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 24_000_000
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    held_out = data.split(data.read_plays())[1]
+    ids = data.pack(tokenizer, data.documents(held_out, chats=False))
+    windows = data.in_order(ids, 514, 2)[::40]
+    sizes = torch.from_numpy(data.token_bytes(tokenizer))
+    figures = T.evaluate(load_model(folder, precision="fp8"), windows, sizes)
+    assert figures["bits_per_byte"] < 2.2 and figures["draft_agreement"] > 0.5
