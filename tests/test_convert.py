@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from checkpoints import same_bits, tiny_config, write_checkpoint
 from dsv3.checkpoint import load_model
@@ -200,8 +200,8 @@ def test_resume_after_a_kill(tmp_path, monkeypatch):
     with pytest.raises(DSV3Error, match="unfinished job"):
         run(tmp_path / "in", out, 4)
 
-    # A finished file that is no longer whole is written again; a whole one is not.
-    os.truncate(out / "mtp0-mp2.safetensors", 1000)
+    # A file that is not what was planned is written again; a finished one is not.
+    save_file({"other": torch.ones(2)}, out / "mtp0-mp2.safetensors")
     written = []
     start = StreamWriter.__init__
     monkeypatch.setattr(StreamWriter, "__init__", lambda self, path, tensors: (
