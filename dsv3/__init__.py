@@ -9,6 +9,18 @@ The public face is five names; everything else is reached through its own module
     ids = generate(model, [tokenizer.encode("To be, or not to be")], max_new_tokens=32)
     print(tokenizer.decode(ids[0]))
 
+Shapes stand beside the tensors: ``Float[Tensor, "b s d"]`` is a tensor of floating-point numbers
+with three dimensions, and within one signature a name means one size. The names, everywhere:
+
+* b texts in a batch, s new tokens of each, t tokens that attention can see, old and new;
+* n tokens in one list, k chosen experts of each;
+* d values of a token's state (hidden_size), v words of the vocabulary (vocab_size);
+* d_h and d_r values of a head's plain and rotated part, d_v of its value; d_c of the latent;
+* in and out: the two sizes of a weight matrix, which is stored as (out, in);
+* ``*lead`` and ``*shape``: any dimensions, the same ones in the result; ``...``: any at all.
+
+They are notes to the reader, and nothing is checked in use. In the tests every call is.
+
 A name is imported when it is first used (PEP 562), so ``import dsv3`` itself costs next to nothing
 and loads neither torch, nor Triton, nor matplotlib: the command line can print its help, or say
 that torch is missing, at once.

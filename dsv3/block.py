@@ -9,8 +9,8 @@ have a dense feed-forward, the others a mixture of experts.
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
 from dsv3.layers import RMSNorm, SwiGLU
@@ -35,8 +35,8 @@ class Block(nn.Module):
             self.ffn = SwiGLU(config.hidden_size, config.intermediate_size, precision, group,
                               what="intermediate_size", device=device)
 
-    def forward(self, x: torch.Tensor, step: Step, cache: LatentCache | None = None,
-                slot: int = 0) -> torch.Tensor:
-        """x (b, s, d) -> (b, s, d); slot: this layer's place in the cache."""
+    def forward(self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None = None,
+                slot: int = 0) -> Float[Tensor, "b s d"]:
+        """slot: this layer's place in the cache."""
         u = x + self.attn(self.attn_norm(x), step, cache, slot)
         return u + self.ffn(self.ffn_norm(u))

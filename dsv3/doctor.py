@@ -23,6 +23,7 @@ PACKAGES = (
     ("tokenizers", "0.21", "", "text to ids"),
     ("jinja2", "3.1", "", "chat templates"),
     ("tqdm", "4.66", "", "progress bars"),
+    ("jaxtyping", "0.3", "", "shapes written beside tensors"),
     ("jupyterlab", "4.2", "book", "reading the book"),
     ("ipykernel", "6.29", "book", "running the book"),
     ("ipywidgets", "8.1", "book", "sliders in the book"),

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float, Float32, Int
+from torch import Tensor, nn
 
 from dsv3 import fp8
 from dsv3.errors import DSV3Error
@@ -25,7 +26,7 @@ from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision, wide_linear
 
 
-def put(target: torch.Tensor, value: torch.Tensor, what: str) -> None:
+def put(target: Tensor, value: Tensor, what: str) -> None:
     """Copy a loaded tensor into its place; raises DSV3Error when the shapes differ."""
     if tuple(target.shape) != tuple(value.shape):
         raise DSV3Error("wrong shape", where=what, found=list(value.shape),
@@ -46,10 +47,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim, device=device))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
-    def load(self, name: str, value: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
         put(self.weight, value, name)
 
 
@@ -77,20 +78,20 @@ class Linear(nn.Module):
         return QuantizedTensor(self.weight, self.scale, (fp8.BLOCK, fp8.BLOCK),
                                self.precision.scale_format)
 
-    def forward(self, x: torch.Tensor | QuantizedTensor) -> torch.Tensor:
-        """x (..., in_features), plain or already quantised -> (..., out_features)."""
+    def forward(self, x: Float[Tensor, "*lead in"] | QuantizedTensor) -> Float[Tensor, "*lead out"]:
+        """x may be plain or already quantised."""
         if self.quantized:
             return self.wide(x).to(self.precision.dtype)
         return F.linear(x, self.weight)
 
-    def wide(self, x: torch.Tensor | QuantizedTensor) -> torch.Tensor:
+    def wide(self, x: Float[Tensor, "*lead in"] | QuantizedTensor) -> Float[Tensor, "*lead out"]:
         """The same product, not rounded: for sums that go on, and for logits."""
         sums = self.precision.sums
         if self.quantized:
             return fp8.matmul(quantize_once(x, self.precision), self.quantized_weight, sums)
         return wide_linear(x, self.weight, sums)
 
-    def load(self, name: str, value: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
         """Take this rank's slice: E4M3 with its scale grid, or a plain tensor."""
         if self.quantized:
             stored = as_quantized(name, value, scale, self.precision)
@@ -116,7 +117,7 @@ class RowParallelLinear(Linear):
         super().__init__(group.split(in_features, what), out_features, precision, **options)
         self.group = group
 
-    def forward(self, x: torch.Tensor | QuantizedTensor) -> torch.Tensor:
+    def forward(self, x: Float[Tensor, "*lead in"] | QuantizedTensor) -> Float[Tensor, "*lead out"]:
         if self.group.size == 1:
             return super().forward(x)
         return self.group.all_reduce(self.wide(x)).to(self.precision.dtype)
@@ -136,8 +137,7 @@ class Embedding(nn.Module):
         self.first = group.rank * rows
         self.weight = nn.Parameter(torch.empty(rows, dim, dtype=precision.dtype, device=device))
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(b, s) int64 -> (b, s, hidden_size)."""
+    def forward(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s d"]:
         if self.group.size == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.first
@@ -146,12 +146,12 @@ class Embedding(nn.Module):
         x = self.group.all_reduce(x * mine[..., None])
         return x.to(self.precision.dtype)
 
-    def load(self, name: str, value: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
         put(self.weight, value, name)
 
 
 class Head(ColumnParallelLinear):
-    """Scores of all tokens of the vocabulary: (..., hidden_size) -> (..., vocab_size) float32.
+    """Scores of all tokens of the vocabulary, on every rank.
 
     Logits stay in float32. Rounded to bfloat16, neighbours around 10 lie 0.06 apart, and the
     best two tokens of a text tie every few words.
@@ -163,7 +163,7 @@ class Head(ColumnParallelLinear):
                          quantizable=False, device=device)
         self.group = group
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Float[Tensor, "*lead d"]) -> Float32[Tensor, "*lead v"]:
         return self.group.all_gather(self.wide(x).float())
 
 
@@ -179,20 +179,21 @@ class SwiGLU(nn.Module):
         self.w3 = ColumnParallelLinear(dim, inner, precision, group, **options)
         self.w2 = RowParallelLinear(inner, dim, precision, group, **options)
 
-    def inner(self, x: torch.Tensor) -> torch.Tensor:
+    def inner(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead inner"]:
         """silu(w1 x) * w3 x, this rank's channels."""
         x = quantize_once(x, self.precision)  # both products read the same FP8 values
         return F.silu(self.w1(x)) * self.w3(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
         return self.w2(self.inner(x))
 
-    def partial_sum(self, x: torch.Tensor) -> torch.Tensor:
+    def partial_sum(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
         """This rank's part of the output, neither reduced nor rounded: MoE adds to it first."""
         return self.w2.wide(self.inner(x))
 
 
-def quantize_once(x: torch.Tensor | QuantizedTensor, precision: Precision):
+def quantize_once(x: Float[Tensor, "*lead d"] | QuantizedTensor,
+                  precision: Precision) -> Float[Tensor, "*lead d"] | QuantizedTensor:
     """x as the products of this precision take it; quantised here unless it already is."""
     if precision.quantized and not isinstance(x, QuantizedTensor):
         return fp8.quantize_activation(x, precision.scale_format)
@@ -207,7 +208,8 @@ def quantized_storage(shape: tuple[int, ...], device) -> tuple[nn.Parameter, nn.
             nn.Parameter(torch.empty(grid, device=device), requires_grad=False))
 
 
-def as_plain(name: str, value: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def as_plain(name: str, value: Float[Tensor, "*shape"],
+             scale: Tensor | None) -> Float[Tensor, "*shape"]:
     """A stored tensor as plain numbers: E4M3 blocks are multiplied by their scales."""
     if value.dtype != torch.float8_e4m3fn:
         return value
@@ -217,7 +219,7 @@ def as_plain(name: str, value: torch.Tensor, scale: torch.Tensor | None) -> torc
     return QuantizedTensor(value, fp8.decode_scale(scale), (fp8.BLOCK, fp8.BLOCK)).dequantize()
 
 
-def as_quantized(name: str, value: torch.Tensor, scale: torch.Tensor | None,
+def as_quantized(name: str, value: Float[Tensor, "*shape"], scale: Tensor | None,
                  precision: Precision) -> QuantizedTensor:
     """A stored tensor as FP8 blocks: kept bit for bit if it is, else quantised here."""
     if value.dtype != torch.float8_e4m3fn:

@@ -15,7 +15,7 @@ rotated key shared by all heads: 512 + 64 values a token and layer, 70,272 bytes
 
 The same sum can be taken in two orders. *Expanded*: make every head's keys and values, then
 attend. *Absorbed*: since q^T (W^UK c) = (W^UK^T q)^T c, carry the query into the latent space,
-attend to the latents themselves, and carry the result out by W^UV. Expanding T latents is shared
+attend to the latents themselves, and carry the result out by W^UV. Expanding t latents is shared
 by all s queries; absorbed scores are wider but read nothing but the cache. So many queries are
 cheaper expanded (prefill), few are cheaper absorbed (decode). RoPE stands outside this: a
 rotation between W^UQ and W^UK would differ for every pair of positions and could not be absorbed,
@@ -31,10 +31,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Bool, Complex64, Float, Int
+from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
+from dsv3.fp8 import QuantizedTensor
 from dsv3.layers import (ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear, as_plain, put,
                          quantize_once)
 from dsv3.parallel.tensor import TensorGroup
@@ -49,17 +51,17 @@ _LATENT_EPS = 1e-6
 class Step:
     """Where the new tokens of one forward pass stand; made once, read by every layer.
 
-    start: position of each row's first new token, or None when all rows start at ``offset``.
-    rotation (b, s, d_h^R/2) complex; mask (b, 1, s, total) bool, True where a query may look, or
-    None when the causal rule says it all; total: keys that can be seen; take: for ragged rows,
-    (row, column, position) of every true token, else None.
+    offset: position of the first new token (of the first row, when rows are ragged).
+    total: keys that can be seen, t. rotation: of each pair of values, by position. mask: True
+    where a query may look, or None when the causal rule says it all. take: for ragged rows,
+    (row, column, position) of all n true tokens, else None.
     """
 
     offset: int
     total: int
-    rotation: torch.Tensor
-    mask: torch.Tensor | None
-    take: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    rotation: Complex64[Tensor, "b s pairs"]
+    mask: Bool[Tensor, "b 1 s t"] | None
+    take: tuple[Int[Tensor, "n"], Int[Tensor, "n"], Int[Tensor, "n"]] | None
 
     @classmethod
     def make(cls, config: ModelConfig, starts: list[int], counts: list[int], width: int,
@@ -80,7 +82,7 @@ class Step:
         mask = None
         if not even or (starts[0] > 0 and width > 1):
             keys = torch.arange(total, device=device)
-            mask = (keys <= positions[..., None])[:, None]                      # (b, 1, s, T)
+            mask = (keys <= positions[..., None])[:, None]                      # (b, 1, s, t)
         return cls(starts[0], total, rotation, mask, take)
 
 
@@ -108,8 +110,9 @@ class LatentCache:
         """Bytes of the whole cache."""
         return self.data.nbytes
 
-    def append(self, layer: int, new: torch.Tensor, step: Step) -> torch.Tensor:
-        """Write new (b, s, d_c + d_h^R) after each row's tokens; return all keys' (b, T, ...)."""
+    def append(self, layer: int, new: Float[Tensor, "b s latent"],
+               step: Step) -> Float[Tensor, "b t latent"]:
+        """Write what is new after each row's tokens; return that of all keys."""
         store = self.data[layer]
         if step.take is None:
             store[:, step.offset:step.offset + new.shape[1]] = new
@@ -155,12 +158,12 @@ class LatentUpProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, config.kv_lora_rank, dtype=precision.sums,
                                                device=device))
 
-    def per_head(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """W^UK (heads, d_h, d_c) and W^UV (heads, d_v, d_c), as views."""
+    def per_head(self) -> tuple[Float[Tensor, "heads d_h d_c"], Float[Tensor, "heads d_v d_c"]]:
+        """W^UK and W^UV, as views."""
         both = self.weight.view(self.heads, -1, self.weight.shape[-1])
         return both[:, :self.split_at], both[:, self.split_at:]
 
-    def load(self, name: str, value: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
         put(self.weight, as_plain(name, value, scale), name)
 
 
@@ -187,9 +190,9 @@ class MLA(nn.Module):
                                     group, **cut)                                   # W^O
         self.scale = softmax_scale(config)
 
-    def forward(self, h: torch.Tensor, step: Step, cache: LatentCache | None = None,
-                layer: int = 0) -> torch.Tensor:
-        """h (b, s, d) of the new tokens -> u (b, s, d); their latents go to the cache."""
+    def forward(self, h: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None = None,
+                layer: int = 0) -> Float[Tensor, "b s d"]:
+        """h of the new tokens -> u; their latents go to the cache."""
         h = quantize_once(h, self.precision)
         q_nope, q_rope = self.queries(h, step)
         new = self.latents(h, step)
@@ -198,8 +201,9 @@ class MLA(nn.Module):
         o = core(q_nope, q_rope, seen, step)
         return self.wo(o.flatten(2).to(self.precision.dtype))
 
-    def queries(self, h, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """q^C (b, s, heads, d_h) and rotated q^R (b, s, heads, d_h^R) (eq. 6-9)."""
+    def queries(self, h: Float[Tensor, "b s d"] | QuantizedTensor, step: Step) -> tuple[
+            Float[Tensor, "b s heads d_h"], Float[Tensor, "b s heads d_r"]]:
+        """q^C and rotated q^R of each head (eq. 6-9)."""
         if self.config.q_lora_rank is None:
             q = self.wq(h)
         else:
@@ -208,8 +212,9 @@ class MLA(nn.Module):
         q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
         return q_nope, rotate(q_rope, step.rotation[:, :, None])
 
-    def latents(self, h, step: Step) -> torch.Tensor:
-        """[c^KV; k^R] (b, s, d_c + d_h^R): normalised latent, rotated shared key (eq. 1, 3)."""
+    def latents(self, h: Float[Tensor, "b s d"] | QuantizedTensor,
+                step: Step) -> Float[Tensor, "b s latent"]:
+        """[c^KV; k^R], d_c + d_h^R values: normalised latent, rotated shared key (eq. 1, 3)."""
         c, k_rope = self.wkv_a(h).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim],
                                         -1)
         return torch.cat([self.kv_norm(c), rotate(k_rope, step.rotation)], -1)
@@ -225,14 +230,16 @@ class MLA(nn.Module):
         saved = 2 * c.kv_lora_rank - c.qk_nope_head_dim - c.v_head_dim
         return queries * saved > once
 
-    def expanded(self, q_nope, q_rope, seen, step: Step) -> torch.Tensor:
-        """Keys and values of every head, then attention (eq. 2, 4, 5, 10): (b, s, heads, d_v)."""
+    def expanded(self, q_nope: Float[Tensor, "b s heads d_h"],
+                 q_rope: Float[Tensor, "b s heads d_r"], seen: Float[Tensor, "b t latent"],
+                 step: Step) -> Float[Tensor, "b s heads d_v"]:
+        """Keys and values of every head, then attention (eq. 2, 4, 5, 10)."""
         seen = seen.to(self.precision.sums)
         c, k_rope = seen.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         kv = F.linear(c, self.wkv_b.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([self.config.qk_nope_head_dim, self.config.v_head_dim], -1)
         k_rope = k_rope[:, None].expand(-1, self.heads, -1, -1)
-        k = torch.cat([k_nope, k_rope], -1)                                 # (b, heads, T, d_qk)
+        k = torch.cat([k_nope, k_rope], -1)                                 # (b, heads, t, d_qk)
         q = torch.cat([q_nope, q_rope], -1).to(kv.dtype).transpose(1, 2)    # (b, heads, s, d_qk)
         d_v = v.shape[-1]
         # Fast attention kernels want values as wide as keys; zeros change nothing.
@@ -241,8 +248,10 @@ class MLA(nn.Module):
                                            is_causal=step.mask is None and q.shape[2] > 1)
         return o[..., :d_v].transpose(1, 2)
 
-    def absorbed(self, q_nope, q_rope, seen, step: Step) -> torch.Tensor:
-        """Attention to the latents themselves: (b, s, heads, d_v)."""
+    def absorbed(self, q_nope: Float[Tensor, "b s heads d_h"],
+                 q_rope: Float[Tensor, "b s heads d_r"], seen: Float[Tensor, "b t latent"],
+                 step: Step) -> Float[Tensor, "b s heads d_v"]:
+        """Attention to the latents themselves."""
         w_uk, w_uv = self.wkv_b.per_head()
         b, s = q_nope.shape[:2]
         seen = seen.to(w_uk.dtype)
@@ -254,6 +263,6 @@ class MLA(nn.Module):
             mask = scores.new_ones(s, step.total, dtype=torch.bool).tril()[None, None]
         if mask is not None:
             scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
-        weights = scores.softmax(-1).flatten(1, 2)                          # (b, s heads, T)
+        weights = scores.softmax(-1).flatten(1, 2)                          # (b, s heads, t)
         o_latent = (weights @ seen[..., :self.config.kv_lora_rank]).view(b, s, self.heads, -1)
         return torch.einsum("bshc,hdc->bshd", o_latent, w_uv)

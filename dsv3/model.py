@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from jaxtyping import Float, Float32, Int
+from torch import Tensor, nn
 
 from dsv3.block import Block
 from dsv3.config import ModelConfig
@@ -23,6 +24,8 @@ from dsv3.moe import Experts, Router
 from dsv3.mtp import MTPModule
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
+
+Logits = Float32[Tensor, "b s v"] | Float32[Tensor, "b v"]  # the second with last_only
 
 
 class Transformer(nn.Module):
@@ -56,9 +59,9 @@ class Transformer(nn.Module):
         """Where the weights live."""
         return self.embed.weight.device
 
-    def forward(self, tokens: torch.Tensor, cache: LatentCache | None = None,
+    def forward(self, tokens: Int[Tensor, "b s"], cache: LatentCache | None = None,
                 lengths: list[int] | None = None, last_only: bool = False,
-                return_hidden: bool = False):
+                return_hidden: bool = False) -> Logits | tuple[Logits, Float[Tensor, "b s d"]]:
         """Scores of the next token after each token.
 
         tokens: (b, s) int64. With a cache they continue each row's text (chunked prefill,
@@ -78,14 +81,15 @@ class Transformer(nn.Module):
             cache.advance(counts)
         return self._answer(hidden, counts, last_only, return_hidden)
 
-    def mtp_logits(self, hidden: torch.Tensor, tokens: torch.Tensor,
+    def mtp_logits(self, hidden: Float[Tensor, "b s d"], tokens: Int[Tensor, "b s"],
                    cache: LatentCache | None = None, depth: int = 0,
-                   lengths: list[int] | None = None, last_only: bool = False):
+                   lengths: list[int] | None = None,
+                   last_only: bool = False) -> tuple[Logits, Float[Tensor, "b s d"]]:
         """What MTP module ``depth`` predicts (eq. 21-23).
 
-        hidden (b, s, d): states after the final norm at positions i (of the module before, for
-        depth > 0). tokens (b, s): t_{i+1+depth}, the token after each position. Returns logits
-        for t_{i+2+depth} and the module's own states (b, s, d). cache: a draft cache of its own.
+        hidden: states after the final norm at positions i (of the module before, for depth > 0).
+        tokens: t_{i+1+depth}, the token after each position. Returns logits for t_{i+2+depth} and
+        the module's own states. cache: a draft cache of its own.
         """
         if depth >= len(self.mtp):
             raise DSV3Error("no such MTP module", where="depth", found=depth,
@@ -96,7 +100,8 @@ class Transformer(nn.Module):
             cache.advance(counts)
         return self._answer(hidden, counts, last_only, return_hidden=True)
 
-    def _answer(self, hidden, counts, last_only: bool, return_hidden: bool):
+    def _answer(self, hidden: Float[Tensor, "b s d"], counts: list[int], last_only: bool,
+                return_hidden: bool) -> Logits | tuple[Logits, Float[Tensor, "b s d"]]:
         rows = hidden
         if last_only:
             last = torch.tensor(counts, device=hidden.device) - 1
@@ -104,7 +109,8 @@ class Transformer(nn.Module):
         logits = self.head(rows)
         return (logits, hidden) if return_hidden else logits
 
-    def _step(self, tokens, cache, lengths) -> tuple[Step, list[int]]:
+    def _step(self, tokens: Int[Tensor, "b s"], cache: LatentCache | None,
+              lengths: list[int] | None) -> tuple[Step, list[int]]:
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
             raise DSV3Error("wrong token tensor", where="tokens",
                             found=f"{tuple(tokens.shape)} {tokens.dtype}",
@@ -162,8 +168,8 @@ class Transformer(nn.Module):
                 for matrix in ("w1", "w3") if leaf == "w13" else ("w2",):
                     yield f"{head}.experts.{expert}.{matrix}.weight"
 
-    def load_weight(self, name: str, value: torch.Tensor,
-                    scale: torch.Tensor | None = None) -> None:
+    def load_weight(self, name: str, value: Float[Tensor, "..."],
+                    scale: Tensor | None = None) -> None:
         """Put this rank's slice of weight ``name`` in its place.
 
         value: E4M3 with its grid of scales, or any float dtype. Raises DSV3Error for an unknown
@@ -171,7 +177,7 @@ class Transformer(nn.Module):
         """
         self._module_of(name).load(name, value, scale)
 
-    def weight(self, name: str) -> torch.Tensor:
+    def weight(self, name: str) -> Float[Tensor, "..."]:
         """Weight ``name`` as it lies in memory (a view)."""
         module = self._module_of(name)
         if isinstance(module, Experts):

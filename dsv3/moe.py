@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float, Float8e4m3fn, Float32, Int
+from torch import Tensor, nn
 
 from dsv3 import fp8
 from dsv3.config import ModelConfig
@@ -48,8 +49,8 @@ class Router(nn.Module):
         else:
             self.bias = None
 
-    def forward(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """u (T, d) -> weights (T, K_r) unrounded and chosen experts (T, K_r) int64."""
+    def forward(self, u: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+        """Of n tokens, the weights (unrounded) and the numbers of their k = K_r experts."""
         scores = self.scores(u)
         chosen = self.choose(scores)
         weights = scores.gather(-1, chosen)
@@ -57,24 +58,24 @@ class Router(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)          # eq. 13
         return weights * self.config.routed_scaling_factor, chosen
 
-    def scores(self, u: torch.Tensor) -> torch.Tensor:
-        """Affinities s_i,t (T, N_r) (eq. 15)."""
+    def scores(self, u: Float[Tensor, "n d"]) -> Float[Tensor, "n experts"]:
+        """Affinities s_i,t of each token to all N_r experts (eq. 15)."""
         sums = self.precision.sums
         logits = F.linear(u.to(sums), self.weight.to(sums))
         return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
 
-    def choose(self, scores: torch.Tensor) -> torch.Tensor:
-        """The K_r best experts of the M best groups, by biased score (eq. 16): (T, K_r)."""
+    def choose(self, scores: Float[Tensor, "n experts"]) -> Int[Tensor, "n k"]:
+        """The K_r best experts of the M best groups, by biased score (eq. 16)."""
         c = self.config
         biased = scores if self.bias is None else scores + self.bias
         if c.n_group > 1:
-            grouped = biased.unflatten(-1, (c.n_group, -1))                      # (T, G, N_r/G)
+            grouped = biased.unflatten(-1, (c.n_group, -1))                      # (n, G, N_r/G)
             best = grouped.topk(2, dim=-1).values.sum(-1).topk(c.topk_group, dim=-1).indices
             closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
             biased = grouped.masked_fill(closed[..., None], float("-inf")).flatten(-2)
         return biased.topk(c.num_experts_per_tok, dim=-1).indices
 
-    def load(self, name: str, value: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
         if name.endswith("bias") and self.bias is None:
             raise DSV3Error("the checkpoint has a router bias, the config has none", where=name,
                             fix='Set "gate_bias": true in config.json')
@@ -104,9 +105,9 @@ class Experts(nn.Module):
             self.w13, self.w2 = (nn.Parameter(torch.empty(s, dtype=precision.dtype, device=device))
                                  for s in shapes)
 
-    def forward(self, u: torch.Tensor, weights: torch.Tensor,
-                chosen: torch.Tensor) -> torch.Tensor:
-        """u (T, d), weights and chosen (T, K_r) -> sum of my experts' outputs (T, d), unrounded.
+    def forward(self, u: Float[Tensor, "n d"], weights: Float[Tensor, "n k"],
+                chosen: Int[Tensor, "n k"]) -> Float[Tensor, "n d"]:
+        """The weighted sum of my experts' outputs for each token, unrounded.
 
         A partial sum over the ranks. Tokens are sorted by expert, so that an expert meets all of
         its tokens in one product and nobody waits for a token that chose somebody else.
@@ -121,7 +122,7 @@ class Experts(nn.Module):
         y = y * weights.flatten()[order, None]
         return torch.zeros_like(u, dtype=y.dtype).index_add(0, token, y)
 
-    def can_group(self, chosen: torch.Tensor) -> bool:
+    def can_group(self, chosen: Int[Tensor, "n k"]) -> bool:
         """Whether one grouped product serves all experts: plain weights, aligned rows, and, on a
         CPU, where it visits every expert, enough choices to go round."""
         if self.precision.quantized or (chosen.numel() < self.count and not chosen.is_cuda):
@@ -129,14 +130,19 @@ class Experts(nn.Module):
         width = self.precision.dtype.itemsize
         return all(size * width % _ROW_BYTES == 0 for size in self.w2.shape[1:])
 
-    def grouped(self, u: torch.Tensor, token: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Outputs (T K_r, d) by two grouped products; rows past the last end are junk."""
+    def grouped(self, u: Float[Tensor, "n d"], token: Int[Tensor, "choices"],
+                ends: Int[Tensor, "experts"]) -> Float[Tensor, "choices d"]:
+        """Outputs by two grouped products; rows past the last end are junk.
+
+        token: of each choice, sorted by expert. ends: where each of my experts' choices end.
+        """
         ends = ends.to(torch.int32)
         both = F.grouped_mm(u[token], self.w13.flatten(1, 2).transpose(1, 2), offs=ends)
         gate, up = both.chunk(2, dim=-1)
         return F.grouped_mm(F.silu(gate) * up, self.w2.transpose(1, 2), offs=ends).float()
 
-    def one_by_one(self, u: torch.Tensor, token: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def one_by_one(self, u: Float[Tensor, "n d"], token: Int[Tensor, "choices"],
+                   ends: Int[Tensor, "experts"]) -> Float[Tensor, "choices d"]:
         """The same outputs, expert after expert: the plain form, and the one for FP8 weights."""
         u = quantize_once(u, self.precision)
         parts, start = [], 0
@@ -148,8 +154,9 @@ class Experts(nn.Module):
         parts.append(torch.zeros(others, self.w2.shape[1], device=token.device))
         return torch.cat(parts)
 
-    def expert(self, index: int, x: torch.Tensor | QuantizedTensor) -> torch.Tensor:
-        """One expert's SwiGLU: x (n, d), plain or quantised -> (n, d), unrounded if quantised."""
+    def expert(self, index: int,
+               x: Float[Tensor, "n d"] | QuantizedTensor) -> Float[Tensor, "n d"]:
+        """One expert's SwiGLU of its n tokens: unrounded when x is quantised."""
         if not self.precision.quantized:
             gate, up = F.linear(x, self.w13[index].flatten(0, 1)).chunk(2, dim=-1)
             return F.linear(F.silu(gate) * up, self.w2[index]).float()
@@ -158,14 +165,16 @@ class Experts(nn.Module):
         inner = quantize_once(F.silu(gate) * up, self.precision)
         return self.product(inner, self.w2, self.w2_scale, (index,))
 
-    def product(self, x: QuantizedTensor, data: torch.Tensor, scale: torch.Tensor,
-                index: tuple) -> torch.Tensor:
+    def product(self, x: QuantizedTensor, data: Float8e4m3fn[Tensor, "... out in"],
+                scale: Float32[Tensor, "... out_blocks in_blocks"],
+                index: tuple[int, ...]) -> Float[Tensor, "n out"]:
         """x times one matrix of a stack."""
         weight = QuantizedTensor(data[index], scale[index], (fp8.BLOCK, fp8.BLOCK),
                                  self.precision.scale_format)
         return fp8.matmul(x, weight, self.precision.sums)
 
-    def slot(self, expert: int, matrix: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def slot(self, expert: int, matrix: str) -> tuple[
+            Float[Tensor, "out in"], Float32[Tensor, "out_blocks in_blocks"] | None]:
         """Where w1, w2 or w3 of expert number ``expert`` (0 .. N_r - 1) lives: data and scale."""
         index = expert - self.first
         name, place = {"w1": ("w13", (index, 0)), "w3": ("w13", (index, 1)),
@@ -173,7 +182,7 @@ class Experts(nn.Module):
         scale = getattr(self, name + "_scale")[place] if self.precision.quantized else None
         return getattr(self, name)[place], scale
 
-    def load(self, name: str, value: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
         """name ends in "experts.E.w1.weight" or the like."""
         expert, matrix, _ = name.split(".")[-3:]
         data, grid = self.slot(int(expert), matrix)
@@ -197,8 +206,8 @@ class MoE(nn.Module):
             config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, precision,
             group, what="n_shared_experts * moe_intermediate_size", device=device)
 
-    def forward(self, u: torch.Tensor) -> torch.Tensor:
-        """u (b, s, d) -> (b, s, d). Both sums share one all-reduce and one rounding."""
+    def forward(self, u: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
+        """Both sums share one all-reduce and one rounding."""
         flat = u.flatten(0, 1)
         weights, chosen = self.gate(flat)
         out = self.experts(flat, weights, chosen) + self.shared_experts.partial_sum(flat)

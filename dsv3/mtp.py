@@ -17,6 +17,8 @@ report does not say.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from dsv3.block import Block
 from dsv3.config import ModelConfig
@@ -38,8 +40,9 @@ class MTPModule(Block):
         self.eh_proj = Linear(2 * d, d, precision, quantizable=False, device=device)    # M_k
         self.norm = RMSNorm(d, config.rms_norm_eps, device)
 
-    def forward(self, hidden: torch.Tensor, embedded: torch.Tensor, step: Step,
-                cache: LatentCache | None = None, slot: int = 0) -> torch.Tensor:
-        """hidden h^{k-1}_i and embedded Emb(t_{i+k}), both (b, s, d) -> normed h^k (b, s, d)."""
+    def forward(self, hidden: Float[Tensor, "b s d"], embedded: Float[Tensor, "b s d"],
+                step: Step, cache: LatentCache | None = None,
+                slot: int = 0) -> Float[Tensor, "b s d"]:
+        """hidden h^{k-1}_i and embedded Emb(t_{i+k}) -> normed h^k_i."""
         joined = torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1)
         return self.norm(super().forward(self.eh_proj(joined), step, cache, slot))

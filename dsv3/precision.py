@@ -25,6 +25,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
@@ -60,10 +62,11 @@ class Precision:
                         expected="fp32, bf16 or fp8")
 
 
-def wide_linear(x: torch.Tensor, weight: torch.Tensor, sums: torch.dtype) -> torch.Tensor:
+def wide_linear(x: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"],
+                sums: torch.dtype) -> Float[Tensor, "*lead out"]:
     """x @ weight.T, summed in ``sums`` and not rounded to fewer bits.
 
-    x (..., K) and weight (N, K) in float32 or bfloat16. Returns (..., N) in ``sums``.
+    x and weight come in float32 or bfloat16, the result leaves in ``sums``.
     """
     if weight.dtype == sums:
         return F.linear(x.to(sums), weight)

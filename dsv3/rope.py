@@ -19,14 +19,16 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Complex64, Float, Float32, Int
+from torch import Tensor
 
 from dsv3.config import ModelConfig
 
 
-def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
+def inverse_frequencies(config: ModelConfig) -> Float32[Tensor, "pairs"]:
     """Angle per position of each pair, theta_j = rope_theta^(-2j / d_h^R), after YaRN.
 
-    Returns (qk_rope_head_dim / 2,) float32, in radians per position.
+    In radians per position, for the qk_rope_head_dim / 2 pairs of a head.
     """
     dim = config.qk_rope_head_dim
     frequency = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
@@ -87,21 +89,21 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
-def rotations(positions: torch.Tensor, frequencies: torch.Tensor, scale: float) -> torch.Tensor:
+def rotations(positions: Int[Tensor, "*lead"], frequencies: Float32[Tensor, "pairs"],
+              scale: float) -> Complex64[Tensor, "*lead pairs"]:
     """One complex number scale * e^{i m theta_j} per position m and pair j.
 
-    positions (...) integers; frequencies (d_h^R / 2,). Returns (..., d_h^R / 2) complex64. Made
-    once per forward pass and shared by all layers.
+    Made once per forward pass and shared by all layers.
     """
     angles = positions[..., None].to(torch.float32) * frequencies
     return torch.polar(torch.full_like(angles, scale), angles)
 
 
-def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def rotate(x: Float[Tensor, "*lead d_r"],
+           rotation: Complex64[Tensor, "*#lead d_r//2"]) -> Float[Tensor, "*lead d_r"]:
     """Turn each neighbouring pair of the last dimension (eq. 3, 8).
 
-    x (..., d_h^R); rotation (..., d_h^R / 2) complex, broadcast over x's leading dimensions.
-    Computed in float32, returned in x's dtype.
+    rotation is broadcast over x's leading dimensions. Computed in float32, returned in x's dtype.
     """
     pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)

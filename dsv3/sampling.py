@@ -15,16 +15,19 @@ near-tie would send them apart for good, so rank 0 chooses and tells the others.
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
 
 from dsv3.errors import DSV3Error
 from dsv3.parallel.tensor import TensorGroup
 
 
-def probabilities(logits: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
-    """The distribution a token is drawn from: logits (..., v) -> float64 (..., v), sums to 1.
+def probabilities(logits: Float[Tensor, "*lead v"], temperature: float,
+                  top_p: float = 1.0) -> Float64[Tensor, "*lead v"]:
+    """The distribution a token is drawn from, over v tokens: float64, sums to 1.
 
     Temperature 0 puts all of it on the largest logit. Top-p keeps the smallest set of most
     probable tokens whose sum reaches top_p.
@@ -47,8 +50,8 @@ def probabilities(logits: torch.Tensor, temperature: float, top_p: float = 1.0) 
     return p
 
 
-def draw(p: torch.Tensor, generator: torch.Generator) -> int:
-    """One index from weights p (v,) >= 0 (any sum), by inverting their cumulative sum."""
+def draw(p: Float[Tensor, "v"], generator: torch.Generator) -> int:
+    """One index from weights p >= 0 (any sum), by inverting their cumulative sum."""
     cumulative = p.double().cumsum(dim=0)
     u = torch.rand((), dtype=torch.float64, generator=generator).to(p.device)
     # The first index whose cumulative sum exceeds the mark: an index of weight 0 never is.
@@ -56,12 +59,11 @@ def draw(p: torch.Tensor, generator: torch.Generator) -> int:
     return min(int(index), int(p.nonzero()[-1]))
 
 
-def sample(
-    logits: torch.Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]
-) -> list[int]:
-    """A token for each row of logits (b, v), each drawn with its row's own generator."""
+def sample(logits: Float[Tensor, "b v"], temperature: float, top_p: float,
+           generators: Sequence[torch.Generator]) -> list[int]:
+    """A token for each row of logits, each drawn with its row's own generator."""
     if temperature == 0:
-        return probabilities(logits, 0).argmax(dim=-1).tolist()
+        return probabilities(logits, 0.0).argmax(dim=-1).tolist()
     p = probabilities(logits, temperature, top_p)
     return [draw(row, generator) for row, generator in zip(p, generators, strict=True)]
 
@@ -84,13 +86,13 @@ class Chooser:
         self.valid, self.should_stop = valid_vocab_size, should_stop
         self.interrupted = False
 
-    def __call__(self, logits: torch.Tensor) -> list[int]:
-        """A token for each row of logits (b, vocab)."""
+    def __call__(self, logits: Float[Tensor, "b v"]) -> list[int]:
+        """A token for each row of logits."""
         return self.agree(len(self.generators), lambda: sample(
             logits[:, : self.valid], self.temperature, self.top_p, self.generators))
 
-    def distribution(self, logits: torch.Tensor) -> torch.Tensor:
-        """What a token is drawn from: logits (..., vocab) -> float64 (..., valid_vocab_size)."""
+    def distribution(self, logits: Float[Tensor, "*lead v"]) -> Float64[Tensor, "*lead valid"]:
+        """What a token is drawn from: the probabilities of the valid_vocab_size first tokens."""
         return probabilities(logits[..., : self.valid], self.temperature, self.top_p)
 
     def agree(self, count: int, decide: Callable[[], list[int]]) -> list[int]:

@@ -29,6 +29,8 @@ A scale in the format "ue8m0" is a power of two. It can be stored in one byte, t
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Float8e4m3fn, Float32, Shaped, UInt8
+from torch import Tensor
 
 from dsv3.errors import DSV3Error
 
@@ -42,8 +44,8 @@ _MANTISSA = 0x007FFFFF
 _MAGNITUDE = 0x7FFFFFFF
 
 
-def encode_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """FP32 values to E4M3 codes (uint8, same shape) in integer arithmetic.
+def encode_e4m3(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """FP32 values to E4M3 codes in integer arithmetic.
 
     Round to nearest, ties to even; magnitudes above 448 (infinity too) become 448; NaN becomes
     0x7F; the sign is kept, that of zero and NaN as well.
@@ -69,7 +71,7 @@ def encode_e4m3(x: torch.Tensor) -> torch.Tensor:
     return (code | sign).to(torch.uint8)
 
 
-def to_e4m3(x: torch.Tensor) -> torch.Tensor:
+def to_e4m3(x: Float32[Tensor, "*shape"]) -> Float8e4m3fn[Tensor, "*shape"]:
     """FP32 values to an E4M3 tensor by torch's cast: what ``encode_e4m3`` does, in one pass.
 
     The clamp makes it saturate on every version of torch; it lets NaN through. ``x`` is
@@ -78,13 +80,14 @@ def to_e4m3(x: torch.Tensor) -> torch.Tensor:
     return x.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
-def decode_e4m3(codes: torch.Tensor) -> torch.Tensor:
+def decode_e4m3(codes: Shaped[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     """E4M3 codes (uint8, int8 or float8_e4m3fn) to their FP32 values; NaN codes to NaN."""
     values = decode_finite(codes) * 256.0
     return torch.where(is_nan_code(codes), torch.nan, values)
 
 
-def decode_finite(codes: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def decode_finite(codes: Shaped[Tensor, "*shape"],
+                  out: Float32[Tensor, "*shape"] | None = None) -> Float32[Tensor, "*shape"]:
     """E4M3 codes to FP32 values times 2^-8, for codes that are not NaN: the fast form.
 
     Moved left by 7 bits, with its sign on top, a code is a float16. That format counts its
@@ -98,18 +101,18 @@ def decode_finite(codes: torch.Tensor, out: torch.Tensor | None = None) -> torch
     return half.to(torch.float32) if out is None else out.copy_(half)
 
 
-def is_nan_code(codes: torch.Tensor) -> torch.Tensor:
+def is_nan_code(codes: Shaped[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
     """True where an E4M3 code is NaN (0x7F or 0xFF)."""
     return (codes.view(torch.uint8) & 0x7F) == E4M3_NAN
 
 
-def has_nan_code(codes: torch.Tensor) -> bool:
+def has_nan_code(codes: Shaped[Tensor, "*shape"]) -> bool:
     """Whether any code is NaN. A maximum of bytes: many times faster than ``any`` on the CPU."""
     return codes.numel() > 0 and int((codes.view(torch.int8) & 0x7F).max()) == E4M3_NAN
 
 
-def block_scale(amax: torch.Tensor, scale_format: str) -> torch.Tensor:
-    """The FP32 scale of blocks whose largest magnitudes are ``amax`` (FP32).
+def block_scale(amax: Float32[Tensor, "*shape"], scale_format: str) -> Float32[Tensor, "*shape"]:
+    """The scale of blocks whose largest magnitudes are ``amax``.
 
     "float32": amax / 448, at least 1e-12. "ue8m0": the smallest power of two not below that.
     A block with an infinity or a NaN in it gets the scale NaN, so that nothing computed from it
@@ -124,13 +127,13 @@ def block_scale(amax: torch.Tensor, scale_format: str) -> torch.Tensor:
     return torch.where(amax.isfinite(), scale, torch.nan)
 
 
-def next_power_of_two(x: torch.Tensor) -> torch.Tensor:
+def next_power_of_two(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     """The smallest power of two >= x, for positive normal FP32 x, from its exponent bits."""
     bits = x.view(torch.int32)
     return ((bits + _MANTISSA) & _INFINITY).view(torch.float32)
 
 
-def encode_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def encode_scale(scale: Float32[Tensor, "*shape"], dtype: torch.dtype) -> Shaped[Tensor, "*shape"]:
     """FP32 scales in the dtype they are stored in: float32, float8_e8m0fnu or uint8.
 
     The last two hold one byte, exponent + 127. Raises DSV3Error for a scale that is not a power
@@ -149,7 +152,7 @@ def encode_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return exponent.to(torch.uint8).view(dtype)
 
 
-def decode_scale(stored: torch.Tensor) -> torch.Tensor:
+def decode_scale(stored: Shaped[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     """Stored scales as FP32: float32 as it is, float8_e8m0fnu or uint8 as 2^(byte - 127)."""
     if stored.dtype == torch.float32:
         return stored

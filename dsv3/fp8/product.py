@@ -20,6 +20,8 @@ Two forms compute the same sum.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
 
 from dsv3.errors import DSV3Error
 from dsv3.fp8.quantize import (
@@ -33,8 +35,9 @@ from dsv3.fp8.quantize import (
 )
 
 
-def linear(x: torch.Tensor, w: QuantizedTensor, backend: str | None = None) -> torch.Tensor:
-    """x (..., K) times W^T for W (N, K) in FP8: float32 (..., N).
+def linear(x: Float[Tensor, "*lead in"], w: QuantizedTensor,
+           backend: str | None = None) -> Float32[Tensor, "*lead out"]:
+    """x times W^T for W (out, in) in FP8.
 
     x is quantised per token and 128 channels, with scales of the format that W has.
     backend: "torch", "triton", or None for the best one on x's device.
@@ -44,8 +47,8 @@ def linear(x: torch.Tensor, w: QuantizedTensor, backend: str | None = None) -> t
 
 
 def matmul(xq: QuantizedTensor, wq: QuantizedTensor, sums: torch.dtype = torch.float32,
-           backend: str | None = None) -> torch.Tensor:
-    """The product of quantised activations (..., K) and weights (N, K): (..., N) in ``sums``.
+           backend: str | None = None) -> Float[Tensor, "... out"]:
+    """The product of quantised activations (..., in) and weights (out, in), in ``sums``.
 
     sums: dtype in which products are added up; float64 for the "torch" form only.
     No rows at all (an expert without tokens) are fine. NaN scales of activations come out as NaN.
@@ -68,8 +71,8 @@ def matmul(xq: QuantizedTensor, wq: QuantizedTensor, sums: torch.dtype = torch.f
     return out.view(shape)
 
 
-def _matmul_torch(x: torch.Tensor, wq: QuantizedTensor) -> torch.Tensor:
-    """x (M, K) times W^T in x's dtype, a run of W's rows at a time."""
+def _matmul_torch(x: Float[Tensor, "rows in"], wq: QuantizedTensor) -> Float[Tensor, "rows out"]:
+    """x times W^T in x's dtype, a run of W's rows at a time."""
     n, k = wq.shape
     chunks = list(row_chunks(n, k, WEIGHT_BLOCK[0]))
     buffer = torch.empty(chunks[0][0].stop, k, device=x.device)

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float8e4m3fn, Float32, Int
+from torch import Tensor
 
 from dsv3.errors import DSV3Error
 from dsv3.fp8.formats import E4M3, block_scale, decode_finite, has_nan_code, is_nan_code, to_e4m3
@@ -45,8 +47,8 @@ class QuantizedTensor:
         or without. scale: float32 (..., ceil(rows/br), ceil(cols/bc)). block: (br, bc).
     """
 
-    data: torch.Tensor
-    scale: torch.Tensor
+    data: Float8e4m3fn[Tensor, "... cols"]
+    scale: Float32[Tensor, "... col_blocks"]
     block: tuple[int, int] = WEIGHT_BLOCK
     scale_format: str = "float32"
 
@@ -79,8 +81,9 @@ class QuantizedTensor:
     def device(self) -> torch.device:
         return self.data.device
 
-    def __getitem__(self, index: int) -> QuantizedTensor:
-        """One matrix of a stack (experts, rows, cols); a view, nothing is copied."""
+    def __getitem__(self, index: int | Int[Tensor, "n"]) -> QuantizedTensor:
+        """One matrix of a stack (experts, rows, cols): a view, nothing is copied. Or some rows of
+        activations, copied."""
         return QuantizedTensor(self.data[index], self.scale[index], self.block, self.scale_format)
 
     def __len__(self) -> int:
@@ -90,7 +93,7 @@ class QuantizedTensor:
         return QuantizedTensor(self.data.to(device), self.scale.to(device), self.block,
                                self.scale_format)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "... cols"]:
         """The values: code * scale in FP32, rounded once to ``dtype``. NaN codes give NaN."""
         if self.data.dim() > 2 and self.block[0] > 1:  # a stack: its matrices, one by one
             return torch.stack([matrix.dequantize(dtype) for matrix in self])
@@ -155,14 +158,15 @@ def _has_triton() -> bool:
     return True
 
 
-def quantize_weight(w: torch.Tensor, scale_format: str = "float32") -> QuantizedTensor:
-    """Weights (..., rows, cols) of any float dtype to E4M3 with one scale per 128 x 128 block."""
+def quantize_weight(w: Float[Tensor, "... rows cols"],
+                    scale_format: str = "float32") -> QuantizedTensor:
+    """Weights of any float dtype to E4M3 with one scale per 128 x 128 block."""
     return _quantize(w, WEIGHT_BLOCK, scale_format)
 
 
-def quantize_activation(x: torch.Tensor, scale_format: str = "float32",
+def quantize_activation(x: Float[Tensor, "... cols"], scale_format: str = "float32",
                         backend: str | None = None) -> QuantizedTensor:
-    """Activations (..., K) to E4M3 with one scale per token and 128 channels.
+    """Activations to E4M3 with one scale per token and 128 channels.
 
     backend: "torch", "triton", or None for the best one on x's device; all give the same bits.
     """
@@ -174,7 +178,8 @@ def quantize_activation(x: torch.Tensor, scale_format: str = "float32",
     return _quantize(x, ACTIVATION_BLOCK, scale_format)
 
 
-def _quantize(x: torch.Tensor, block: tuple[int, int], scale_format: str) -> QuantizedTensor:
+def _quantize(x: Float[Tensor, "... cols"], block: tuple[int, int],
+              scale_format: str) -> QuantizedTensor:
     scale = torch.empty(scale_shape(x.shape, block), dtype=torch.float32, device=x.device)
     if x.dim() > 2 and block[0] > 1:  # a stack: its matrices, one by one
         parts = [_quantize(matrix, block, scale_format) for matrix in x]
@@ -187,7 +192,9 @@ def _quantize(x: torch.Tensor, block: tuple[int, int], scale_format: str) -> Qua
     return QuantizedTensor(data, scale, block, scale_format)
 
 
-def _quantize_rows(x: torch.Tensor, block: tuple[int, int], scale_format: str):
+def _quantize_rows(x: Float[Tensor, "rows cols"], block: tuple[int, int],
+                   scale_format: str) -> tuple[Float8e4m3fn[Tensor, "rows cols"],
+                                               Float32[Tensor, "row_blocks col_blocks"]]:
     rows, cols = x.shape
     br, bc = block
     x = F.pad(x.to(torch.float32), (0, -cols % bc, 0, -rows % br))
@@ -200,9 +207,11 @@ def _quantize_rows(x: torch.Tensor, block: tuple[int, int], scale_format: str):
     return codes.view(x.shape)[:rows, :cols], scale
 
 
-def dequantize_rows(data: torch.Tensor, scale: torch.Tensor, block: tuple[int, int],
-                    out: torch.Tensor | None = None) -> torch.Tensor:
-    """code * scale in FP32 for whole rows of blocks: data (rows, cols), scale (blocks, blocks).
+def dequantize_rows(data: Float8e4m3fn[Tensor, "rows cols"],
+                    scale: Float32[Tensor, "row_blocks col_blocks"], block: tuple[int, int],
+                    out: Float32[Tensor, "rows cols"] | None = None,
+                    ) -> Float32[Tensor, "rows cols"]:
+    """code * scale in FP32 for whole rows of blocks.
 
     The fast form: on the CPU NaN codes are not looked for. ``out``, where given, takes the values.
     """
@@ -239,6 +248,6 @@ def row_chunks(rows: int, cols: int, block_rows: int) -> Iterator[tuple[slice, s
         yield slice(first * block_rows, min(last * block_rows, rows)), slice(first, last)
 
 
-def _matrix(x: torch.Tensor) -> torch.Tensor:
+def _matrix(x: Float[Tensor, "... cols"]) -> Float[Tensor, "rows cols"]:
     """x with two axes, its leading axes merged: a view wherever x is contiguous."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
