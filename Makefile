@@ -8,8 +8,18 @@ VENV ?= .venv
 # the package index that torch is taken from; empty: the one pip uses anyway
 TORCH_INDEX ?=
 # what `make run` continues, and by how many tokens
-PROMPT ?= ROMEO. But soft, what light through yonder window breaks?
-TOKENS ?= 120
+ifndef PROMPT
+define PROMPT
+SCENE II. Verona. A garden.
+
+[Enter ROMEO]
+
+ROMEO:
+But soft, what light through yonder window breaks?
+
+endef
+endif
+TOKENS ?= 150
 # notebooks tested at a time
 JOBS ?= 2
 # more arguments for JupyterLab, for example LAB_ARGS=--no-browser
@@ -30,10 +40,10 @@ help:
 	@echo "Options, with their values: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX)"
 
 run: $(VENV)/.stamp-run
-	@echo "==> dsv3 generate assets/dsv3-mini --tp 2 --precision fp8" \
-	  "--prompt \"$$PROMPT\" --max-new-tokens $(TOKENS)"
-	@$(VENV)/bin/dsv3 generate assets/dsv3-mini --tp 2 --precision fp8 \
-	  --prompt "$$PROMPT" --max-new-tokens $(TOKENS)
+	@echo "==> dsv3 generate assets/dsv3-mini --tp 2 --precision fp8 --temperature 0.8" \
+	  "--top-p 0.95 --max-new-tokens $(TOKENS) --prompt ..."
+	@$(VENV)/bin/dsv3 generate assets/dsv3-mini --tp 2 --precision fp8 --temperature 0.8 \
+	  --top-p 0.95 --max-new-tokens $(TOKENS) --prompt "$$PROMPT"
 	@echo "==> the book that builds this model: make lab"
 
 lab: $(VENV)/.stamp-lab
