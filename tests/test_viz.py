@@ -48,6 +48,7 @@ def test_an_image_has_its_alt_text_and_a_light_card():
     before = dict(matplotlib.rcParams)
     image = viz.show(figure, "two bars")
     assert image.data.startswith(b"\x89PNG") and image.alt == "two bars"
+    assert repr(image) == "[Figure: two bars]"
     assert figure.get_facecolor() == (1, 1, 1, 1)
     assert dict(matplotlib.rcParams) == before
     with pytest.raises(ValueError, match="alt"):

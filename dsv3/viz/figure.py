@@ -37,14 +37,24 @@ def new_figure(width: float, height: float, **axes):
     return figure, figure.subplots(**axes)
 
 
+class Picture(Image):
+    """An image that prints as what is to be seen on it, where images cannot be shown."""
+
+    def __repr__(self) -> str:
+        return f"[Figure: {self.alt}]"
+
+
 @styled
-def show(figure: Figure, alt: str) -> Image:
+def show(figure: Figure, alt: str) -> Picture:
     """The figure as an image for a notebook cell. alt: what is to be seen, for those who cannot.
 
-    The image is as wide on the page as the figure in inches times 80 pixels.
+    The image is as wide on the page as the figure in inches times 80 pixels. The text goes into
+    the image's metadata and, since not every page that shows a notebook reads those, also stands
+    for the image as plain text.
     """
     if not alt.strip():
         raise ValueError("a figure needs its alt text")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    return Image(buffer.getvalue(), format="png", alt=alt, width=round(80 * figure.get_figwidth()))
+    return Picture(buffer.getvalue(), format="png", alt=alt,
+                   width=round(80 * figure.get_figwidth()))
