@@ -3,12 +3,25 @@
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
+
+# Modules whose annotations say the shapes of tensors. Every test run checks them at every call:
+# the hook rewrites these modules when they are imported, so it must come before any of dsv3.
+SHAPED = ["dsv3.rope", "dsv3.precision", "dsv3.layers", "dsv3.mla", "dsv3.moe", "dsv3.block",
+          "dsv3.mtp", "dsv3.model", "dsv3.sampling", "dsv3.fp8"]
+jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
 
 # Triton reads this when a kernel is decorated. Without a GPU its interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def as_in_use(monkeypatch) -> None:
+    """No checks of annotations: what the package itself says to a wrong tensor is the subject."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

@@ -249,7 +249,7 @@ def test_what_a_file_may_not_hold_is_refused():
     (torch.zeros(192, 128).to(torch.float8_e4m3fn), torch.ones(1, 1), r"expected \(2, 1\)"),
     (torch.zeros(128).to(torch.float8_e4m3fn), torch.ones(1), "too few dimensions"),
 ])
-def test_pieces_that_do_not_fit_are_refused(data, scale, words):
+def test_pieces_that_do_not_fit_are_refused(data, scale, words, as_in_use):
     with pytest.raises(DSV3Error, match=words):
         QuantizedTensor(data, scale)
 

@@ -204,7 +204,7 @@ def run(model, tokens, **options):
     return lambda: model(torch.as_tensor(tokens), **options)
 
 
-def test_bad_input_is_named():
+def test_bad_input_is_named(as_in_use):
     model = Transformer(SMALL).init_weights(0)
     cache = model.new_cache(1, 8)
     cases = {
