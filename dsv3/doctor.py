@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 import sys
-from typing import Iterator
+from collections.abc import Iterator
 
 # What each package is for, its least version, and the extra that brings it ("" for the core).
 PACKAGES = (

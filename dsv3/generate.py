@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 

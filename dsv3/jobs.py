@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dsv3.config import CONFIG_FILE
 from dsv3.errors import DSV3Error
-from dsv3.safetensors_io import (PARTIAL, Planned, SafetensorsFile, StreamWriter, build_header,
+from dsv3.safetensors_io import (Planned, SafetensorsFile, StreamWriter, build_header,
                                  stored_bytes, unwritable, write_text)
 from dsv3.shards import INDEX_FILE, CheckpointReader, copy_companions, index_text
 

@@ -154,7 +154,7 @@ class Head(ColumnParallelLinear):
     """Scores of all tokens of the vocabulary, on every rank.
 
     Logits stay in float32. Rounded to bfloat16, neighbours around 10 lie 0.06 apart, and the
-    best two tokens of a text tie every few words.
+    best two tokens of a text tie now and then.
     """
 
     def __init__(self, dim: int, vocab_size: int, precision: Precision, group: TensorGroup,

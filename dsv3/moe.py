@@ -94,7 +94,8 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, precision: Precision, group: TensorGroup, device=None):
         super().__init__()
         self.precision = precision
-        self.count = group.split(config.n_routed_experts, "n_routed_experts")
+        self.total = config.n_routed_experts
+        self.count = group.split(self.total, "n_routed_experts")
         self.first = group.rank * self.count
         d, inner = config.hidden_size, config.moe_intermediate_size
         shapes = (self.count, 2, inner, d), (self.count, d, inner)
@@ -118,7 +119,9 @@ class Experts(nn.Module):
         ends = torch.searchsorted(local, torch.arange(self.count, device=u.device), right=True)
         token = order // chosen.shape[1]
         run = self.grouped if self.can_group(chosen) else self.one_by_one
-        y = run(u, token, ends).masked_fill((local == self.count)[:, None], 0.0)
+        y = run(u, token, ends)
+        if self.count < self.total:  # rows of the other ranks' experts are junk
+            y = y.masked_fill((local == self.count)[:, None], 0.0)
         y = y * weights.flatten()[order, None]
         return torch.zeros_like(u, dtype=y.dtype).index_add(0, token, y)
 

@@ -30,7 +30,8 @@ import codecs
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import jinja2
 import jinja2.ext

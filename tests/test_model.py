@@ -1,4 +1,4 @@
-"""The parts of the model against plain re-derivations from the paper, and the forms among each other."""
+"""The parts of the model against plain re-derivations from the paper, and form against form."""
 
 import math
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv3.checkpoint import load_model, save_model
+from dsv3.checkpoint import load_model
 from dsv3.config import YarnScaling
 from dsv3.generate import complete
 
