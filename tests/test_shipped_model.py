@@ -6,6 +6,7 @@ two ranks say what one says, drafts change nothing.
 
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from ranks import run_ranks
@@ -26,6 +27,14 @@ PROMPTS = [
     "JULIET.\nO ", "If it were done", "Exeunt.\n", "A horse, a horse!", "Who is there?",
     "Is this a dagger which I see before me, the handle toward my hand?",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_in_use():
+    """No checks of annotations: thousands of tokens in FP8 take three times as long with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        yield
 
 
 @pytest.fixture(scope="module")
