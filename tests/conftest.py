@@ -13,6 +13,10 @@ SHAPED = ["dsv3.rope", "dsv3.precision", "dsv3.layers", "dsv3.mla", "dsv3.moe", 
           "dsv3.mtp", "dsv3.model", "dsv3.sampling", "dsv3.fp8"]
 jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
 
+# The models here are too small for two threads to help, and on busy cores threads that wait for
+# each other take many times as long.
+torch.set_num_threads(1)
+
 # Triton reads this when a kernel is decorated. Without a GPU its interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
