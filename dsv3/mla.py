@@ -257,7 +257,7 @@ class MLA(nn.Module):
         seen = seen.to(w_uk.dtype)
         q_latent = torch.einsum("bshd,hdc->bshc", q_nope.to(w_uk.dtype), w_uk)  # W^UK^T q^C
         q = torch.cat([q_latent, q_rope.to(w_uk.dtype)], -1).flatten(1, 2)  # (b, s heads, d_c+d_r)
-        scores = (q @ seen.transpose(1, 2)).view(b, s, self.heads, -1) * self.scale
+        scores = (q * self.scale @ seen.transpose(1, 2)).view(b, s, self.heads, -1)
         mask = step.mask
         if mask is None and s > 1:
             mask = scores.new_ones(s, step.total, dtype=torch.bool).tril()[None, None]

@@ -113,14 +113,16 @@ class Experts(nn.Module):
         A partial sum over the ranks. Tokens are sorted by expert, so that an expert meets all of
         its tokens in one product and nobody waits for a token that chose somebody else.
         """
-        local = chosen.flatten() - self.first
-        local = local.where((local >= 0) & (local < self.count), self.count)  # others' go last
+        local = chosen.flatten()
+        if self.count < self.total:  # the choices of other ranks' experts go last
+            local = local - self.first
+            local = local.where((local >= 0) & (local < self.count), self.count)
         local, order = local.sort(stable=True)
         ends = torch.searchsorted(local, torch.arange(self.count, device=u.device), right=True)
         token = order // chosen.shape[1]
         run = self.grouped if self.can_group(chosen) else self.one_by_one
         y = run(u, token, ends)
-        if self.count < self.total:  # rows of the other ranks' experts are junk
+        if self.count < self.total:  # and what stands in their rows is junk
             y = y.masked_fill((local == self.count)[:, None], 0.0)
         y = y * weights.flatten()[order, None]
         return torch.zeros_like(u, dtype=y.dtype).index_add(0, token, y)
