@@ -45,6 +45,8 @@ from dsv3.rope import inverse_frequencies, rotate, rotation_scale, rotations, so
 
 # The two latent norms keep this epsilon whatever rms_norm_eps says, in the released code too.
 _LATENT_EPS = 1e-6
+# Keys that decoding widens at a time: few enough for their copy to stay in a core's cache.
+_KEYS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -254,15 +256,18 @@ class MLA(nn.Module):
         """Attention to the latents themselves."""
         w_uk, w_uv = self.wkv_b.per_head()
         b, s = q_nope.shape[:2]
-        seen = seen.to(w_uk.dtype)
+        parts = seen.split(_KEYS_AT_ONCE, dim=1)
         q_latent = torch.einsum("bshd,hdc->bshc", q_nope.to(w_uk.dtype), w_uk)  # W^UK^T q^C
         q = torch.cat([q_latent, q_rope.to(w_uk.dtype)], -1).flatten(1, 2)  # (b, s heads, d_c+d_r)
-        scores = (q * self.scale @ seen.transpose(1, 2)).view(b, s, self.heads, -1)
+        q = q * self.scale
+        scores = torch.cat([q @ part.to(q.dtype).transpose(1, 2) for part in parts], -1)
+        scores = scores.view(b, s, self.heads, -1)
         mask = step.mask
         if mask is None and s > 1:
             mask = scores.new_ones(s, step.total, dtype=torch.bool).tril()[None, None]
         if mask is not None:
             scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
         weights = scores.softmax(-1).flatten(1, 2)                          # (b, s heads, t)
-        o_latent = (weights @ seen[..., :self.config.kv_lora_rank]).view(b, s, self.heads, -1)
-        return torch.einsum("bshc,hdc->bshd", o_latent, w_uv)
+        o_latent = sum(weight @ part[..., :self.config.kv_lora_rank].to(q.dtype)
+                       for weight, part in zip(weights.split(_KEYS_AT_ONCE, dim=-1), parts))
+        return torch.einsum("bshc,hdc->bshd", o_latent.view(b, s, self.heads, -1), w_uv)

@@ -111,7 +111,7 @@ def test_experts_equal_a_loop_over_tokens(tokens):
                                moe.experts.one_by_one(u[0], token, ends), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("queries, past", [(5, 0), (5, 20), (1, 20)])
+@pytest.mark.parametrize("queries, past", [(5, 0), (5, 20), (1, 20), (2, 1100)])
 @torch.no_grad()
 def test_absorbed_equals_expanded(queries, past):
     config = SMALL.but(rope_scaling=YarnScaling(factor=4, original_max_position_embeddings=8,
