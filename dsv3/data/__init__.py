@@ -1,0 +1,48 @@
+"""Text for training: three domains, a tokenizer learned from them, and a packed stream.
+
+``plays``, ``code`` and ``arithmetic`` make documents; ``domains`` holds them together with what is
+held out; ``vocabulary`` turns text into tokens; ``stream`` packs documents and cuts windows.
+"""
+
+from dsv3.data.arithmetic import (
+    arithmetic_documents,
+    is_held_out,
+    recall_document,
+    sums,
+    task,
+)
+from dsv3.data.code import (
+    HELD_OUT_MODULES,
+    clean_code,
+    code_documents,
+    pieces,
+    read_modules,
+    split_modules,
+)
+from dsv3.data.domains import DOMAINS, Domain, load_domains, tokenizer_texts
+from dsv3.data.plays import HELD_OUT, clean, conversation, documents, read_plays, scenes, split
+from dsv3.data.stream import Stream, fill_in_middle, in_order
+from dsv3.data.vocabulary import (
+    ASSISTANT,
+    BOS,
+    CHAT_TEMPLATE,
+    EOS,
+    FIM_BEGIN,
+    FIM_END,
+    FIM_HOLE,
+    PAD,
+    SPECIAL_TOKENS,
+    USER,
+    pack,
+    save_tokenizer,
+    token_bytes,
+    train_tokenizer,
+)
+
+__all__ = [
+    "ASSISTANT", "BOS", "CHAT_TEMPLATE", "DOMAINS", "EOS", "FIM_BEGIN", "FIM_END", "FIM_HOLE",
+    "HELD_OUT", "HELD_OUT_MODULES", "PAD", "SPECIAL_TOKENS", "USER", "Domain", "Stream",
+    "arithmetic_documents", "clean", "clean_code", "code_documents", "conversation", "documents",
+    "fill_in_middle", "in_order", "is_held_out", "load_domains", "pack", "pieces", "read_modules",
+    "read_plays", "recall_document", "save_tokenizer", "scenes", "split", "split_modules", "sums",
+    "task", "token_bytes", "tokenizer_texts", "train_tokenizer"]

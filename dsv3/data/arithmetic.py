@@ -1,0 +1,187 @@
+"""The third domain: arithmetic made by rule, with answers, so that right and wrong can be counted.
+
+One line is one task::
+
+    37 + 45 = 82                x + 17 = 52, x = 35
+    12 - 45 = -33               ? * 6 = 84, ? = 14
+    84 / 6 = 14                 37 < 45 is true
+
+About half of all lines are sums. Every tenth pair of numbers (a fixed hash of the unordered pair)
+is held out from every kind of task: neither a + b nor b + a, nor (a + b) - b, nor x + b = (a + b)
+is ever trained on. A model that is right there has learned to add, not the sums by heart. Pairs
+of one-digit numbers are never held out; they are the table that everyone must know by heart.
+
+A fifth of the documents is in chat form. Another fifth asks for memory over a distance: names are
+given values, arithmetic follows, and later lines ask for the values::
+
+    let q = 58
+    4 + 31 = 35
+    get q = 58
+
+Both lines write the name after a space, so that it is the same token in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from string import ascii_lowercase
+
+import numpy as np
+
+from dsv3.data.vocabulary import ASSISTANT, BOS, EOS, USER
+from dsv3.errors import DSV3Error
+
+# Characters; one line is about 13 of them and 11 tokens.
+TRAIN_CHARACTERS, HELD_OUT_CHARACTERS = 1_050_000, 48_000
+
+# Names for values to recall; x is the unknown of the equations.
+NAMES = ascii_lowercase.replace("x", "")
+
+# Kind of task -> share of lines.
+_KINDS = {"sum": 0.5, "difference": 0.14, "product": 0.09, "quotient": 0.07, "equation": 0.1,
+          "missing": 0.05, "comparison": 0.05}
+# Digits of the two numbers of a sum -> share of sums.
+_DIGITS = {(2, 2): 0.68, (1, 2): 0.09, (2, 1): 0.09, (1, 1): 0.04, (3, 2): 0.03, (2, 3): 0.03,
+           (3, 3): 0.04}
+
+
+def is_held_out(a: int, b: int) -> bool:
+    """Whether the unordered pair of numbers, at least one above 9, is kept from training."""
+    small, large = sorted((abs(a), abs(b)))
+    # Fibonacci hashing: the high bits of a product with 2^32 / golden ratio are well mixed.
+    mixed = (large * 1000 + small) * 2_654_435_769 % 2 ** 32
+    return large > 9 and (mixed >> 16) % 10 == 0
+
+
+def sums(held_out: bool) -> list[tuple[int, int]]:
+    """All ordered pairs of two-digit numbers (10 to 99) that are, or are not, held out."""
+    return [(a, b) for a in range(10, 100) for b in range(10, 100) if is_held_out(a, b) == held_out]
+
+
+def task(rng: np.random.Generator, held_out: bool = False) -> tuple[str, str]:
+    """One line of arithmetic as (question, answer), ``("37 + 45 =", "82")``.
+
+    Its pair of numbers is held out, or it uses no held-out pair at all.
+    """
+    kind = _choose(rng, _KINDS)
+    while True:
+        question, answer, pairs = _draw(rng, kind)
+        held = [is_held_out(*pair) for pair in pairs]
+        if held[0] if held_out else not any(held):
+            return question, answer
+
+
+def recall_document(rng: np.random.Generator, lines: int, lets: int, asks: int,
+                    held_out: bool = False) -> str:
+    """``lines`` lines between begin and end token: ``lets`` values, ``asks`` questions, arithmetic.
+
+    A value is given as ``let q = 58`` and later asked for as ``get q = 58``; places are random. Of
+    the names given so far, one that was asked for least often is asked for: an answer should be
+    far away, not in the question before. Names are single letters, so there are at most 25 lets.
+    """
+    if not 1 <= lets <= len(NAMES) or lets + asks > lines:
+        raise DSV3Error("does not fit", where="recall document",
+                        found=f"{lets} lets and {asks} asks in {lines} lines",
+                        expected=f"1 to {len(NAMES)} lets, and lets + asks at most lines")
+    kinds = rng.permutation(["let"] * (lets - 1) + ["get"] * asks)
+    places = np.sort(rng.permutation(lines)[:lets + asks])
+    special = dict(zip(places.tolist(), ["let", *kinds.tolist()]))
+    names = iter(rng.permutation(list(NAMES)).tolist())
+    values: dict[str, int] = {}
+    asked: dict[str, int] = {}
+    result = []
+    for number in range(lines):
+        kind = special.get(number)
+        if kind is None:
+            result.append(" ".join(task(rng, held_out)))
+            continue
+        if kind == "let":
+            name = next(names)
+            values[name], asked[name] = int(rng.integers(10, 100)), 0
+        else:
+            fewest = [name for name in asked if asked[name] == min(asked.values())]
+            name = fewest[rng.integers(len(fewest))]
+            asked[name] += 1
+        result.append(f"{kind} {name} = {values[name]}")
+    return BOS + "\n".join(result) + "\n" + EOS
+
+
+def arithmetic_documents(seed: int, held_out: bool = False) -> list[str]:
+    """Documents between begin and end token: lines, chats and recall; the same for equal seeds."""
+    rng = np.random.default_rng([seed, int(held_out)])
+    size, result = HELD_OUT_CHARACTERS if held_out else TRAIN_CHARACTERS, []
+    while size > 0:
+        form = rng.random()
+        if form < 0.6:
+            lines = [" ".join(task(rng, held_out)) for _ in range(rng.integers(10, 41))]
+            text = BOS + "\n".join(lines) + "\n" + EOS
+        elif form < 0.8:
+            text = BOS + "".join(_turns(rng, held_out, int(rng.integers(3, 13))))
+        else:
+            # 3 to 80 lines, 30 to 900 tokens; short ones as often as long ones per doubling.
+            lines = int(3 * (80 / 3) ** rng.random())
+            lets = int(rng.integers(1, 2 + lines // 4))
+            asks = int(rng.integers(lets, 1 + min(2 * lets, lines - lets)))
+            text = recall_document(rng, lines, lets, asks, held_out)
+        result.append(text)
+        size -= len(_plain(text))
+    return result
+
+
+def _draw(rng: np.random.Generator, kind: str) -> tuple[str, str, list[tuple[int, int]]]:
+    """Question, answer, and every pair of numbers that the line gives away, the main one first."""
+    if kind in ("product", "quotient") or kind == "missing" and rng.random() < 0.4:
+        a, b = int(rng.integers(2, 10)), int(rng.integers(2, 100))
+        if rng.random() < 0.5:
+            a, b = b, a
+        if kind == "product":
+            return f"{a} * {b} =", f"{a * b}", [(a, b)]
+        if kind == "quotient":
+            return f"{a * b} / {a} =", f"{b}", [(a, b), (a * b, a)]
+        return f"? * {a} = {a * b}, ? =", f"{b}", [(a, b)]
+    a, b = (int(rng.integers(10 ** (n - 1), 10 ** n)) for n in _choose(rng, _DIGITS))
+    c = a + b
+    if kind == "sum":
+        return f"{a} + {b} =", f"{c}", [(a, b)]
+    if kind == "missing":
+        return f"? + {b} = {c}, ? =", f"{a}", [(a, b)]
+    if kind == "comparison":
+        sign = "<>"[rng.integers(2)]
+        return f"{a} {sign} {b} is", str(a < b if sign == "<" else a > b).lower(), [(a, b)]
+    if kind == "difference":
+        if rng.random() < 0.3:
+            return f"{b} - {c} =", f"{-a}", [(a, b), (b, c)]
+        return f"{c} - {b} =", f"{a}", [(a, b), (c, b)]
+    if rng.random() < 0.5:
+        return f"x + {b} = {c}, x =", f"{a}", [(a, b)]
+    return f"x - {b} = {a}, x =", f"{c}", [(a, b), (c, b)]
+
+
+def _turns(rng: np.random.Generator, held_out: bool, turns: int) -> Iterator[str]:
+    for _ in range(turns):
+        question, answer = task(rng, held_out)
+        if question.endswith(" is"):
+            text = f"Is {question.removesuffix(' is')}?"
+            answer = "yes" if answer == "true" else "no"
+        elif ", " in question:
+            equation, unknown = question.split(", ")
+            text, answer = f"Solve {equation}.", f"{unknown} {answer}"
+        else:
+            text = f"What is {question.removesuffix(' =')}?"
+        yield USER + text + ASSISTANT + answer + EOS
+
+
+def _choose(rng: np.random.Generator, shares: dict):
+    draw, keys = rng.random() * sum(shares.values()), list(shares)
+    for key in keys[:-1]:
+        draw -= shares[key]
+        if draw < 0:
+            return key
+    return keys[-1]
+
+
+def _plain(text: str) -> str:
+    """The text with one character for each special token."""
+    for token in (BOS, EOS, USER, ASSISTANT):
+        text = text.replace(token, "\n")
+    return text
