@@ -19,6 +19,7 @@ import ast
 import os
 import sysconfig
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 from dsv3.data.vocabulary import BOS, EOS
@@ -47,21 +48,19 @@ def read_modules(folder: str | Path | None = None) -> dict[str, str]:
             if file.endswith(".py") and not file.startswith(("_sysconfigdata", "test_")):
                 parts = (Path(place) / file).relative_to(folder).with_suffix("").parts
                 try:
-                    modules[".".join(parts)] = clean_code(
-                        (Path(place) / file).read_text(encoding="utf-8"))
-                except (UnicodeDecodeError, SyntaxError, ValueError):
+                    text = (Path(place) / file).read_text(encoding="utf-8")
+                except UnicodeDecodeError:
                     continue
+                modules[".".join(parts)] = clean_code(text)
     if not modules:
         raise DSV3Error("no modules", where=folder, expected="Python files (*.py)")
     return dict(sorted(modules.items()))
 
 
 def clean_code(text: str) -> str:
-    """A module without trailing blanks and form feeds; SyntaxError where it does not parse."""
-    lines = text.removeprefix("\ufeff").replace("\f", "").replace("\r\n", "\n").split("\n")
-    text = "\n".join(line.rstrip() for line in lines).strip("\n") + "\n"
-    _parse(text)
-    return text
+    """A module without trailing blanks, form feeds and the mark of its byte order."""
+    lines = text.removeprefix("\ufeff").replace("\f", "").split("\n")
+    return "\n".join(line.rstrip() for line in lines).strip("\n") + "\n"
 
 
 def split_modules(modules: dict[str, str]) -> tuple[list[str], list[str]]:
@@ -78,24 +77,21 @@ def split_modules(modules: dict[str, str]) -> tuple[list[str], list[str]]:
 def pieces(module: str) -> list[str]:
     """The top-level pieces of a module in order, each of which parses on its own.
 
-    Comments and decorators directly above a definition belong to it. A piece that is a long table
-    is left out.
+    A piece ends where its last statement ends; comments and decorators above the next definition
+    belong to that. Long tables are left out, and so is a whole module that does not parse.
     """
-    lines = module.split("\n")
-    body = _parse(module).body
-    cuts = [0]
-    for before, node in zip([None, *body], body):
-        start = _first_line(node, lines)
-        defines = isinstance(node, _DEFINITION)
+    lines, body, cuts = module.split("\n"), _statements(module), [0]
+    for before, node in pairwise(body or []):
         after_definition = isinstance(before, _DEFINITION)
-        short = not after_definition and len("\n".join(lines[cuts[-1]:start])) < _SHORT
-        if (defines and not short) or after_definition:
-            cuts.append(max(start, cuts[-1]))
+        size = len("\n".join(lines[cuts[-1]:before.end_lineno]))
+        starts_piece = after_definition or (isinstance(node, _DEFINITION) and size >= _SHORT)
+        if starts_piece and node.lineno > before.end_lineno:
+            cuts.append(before.end_lineno)
     result = []
-    for start, end in zip(cuts, [*cuts[1:], len(lines)]):
+    for start, end in pairwise([*cuts, len(lines)]):
         text = "\n".join(lines[start:end]).strip("\n") + "\n"
         result += _class_pieces(text) if len(text.encode()) > _LONG_CLASS else [text]
-    return [text for text in result if text.strip() and _parses(text) and not _is_table(text)]
+    return [text for text in result if _statements(text) and not _is_table(text)]
 
 
 def code_documents(modules: list[str]) -> list[str]:
@@ -104,52 +100,43 @@ def code_documents(modules: list[str]) -> list[str]:
 
 
 def _class_pieces(text: str) -> list[str]:
-    """A long class as several, cut before methods; anything else as it is."""
-    nodes = _parse(text).body
-    if not nodes or not isinstance(nodes[-1], ast.ClassDef):
+    """A long text that ends in a class as several, cut before methods; any other as it is."""
+    last, lines = (_statements(text) or [None])[-1], text.split("\n")
+    if not isinstance(last, ast.ClassDef) or last.body[0].lineno == last.lineno:
         return [text]
-    node, lines = nodes[-1], text.split("\n")
-    starts = [_first_line(child, lines) for child in node.body]
-    if starts[0] < node.lineno:                    # the body stands on the line of the class
-        return [text]
-    head = lines[node.lineno - 1:starts[0]]
-    while head[-1].strip() == "" or head[-1].lstrip().startswith("#"):
+    first = last.body[0]
+    above = [decorator.lineno for decorator in getattr(first, "decorator_list", [])]
+    head = lines[last.lineno - 1:min([first.lineno, *above]) - 1]
+    while not head[-1].strip() or head[-1].lstrip().startswith("#"):
         head.pop()
     result, begin = [], 0
-    for start, child in zip(starts[1:], node.body[1:]):
-        size = len("\n".join(lines[begin:child.end_lineno]).encode())
-        if isinstance(child, _DEFINITION) and size > _PIECE and start > starts[0]:
-            result.append(lines[begin:start])
-            begin = start
-    result.append(lines[begin:])
-    whole = [result[0], *(head + part for part in result[1:])]
-    return ["\n".join(part).strip("\n") + "\n" for part in whole]
-
-
-def _first_line(node: ast.stmt, lines: list[str]) -> int:
-    """Index of the line where a statement begins, with its decorators and comments above."""
-    start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
-    indent = " " * node.col_offset + "#"
-    while start > 0 and lines[start - 1].startswith(indent):
-        start -= 1
-    return start
+    for before, node in pairwise(last.body):
+        size = len("\n".join(lines[begin:node.end_lineno]).encode())
+        if isinstance(node, _DEFINITION) and size > _PIECE and node.lineno > before.end_lineno:
+            result.append("\n".join(lines[begin:before.end_lineno]).strip("\n") + "\n")
+            begin = before.end_lineno
+    result.append("\n".join(lines[begin:]).strip("\n") + "\n")
+    return [result[0], *("\n".join(head) + "\n" + part for part in result[1:])]
 
 
 def _is_table(text: str) -> bool:
-    if len(text) <= _TABLE or any(isinstance(node, _DEFINITION) for node in _parse(text).body):
+    """Whether a long text, its definitions aside, has few letters."""
+    if len(text) <= _TABLE:
         return False
-    return sum(letter.isalpha() for letter in text) < 0.65 * len(text)
+    lines = text.split("\n")
+    for statement in _statements(text) or []:
+        for node in ast.walk(statement):
+            if isinstance(node, _DEFINITION):
+                lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    rest = "\n".join(lines)
+    return len(rest) > _TABLE and sum(letter.isalpha() for letter in rest) < 0.65 * len(rest)
 
 
-def _parse(text: str) -> ast.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")            # old escapes in strings
-        return ast.parse(text)
-
-
-def _parses(text: str) -> bool:
+def _statements(text: str) -> list[ast.stmt] | None:
+    """The top-level statements; None where the text does not parse."""
     try:
-        _parse(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")        # old escapes in strings
+            return ast.parse(text).body
     except (SyntaxError, ValueError):
-        return False
-    return True
+        return None

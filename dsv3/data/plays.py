@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from dsv3.data.vocabulary import ASSISTANT, BOS, EOS, USER
@@ -74,8 +75,7 @@ def split(plays: dict[str, str]) -> tuple[list[str], list[str]]:
 def scenes(play: str) -> list[str]:
     """One play cut before each scene; headings above a scene (title, act) stay with it."""
     starts = [m.start() for m in re.finditer(r"^(?:ACT [IVX]+\n\n)?SCENE ", play, re.M)]
-    starts = [0, *starts[1:]]
-    return [play[start:end] for start, end in zip(starts, [*starts[1:], len(play)])]
+    return [play[start:end] for start, end in pairwise([0, *starts[1:], len(play)])]
 
 
 def conversation(scene: str, turns: int = 12) -> str:
