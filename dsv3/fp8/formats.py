@@ -21,6 +21,9 @@ Three things go wrong in careless code, and this module is where they are settle
   products, does not look for them and would return 480; so the bytes of a checkpoint are checked
   once, when they are loaded (``QuantizedTensor.check``).
 
+Training keeps one kind of activation in E5M6 (TR 3.3.3): a sign, five bits of exponent and six of
+mantissa. It is IEEE's float16 with four bits less of mantissa, so a float16 holds it.
+
 A scale in the format "ue8m0" is a power of two. It can be stored in one byte, the exponent + 127
 (0xFF is NaN). Its exponent is read from the bits of the float: log2 in FP32 says 10 for
 1024 * (1 + 2^-23), where the next power of two is 2^11.
@@ -29,7 +32,7 @@ A scale in the format "ue8m0" is a power of two. It can be stored in one byte, t
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Float8e4m3fn, Float32, Shaped, UInt8
+from jaxtyping import Bool, Float, Float8e4m3fn, Float16, Float32, Shaped, UInt8
 from torch import Tensor
 
 from dsv3.errors import DSV3Error
@@ -37,6 +40,7 @@ from dsv3.errors import DSV3Error
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 E4M3_NAN = 0x7F
+E5M6_MAX = 65024.0  # 2^15 * (2 - 2^-6)
 SMALLEST_SCALE = 1e-12  # the scale of a block of zeros; dividing by 0 would give NaN
 
 _INFINITY = 0x7F800000  # bits of +inf in FP32: larger bits are NaN
@@ -80,6 +84,34 @@ def to_e4m3(x: Float32[Tensor, "*shape"]) -> Float8e4m3fn[Tensor, "*shape"]:
     return x.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
+def round_e4m3(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+    """FP32 values to the E4M3 values nearest to them: ``encode_e4m3`` and back, without codes.
+
+    Numbers between 2^e and 2^(e+1) step by 2^(e-3), those below 2^-6 by 2^-9. Next to 1.5 * 2^23
+    steps FP32 itself counts in whole steps: adding that and taking it off rounds, ties to even.
+    ``x`` is overwritten. The sign of a zero is lost.
+    """
+    x.clamp_(-E4M3_MAX, E4M3_MAX)
+    binade = (x.view(torch.int32) & _INFINITY).clamp_(0x3C800000, 0x43800000)  # 2^-6 to 2^8
+    anchor = binade.add_((20 << 23) | 0x00400000).view(torch.float32)  # 2^e to 1.5 * 2^(e+20)
+    return x.add_(anchor).sub_(anchor)
+
+
+def round_e5m6(x: Float32[Tensor, "*shape"]) -> Float16[Tensor, "*shape"]:
+    """FP32 values to the E5M6 values nearest to them, in float16; ties to even, saturating.
+
+    The four lowest bits of each float16 are 0, so that 12 bits would do. NaN stays NaN.
+    """
+    bits = x.clamp(-E5M6_MAX, E5M6_MAX).view(torch.int32)
+    magnitude = bits & _MAGNITUDE
+    # As in encode_e4m3: 17 of 23 mantissa bits go, and below 2^-14 numbers step by 2^-20.
+    lowest = (magnitude >> 17) & 1
+    normal = (magnitude + 0xFFFF + lowest) & ~0x1FFFF
+    subnormal = (magnitude.view(torch.float32) + 8.0) - 8.0
+    rounded = torch.where(magnitude < 0x38800000, subnormal, normal.view(torch.float32))
+    return torch.where(x.isnan(), x, rounded.copysign(x)).to(torch.float16)
+
+
 def decode_e4m3(codes: Shaped[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     """E4M3 codes (uint8, int8 or float8_e4m3fn) to their FP32 values; NaN codes to NaN."""
     values = decode_finite(codes) * 256.0
@@ -111,14 +143,15 @@ def has_nan_code(codes: Shaped[Tensor, "*shape"]) -> bool:
     return codes.numel() > 0 and int((codes.view(torch.int8) & 0x7F).max()) == E4M3_NAN
 
 
-def block_scale(amax: Float32[Tensor, "*shape"], scale_format: str) -> Float32[Tensor, "*shape"]:
-    """The scale of blocks whose largest magnitudes are ``amax``.
+def block_scale(amax: Float32[Tensor, "*shape"], scale_format: str,
+                largest: float = E4M3_MAX) -> Float32[Tensor, "*shape"]:
+    """The scale of blocks whose largest magnitudes are ``amax``, for codes up to ``largest``.
 
     "float32": amax / 448, at least 1e-12. "ue8m0": the smallest power of two not below that.
     A block with an infinity or a NaN in it gets the scale NaN, so that nothing computed from it
     can look like a number.
     """
-    scale = (amax / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    scale = (amax / largest).clamp(min=SMALLEST_SCALE)
     if scale_format == "ue8m0":
         scale = next_power_of_two(scale)
     elif scale_format != "float32":
