@@ -27,8 +27,25 @@ def lines(documents: list[str]) -> list[str]:
             if not line.startswith(("let ", "get "))]
 
 
+def check_working(a: int, b: int, text: str) -> None:
+    """Follow the columns of a + b and put the sum together from them."""
+    columns, total = text.split(", "), 0
+    assert len(columns) == max(len(str(a)), len(str(b)))
+    for place, column in enumerate(columns):
+        summands, _, result = column.partition("=")
+        digits = [str(n)[::-1][place] for n in (a, b) if len(str(n)) > place]
+        carry = ["1"] * (a % 10 ** place + b % 10 ** place >= 10 ** place)
+        assert summands.split("+") == digits + carry, text
+        assert sum(map(int, summands.split("+"))) == int(result or summands), text
+        total += (int(result or summands) - len(carry)) * 10 ** place
+    assert total == a + b
+
+
 def check(line: str) -> tuple[int, int]:
     """Prove one line right and return its two numbers, as the sum or the product uses them."""
+    if found := re.fullmatch(r"(\d+) \+ (\d+) = \[(.*)\] (\d+)", line):
+        check_working(*map(int, found.group(1, 2)), found[3])
+        line = re.sub(r"\[.*\] ", "", line)
     if found := re.fullmatch(r"(\d+) ([<>]) (\d+) is (true|false)", line):
         a, sign, b, truth = found.groups()
         assert ((int(a) < int(b)) if sign == "<" else int(a) > int(b)) == (truth == "true"), line
@@ -62,11 +79,19 @@ def test_all_answers_are_right_and_pairs_lie_on_their_side(train, held_out):
             assert data.is_held_out(*pair[::-1]) == side, line
 
 
-def test_no_operation_in_training_shows_a_held_out_pair(train):
+def test_working_is_shown_where_there_is_more_than_one_column(train):
+    assert data.working(37, 45) == "[7+5=12, 3+4+1=8] "
+    assert data.working(7, 5) == "" and data.working(305, 95) == "[5+5=10, 0+9+1=10, 3+1=4] "
+    assert data.working(3, 40) == "[3+0=3, 4] "
     for line in lines(train):
-        numbers = [int(n) for n in re.findall(r"\d+", line.split(",")[0])]
-        if len(numbers) > 1:
-            assert not data.is_held_out(*numbers[:2]) or "x" in line or "?" in line, line
+        if found := re.match(r"(\d+) \+ (\d+) = ", line):
+            assert ("[" in line) == (max(map(len, found.groups())) > 1), line
+
+
+def test_final_answer_leaves_out_the_working():
+    assert data.final_answer(" [7+5=12, 3+4+1=8] 82\n3 + 4 = 7") == "82"
+    assert data.final_answer(" 12") == "12" and data.final_answer("") == ""
+    assert data.final_answer(" [7+5=12, 3") == "[7+5=12, 3"
 
 
 def test_chats_ask_and_answer(train):
@@ -89,17 +114,18 @@ def test_chats_ask_and_answer(train):
 
 
 def test_half_of_all_lines_are_sums_mostly_of_two_digits(train):
-    every = lines(train)
+    every = [re.sub(r"\[.*\] ", "", line) for line in lines(
+        [text for text in train if "let " not in text])]
     sums = [line for line in every if re.fullmatch(r"\d+ \+ \d+ = \d+", line)]
     assert 0.47 < len(sums) / len(every) < 0.53
     digits = Counter(tuple(map(len, re.findall(r"\d+", line)[:2])) for line in sums)
     assert digits[2, 2] > 0.6 * len(sums)
     kinds = Counter(re.sub(r"\d+", "n", line) for line in every)
     assert kinds["n - n = -n"] > 0.02 * len(every) and kinds["n * n = n"] > 0.05 * len(every)
-    assert kinds["x + n = n, x = n"] > 0.02 * len(every) < 2 * kinds["n / n = n"]
+    assert kinds["x + n = n, x = n"] > 0.02 * len(every) and kinds["n / n = n"] > 0.05 * len(every)
     # Most of the sums that may be trained on are, so that what is missing was held out.
     seen = {tuple(map(int, re.findall(r"\d+", line)[:2])) for line in sums}
-    assert len(seen & set(data.sums(False))) > 0.85 * len(data.sums(False))
+    assert len(seen & set(data.sums(False))) > 0.8 * len(data.sums(False))
 
 
 def test_a_tenth_of_the_pairs_is_held_out_evenly():
@@ -153,6 +179,6 @@ def test_recall_that_does_not_fit_is_refused():
 
 def test_recall_documents_have_all_lengths(train):
     recall = [text.count("\n") for text in train if "let " in text]
-    assert 0.15 < len(recall) / len(train) < 0.25
+    assert 0.25 < len(recall) / len(train) < 0.35
     assert min(recall) == 3 and max(recall) > 70
     assert 10 < np.median(recall) < 25

@@ -2,20 +2,26 @@
 
 One line is one task::
 
-    37 + 45 = 82                x + 17 = 52, x = 35
-    12 - 45 = -33               ? * 6 = 84, ? = 14
-    84 / 6 = 14                 37 < 45 is true
+    37 + 45 = [7+5=12, 3+4+1=8] 82        x + 7 = 12, x = 5
+    8 - 12 = -4                           ? * 6 = 54, ? = 9
+    56 / 7 = 8                            37 < 45 is true
 
-About half of all lines are sums. Every tenth pair of numbers (a fixed hash of the unordered pair)
-is held out from every kind of task: neither a + b nor b + a, nor (a + b) - b, nor x + b = (a + b)
-is ever trained on. A model that is right there has learned to add, not the sums by heart. Pairs
-of one-digit numbers are never held out; they are the table that everyone must know by heart.
+About half of all lines are sums. A sum of longer numbers shows its working in brackets: one
+column after another from the right, with what is carried, as it is taught at school. Without it a
+small model must find the whole rule before it gets any sum right, and a million tokens are not
+enough for that; with it, each step is a table of one-digit sums or a copy. The other kinds are
+mostly of such table facts.
 
-A fifth of the documents is in chat form. Another fifth asks for memory over a distance: names are
+Every tenth pair of numbers (a fixed hash of the unordered pair) is held out from every kind of
+task: neither a + b nor b + a, nor (a + b) - b, nor x + b = (a + b) is ever trained on. A model
+that is right there has learned to add, not the sums by heart. Pairs of one-digit numbers are never
+held out; they are the table that everyone must know by heart, and the columns of longer sums.
+
+A fifth of the documents is in chat form. Three in ten ask for memory over a distance: names are
 given values, arithmetic follows, and later lines ask for the values::
 
     let q = 58
-    4 + 31 = 35
+    4 * 3 = 12
     get q = 58
 
 Both lines write the name after a space, so that it is the same token in both.
@@ -31,18 +37,19 @@ import numpy as np
 from dsv3.data.vocabulary import ASSISTANT, BOS, EOS, USER
 from dsv3.errors import DSV3Error
 
-# Characters; one line is about 13 of them and 11 tokens.
-TRAIN_CHARACTERS, HELD_OUT_CHARACTERS = 1_050_000, 48_000
+# Characters; a token has 1.2 of them.
+TRAIN_CHARACTERS, HELD_OUT_CHARACTERS = 1_110_000, 48_000
 
 # Names for values to recall; x is the unknown of the equations.
 NAMES = ascii_lowercase.replace("x", "")
 
-# Kind of task -> share of lines.
-_KINDS = {"sum": 0.5, "difference": 0.14, "product": 0.09, "quotient": 0.07, "equation": 0.1,
-          "missing": 0.05, "comparison": 0.05}
-# Digits of the two numbers of a sum -> share of sums.
-_DIGITS = {(2, 2): 0.68, (1, 2): 0.09, (2, 1): 0.09, (1, 1): 0.04, (3, 2): 0.03, (2, 3): 0.03,
-           (3, 3): 0.04}
+# Kind of task -> share of lines; in recall documents, which need short lines, without the sums.
+_KINDS = {"sum": 0.5, "difference": 0.14, "product": 0.09, "quotient": 0.07, "equation": 0.08,
+          "missing": 0.05, "comparison": 0.07}
+_SHORT_KINDS = {kind: share for kind, share in _KINDS.items() if kind != "sum"}
+# Digits of the two numbers -> share, in sums and in other kinds.
+_SUM_DIGITS = {(2, 2): 0.82, (1, 2): 0.04, (2, 1): 0.04, (1, 1): 0.06, (3, 3): 0.04}
+_DIGITS = {(1, 1): 0.7, (1, 2): 0.1, (2, 1): 0.1, (2, 2): 0.1}
 
 
 def is_held_out(a: int, b: int) -> bool:
@@ -58,16 +65,35 @@ def sums(held_out: bool) -> list[tuple[int, int]]:
     return [(a, b) for a in range(10, 100) for b in range(10, 100) if is_held_out(a, b) == held_out]
 
 
-def task(rng: np.random.Generator, held_out: bool = False) -> tuple[str, str]:
-    """One line of arithmetic as (question, answer), ``("37 + 45 =", "82")``.
+def working(a: int, b: int) -> str:
+    """The columns of a + b from the right, ``"[7+5=12, 3+4+1=8] "``; empty for one-digit numbers.
 
-    Its pair of numbers is held out, or it uses no held-out pair at all.
+    A carry is the last summand of its column. Where only one digit is left it is copied.
     """
-    kind = _choose(rng, _KINDS)
+    columns, carry = [], 0
+    while a or b:
+        digits = [number % 10 for number in (a, b) if number] + [1] * carry
+        step = "+".join(map(str, digits))
+        columns.append(step if len(digits) == 1 else f"{step}={sum(digits)}")
+        a, b, carry = a // 10, b // 10, int(sum(digits) > 9)
+    return f"[{', '.join(columns)}] " if len(columns) > 1 else ""
+
+
+def final_answer(text: str) -> str:
+    """What an answer comes to: its first line without the working, ``"82"``."""
+    return text.split("\n")[0].rpartition("]")[2].strip()
+
+
+def task(rng: np.random.Generator, held_out: bool = False,
+         kinds: dict[str, float] = _KINDS) -> tuple[str, str]:
+    """One line of arithmetic as (question, answer), ``("7 + 5 =", "12")``.
+
+    Its pair of numbers is held out or not, as asked; kinds: share by kind of task.
+    """
+    kind = _choose(rng, kinds)
     while True:
-        question, answer, pairs = _draw(rng, kind)
-        held = [is_held_out(*pair) for pair in pairs]
-        if held[0] if held_out else not any(held):
+        question, answer, pair = _draw(rng, kind)
+        if is_held_out(*pair) == held_out:
             return question, answer
 
 
@@ -96,7 +122,7 @@ def recall_document(rng: np.random.Generator, lines: int, lets: int, asks: int,
     for number in range(lines):
         kind = special.get(number)
         if kind is None:
-            result.append(" ".join(task(rng, held_out)))
+            result.append(" ".join(task(rng, held_out, _SHORT_KINDS)))
             continue
         if kind == "let":
             name = next(names)
@@ -115,14 +141,14 @@ def arithmetic_documents(seed: int, held_out: bool = False) -> list[str]:
     size, result = HELD_OUT_CHARACTERS if held_out else TRAIN_CHARACTERS, []
     while size > 0:
         form = rng.random()
-        if form < 0.6:
-            lines = [" ".join(task(rng, held_out)) for _ in range(rng.integers(10, 41))]
+        if form < 0.5:
+            lines = [" ".join(task(rng, held_out)) for _ in range(rng.integers(5, 31))]
             text = BOS + "\n".join(lines) + "\n" + EOS
-        elif form < 0.8:
+        elif form < 0.7:
             text = BOS + "".join(_turns(rng, held_out, int(rng.integers(3, 13))))
         else:
-            # 3 to 80 lines, 30 to 900 tokens; short ones as often as long ones per doubling.
-            lines = int(3 * (80 / 3) ** rng.random())
+            # 3 to 92 lines, 30 to 900 tokens; short ones as often as long ones per doubling.
+            lines = int(3 * (93 / 3) ** rng.random())
             lets = int(rng.integers(1, 2 + lines // 4))
             asks = int(rng.integers(lets, 1 + min(2 * lets, lines - lets)))
             text = recall_document(rng, lines, lets, asks, held_out)
@@ -131,33 +157,34 @@ def arithmetic_documents(seed: int, held_out: bool = False) -> list[str]:
     return result
 
 
-def _draw(rng: np.random.Generator, kind: str) -> tuple[str, str, list[tuple[int, int]]]:
-    """Question, answer, and every pair of numbers that the line gives away, the main one first."""
+def _draw(rng: np.random.Generator, kind: str) -> tuple[str, str, tuple[int, int]]:
+    """Question, answer, and the pair of numbers whose sum or product the line gives away."""
     if kind in ("product", "quotient") or kind == "missing" and rng.random() < 0.4:
-        a, b = int(rng.integers(2, 10)), int(rng.integers(2, 100))
+        a, b = int(rng.integers(2, 10)), int(rng.integers(2, 10 if rng.random() < 0.7 else 100))
         if rng.random() < 0.5:
             a, b = b, a
         if kind == "product":
-            return f"{a} * {b} =", f"{a * b}", [(a, b)]
+            return f"{a} * {b} =", f"{a * b}", (a, b)
         if kind == "quotient":
-            return f"{a * b} / {a} =", f"{b}", [(a, b), (a * b, a)]
-        return f"? * {a} = {a * b}, ? =", f"{b}", [(a, b)]
-    a, b = (int(rng.integers(10 ** (n - 1), 10 ** n)) for n in _choose(rng, _DIGITS))
+            return f"{a * b} / {a} =", f"{b}", (a, b)
+        return f"? * {a} = {a * b}, ? =", f"{b}", (a, b)
+    digits = _choose(rng, _SUM_DIGITS if kind == "sum" else _DIGITS)
+    a, b = (int(rng.integers(10 ** (n - 1), 10 ** n)) for n in digits)
     c = a + b
     if kind == "sum":
-        return f"{a} + {b} =", f"{c}", [(a, b)]
+        return f"{a} + {b} =", f"{working(a, b)}{c}", (a, b)
     if kind == "missing":
-        return f"? + {b} = {c}, ? =", f"{a}", [(a, b)]
+        return f"? + {b} = {c}, ? =", f"{a}", (a, b)
     if kind == "comparison":
         sign = "<>"[rng.integers(2)]
-        return f"{a} {sign} {b} is", str(a < b if sign == "<" else a > b).lower(), [(a, b)]
+        return f"{a} {sign} {b} is", str(a < b if sign == "<" else a > b).lower(), (a, b)
     if kind == "difference":
         if rng.random() < 0.3:
-            return f"{b} - {c} =", f"{-a}", [(a, b), (b, c)]
-        return f"{c} - {b} =", f"{a}", [(a, b), (c, b)]
+            return f"{b} - {c} =", f"{-a}", (a, b)
+        return f"{c} - {b} =", f"{a}", (a, b)
     if rng.random() < 0.5:
-        return f"x + {b} = {c}, x =", f"{a}", [(a, b)]
-    return f"x - {b} = {a}, x =", f"{c}", [(a, b), (c, b)]
+        return f"x + {b} = {c}, x =", f"{a}", (a, b)
+    return f"x - {b} = {a}, x =", f"{c}", (a, b)
 
 
 def _turns(rng: np.random.Generator, held_out: bool, turns: int) -> Iterator[str]:
