@@ -45,6 +45,6 @@ __all__ = [
     "ASSISTANT", "BOS", "CHAT_TEMPLATE", "DOMAINS", "EOS", "FIM_BEGIN", "FIM_END", "FIM_HOLE",
     "HELD_OUT", "HELD_OUT_MODULES", "PAD", "SPECIAL_TOKENS", "USER", "Domain", "Stream",
     "arithmetic_documents", "clean", "clean_code", "code_documents", "conversation", "documents",
-    "fill_in_middle", "final_answer", "in_order", "is_held_out", "load_domains", "pack", "pieces", "read_modules",
-    "read_plays", "recall_document", "save_tokenizer", "scenes", "split", "split_modules", "sums",
-    "task", "token_bytes", "tokenizer_texts", "train_tokenizer", "working"]
+    "fill_in_middle", "final_answer", "in_order", "is_held_out", "load_domains", "pack", "pieces",
+    "read_modules", "read_plays", "recall_document", "save_tokenizer", "scenes", "split",
+    "split_modules", "sums", "task", "token_bytes", "tokenizer_texts", "train_tokenizer", "working"]
