@@ -47,7 +47,10 @@ BLOCK = 128
 WEIGHT_BLOCK = (BLOCK, BLOCK)
 ACTIVATION_BLOCK = (1, BLOCK)
 COLUMN_BLOCK = (BLOCK, 1)
-_CHUNK = 1 << 19  # numbers worked on at a time: their FP32 copy (2 MiB) stays near the core
+# Numbers worked on at a time: few enough for their FP32 copies to stay near the core. There is one
+# copy (2 MiB) in dequantising, and there are several in quantising.
+_CHUNK = 1 << 19
+_QUANTIZED_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +210,7 @@ def _quantize(x: Float[Tensor, "... cols"], block: tuple[int, int],
                                torch.stack([part.scale for part in parts]), block, scale_format)
     data = torch.empty(x.shape, dtype=E4M3, device=x.device)
     matrix, codes, scales = _matrix(x), _matrix(data), _matrix(scale)
-    for rows, blocks in row_chunks(*matrix.shape, block[0]):
+    for rows, blocks in row_chunks(*matrix.shape, block[0], _QUANTIZED_AT_ONCE):
         codes[rows], scales[blocks] = _quantize_rows(matrix[rows], block, scale_format)
     return QuantizedTensor(data, scale, block, scale_format)
 
@@ -225,7 +228,7 @@ def _scaled_tiles(x: Float[Tensor, "rows cols"], block: tuple[int, int],
     """x in blocks, padded with zeros and divided by their scales; and the scales."""
     rows, cols = x.shape
     br, bc = block
-    x = x.to(torch.float32)
+    x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if rows % br or cols % bc:
         x = F.pad(x, (0, -cols % bc, 0, -rows % br))
     tiles = x.view(-1, br, x.shape[1] // bc, bc)
@@ -234,7 +237,7 @@ def _scaled_tiles(x: Float[Tensor, "rows cols"], block: tuple[int, int],
     # A NaN scale marks its block already; dividing by it would leave the sign of the codes to the
     # processor. Such blocks are divided by 1, so that every machine writes the same bytes.
     divisor = torch.where(scale.isnan(), 1.0, scale)
-    return tiles / divisor[:, None, :, None], scale
+    return tiles.div_(divisor[:, None, :, None]), scale
 
 
 def _rows(tiles: Shaped[Tensor, "row_blocks br col_blocks bc"],
@@ -251,7 +254,7 @@ def quantized_values(x: Float[Tensor, "rows cols"], block: tuple[int, int], scal
     up to the sign of zeros, to ``dequantize`` of the quantised tensor, in half the time.
     """
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for rows, _ in row_chunks(*x.shape, block[0]):
+    for rows, _ in row_chunks(*x.shape, block[0], _QUANTIZED_AT_ONCE):
         tiles, scale = _scaled_tiles(x[rows], block, scale_format)
         out[rows] = _rows(round_e4m3(tiles).mul_(scale[:, None, :, None]), x[rows])
     return out
@@ -286,13 +289,14 @@ def dequantize_rows(data: Float8e4m3fn[Tensor, "rows cols"],
     return values
 
 
-def row_chunks(rows: int, cols: int, block_rows: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a matrix into runs of whole row blocks of about half a million numbers.
+def row_chunks(rows: int, cols: int, block_rows: int,
+               numbers: int = _CHUNK) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into runs of whole row blocks of about so many numbers.
 
     Yields (rows, blocks): the slice of the data and the slice of its scales. Working on a run at
     a time keeps temporaries small and in the processor's cache.
     """
-    blocks_at_once = max(1, _CHUNK // max(1, cols * block_rows))
+    blocks_at_once = max(1, numbers // max(1, cols * block_rows))
     for first in range(0, -(-rows // block_rows), blocks_at_once):
         last = first + blocks_at_once
         yield slice(first * block_rows, min(last * block_rows, rows)), slice(first, last)
