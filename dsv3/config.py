@@ -303,11 +303,13 @@ class ModelConfig:
         case is met: wkv_a has 128 + 64 = 192 rows, one and a half blocks (576 at 671B).
         """
         return cls(
-            vocab_size=2048, hidden_size=256, intermediate_size=512, moe_intermediate_size=256,
+            vocab_size=4096, hidden_size=256, intermediate_size=512, moe_intermediate_size=256,
             num_hidden_layers=4, num_attention_heads=4, n_routed_experts=16,
             num_experts_per_tok=4, kv_lora_rank=128, q_lora_rank=128, qk_nope_head_dim=64,
             qk_rope_head_dim=64, v_head_dim=64, first_k_dense_replace=1, n_group=4, topk_group=2,
-            routed_scaling_factor=2.5, num_nextn_predict_layers=1, max_position_embeddings=512,
+            routed_scaling_factor=2.5, num_nextn_predict_layers=1, max_position_embeddings=1024,
+            rope_scaling=YarnScaling(factor=4, original_max_position_embeddings=256, mscale=1.0,
+                                     mscale_all_dim=1.0),
             quantization_config=QuantizationConfig())
 
     def but(self, **changes) -> ModelConfig:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dsv3 import fp8
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import QuantizedTensor
+from dsv3.fp8.training import fp8_linear
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision, wide_linear
 
@@ -66,11 +67,12 @@ class Linear(nn.Module):
         super().__init__()
         self.precision = precision
         self.quantized = precision.quantized and quantizable
+        self.trains_fp8 = precision.fp8 is not None and quantizable
         shape = (out_features, in_features)
         if self.quantized:
             self.weight, self.scale = quantized_storage(shape, device)
         else:
-            self.weight = nn.Parameter(torch.empty(shape, dtype=precision.dtype, device=device))
+            self.weight = nn.Parameter(torch.empty(shape, dtype=precision.weights, device=device))
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
@@ -82,13 +84,21 @@ class Linear(nn.Module):
         """x may be plain or already quantised."""
         if self.quantized:
             return self.wide(x).to(self.precision.dtype)
-        return F.linear(x, self.weight)
+        return self.rounded(x)
+
+    def rounded(self, x: Float[Tensor, "*lead in"]) -> Float[Tensor, "*lead out"]:
+        """The product by a weight that is not stored in FP8, in x's dtype."""
+        if self.trains_fp8:
+            return fp8_linear(x, self.weight, self.precision.fp8)
+        return F.linear(x, self.weight.to(x.dtype))
 
     def wide(self, x: Float[Tensor, "*lead in"] | QuantizedTensor) -> Float[Tensor, "*lead out"]:
         """The same product, not rounded: for sums that go on, and for logits."""
         sums = self.precision.sums
         if self.quantized:
             return fp8.matmul(quantize_once(x, self.precision), self.quantized_weight, sums)
+        if self.precision.has_masters:  # in training no rank's part is missing from the sum
+            return self.rounded(x)
         return wide_linear(x, self.weight, sums)
 
     def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
@@ -135,11 +145,11 @@ class Embedding(nn.Module):
         self.group, self.precision = group, precision
         rows = group.split(vocab_size, "vocab_size")
         self.first = group.rank * rows
-        self.weight = nn.Parameter(torch.empty(rows, dim, dtype=precision.dtype, device=device))
+        self.weight = nn.Parameter(torch.empty(rows, dim, dtype=precision.weights, device=device))
 
     def forward(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s d"]:
         if self.group.size == 1:
-            return F.embedding(tokens, self.weight)
+            return F.embedding(tokens, self.weight).to(self.precision.dtype)
         local = tokens - self.first
         mine = (local >= 0) & (local < len(self.weight))
         x = F.embedding(local.where(mine, 0), self.weight).float()

@@ -22,7 +22,7 @@ rotation between W^UQ and W^UK would differ for every pair of positions and coul
 which is why the position has its own small key.
 
 The core computes from the stored values in both forms and rounds nothing on the way
-(``Precision.sums``), so which one runs changes no rounding, only the order of sums.
+(``Precision.core``), so which one runs changes no rounding, only the order of sums.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import QuantizedTensor
+from dsv3.fp8.training import fp8_linear
 from dsv3.layers import (ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear, as_plain, put,
                          quantize_once)
 from dsv3.parallel.tensor import TensorGroup
@@ -148,22 +149,42 @@ class LatentCache:
 class LatentUpProjection(nn.Module):
     """W^UK and W^UV of this rank's heads, (heads, d_h + d_v, d_c): ``wkv_b`` in checkpoints.
 
-    Held in the dtype of the core's sums, dequantised once at loading. Both forms of the core read
-    it: expanded as a product with the latent, absorbed as two products around the core.
+    Held in the dtype of the attention core, dequantised once at loading (in training: as a
+    float32 master). Both forms of the core read it: expanded as a product with the latent,
+    absorbed as two products around the core.
     """
 
     def __init__(self, config: ModelConfig, heads: int, precision: Precision, device=None):
         super().__init__()
-        self.split_at = config.qk_nope_head_dim
-        self.heads = heads
+        self.config, self.precision, self.heads = config, precision, heads
         rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
-        self.weight = nn.Parameter(torch.empty(rows, config.kv_lora_rank, dtype=precision.sums,
+        dtype = precision.weights if precision.has_masters else precision.core
+        self.weight = nn.Parameter(torch.empty(rows, config.kv_lora_rank, dtype=dtype,
                                                device=device))
 
+    def forward(self, seen: Float[Tensor, "b t latent"]) -> tuple[
+            Float[Tensor, "b heads t d_qk"], Float[Tensor, "b heads t d_v_padded"]]:
+        """Keys and values of every head from the latents (eq. 2, 4, 5).
+
+        Values are padded with zeros to the width of the keys: fast attention kernels want that,
+        and it changes nothing.
+        """
+        c = self.config
+        latent, k_rope = seen.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        if self.precision.fp8:
+            kv = fp8_linear(latent, self.weight, self.precision.fp8)
+        else:
+            kv = F.linear(latent, self.weight.to(latent.dtype))
+        kv = kv.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        k_rope = k_rope[:, None].expand(-1, self.heads, -1, -1)
+        k = torch.cat([k_nope, k_rope], -1)
+        return k, F.pad(v, (0, max(k.shape[-1] - c.v_head_dim, 0)))
+
     def per_head(self) -> tuple[Float[Tensor, "heads d_h d_c"], Float[Tensor, "heads d_v d_c"]]:
-        """W^UK and W^UV, as views."""
-        both = self.weight.view(self.heads, -1, self.weight.shape[-1])
-        return both[:, :self.split_at], both[:, self.split_at:]
+        """W^UK and W^UV, as views where they are held in the core's dtype."""
+        both = self.weight.to(self.precision.core).view(self.heads, -1, self.weight.shape[-1])
+        return both[:, :self.config.qk_nope_head_dim], both[:, self.config.qk_nope_head_dim:]
 
     def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
         put(self.weight, as_plain(name, value, scale), name)
@@ -235,20 +256,12 @@ class MLA(nn.Module):
     def expanded(self, q_nope: Float[Tensor, "b s heads d_h"],
                  q_rope: Float[Tensor, "b s heads d_r"], seen: Float[Tensor, "b t latent"],
                  step: Step) -> Float[Tensor, "b s heads d_v"]:
-        """Keys and values of every head, then attention (eq. 2, 4, 5, 10)."""
-        seen = seen.to(self.precision.sums)
-        c, k_rope = seen.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
-        kv = F.linear(c, self.wkv_b.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k_nope, v = kv.split([self.config.qk_nope_head_dim, self.config.v_head_dim], -1)
-        k_rope = k_rope[:, None].expand(-1, self.heads, -1, -1)
-        k = torch.cat([k_nope, k_rope], -1)                                 # (b, heads, t, d_qk)
-        q = torch.cat([q_nope, q_rope], -1).to(kv.dtype).transpose(1, 2)    # (b, heads, s, d_qk)
-        d_v = v.shape[-1]
-        # Fast attention kernels want values as wide as keys; zeros change nothing.
-        v = F.pad(v, (0, max(q.shape[-1] - d_v, 0)))
+        """Keys and values of every head, then attention (eq. 10)."""
+        k, v = self.wkv_b(seen.to(self.precision.core))                     # (b, heads, t, d_qk)
+        q = torch.cat([q_nope, q_rope], -1).to(k.dtype).transpose(1, 2)     # (b, heads, s, d_qk)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, scale=self.scale,
                                            is_causal=step.mask is None and q.shape[2] > 1)
-        return o[..., :d_v].transpose(1, 2)
+        return o[..., :self.config.v_head_dim].transpose(1, 2)
 
     def absorbed(self, q_nope: Float[Tensor, "b s heads d_h"],
                  q_rope: Float[Tensor, "b s heads d_r"], seen: Float[Tensor, "b t latent"],

@@ -31,18 +31,19 @@ Logits = Float32[Tensor, "b s v"] | Float32[Tensor, "b v"]  # the second with la
 class Transformer(nn.Module):
     """DeepSeek-V3 of any size.
 
-    precision: "fp32", "bf16" or "fp8". group: the ranks that share the model (default: this
+    precision: "fp32", "bf16" or "fp8", or a Precision (``Precision.training``). group: the ranks that share the model (default: this
     process alone). device: where the weights live (default: the group's device). Weights are
     allocated and not filled: use ``init_weights`` or ``dsv3.checkpoint.load_model``.
     """
 
-    def __init__(self, config: ModelConfig, precision: str = "fp32",
+    def __init__(self, config: ModelConfig, precision: str | Precision = "fp32",
                  group: TensorGroup | None = None, device: torch.device | str | None = None):
         super().__init__()
         self.config = config
         self.group = group or TensorGroup.single(device or "cpu")
         device = torch.device(device or self.group.device)
-        self.precision = Precision.of(precision, config, device)
+        self.precision = (precision if isinstance(precision, Precision)
+                          else Precision.of(precision, config, device))
         shared = (self.precision, self.group)
         self.embed = Embedding(config.vocab_size, config.hidden_size, *shared, device=device)
         self.layers = nn.ModuleList(Block(config, layer, *shared, device=device)

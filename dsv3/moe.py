@@ -27,12 +27,15 @@ from dsv3 import fp8
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import QuantizedTensor
+from dsv3.fp8.training import fp8_linear
 from dsv3.layers import SwiGLU, as_plain, as_quantized, put, quantize_once, quantized_storage
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 
 # A grouped product wants rows that start at multiples of so many bytes.
 _ROW_BYTES = 16
+# Rows an expert's share is rounded up to, see ``spread``.
+_ROWS = 64
 
 
 class Router(nn.Module):
@@ -103,7 +106,7 @@ class Experts(nn.Module):
             self.w13, self.w13_scale = quantized_storage(shapes[0], device)
             self.w2, self.w2_scale = quantized_storage(shapes[1], device)
         else:
-            self.w13, self.w2 = (nn.Parameter(torch.empty(s, dtype=precision.dtype, device=device))
+            self.w13, self.w2 = (nn.Parameter(torch.empty(s, dtype=precision.weights, device=device))
                                  for s in shapes)
 
     def forward(self, u: Float[Tensor, "n d"], weights: Float[Tensor, "n k"],
@@ -130,7 +133,9 @@ class Experts(nn.Module):
     def can_group(self, chosen: Int[Tensor, "n k"]) -> bool:
         """Whether one grouped product serves all experts: plain weights, aligned rows, and, on a
         CPU, where it visits every expert, enough choices to go round."""
-        if self.precision.quantized or (chosen.numel() < self.count and not chosen.is_cuda):
+        if self.precision.quantized or self.precision.fp8:
+            return False
+        if chosen.numel() < self.count and not chosen.is_cuda:
             return False
         width = self.precision.dtype.itemsize
         return all(size * width % _ROW_BYTES == 0 for size in self.w2.shape[1:])
@@ -142,9 +147,15 @@ class Experts(nn.Module):
         token: of each choice, sorted by expert. ends: where each of my experts' choices end.
         """
         ends = ends.to(torch.int32)
-        both = F.grouped_mm(u[token], self.w13.flatten(1, 2).transpose(1, 2), offs=ends)
+        x, slot = u[token], None
+        if not x.is_cuda and x.dtype == torch.bfloat16 and len(x) >= self.count * _ROWS:
+            slot, ends = spread(ends, len(x))
+            x = x.new_zeros(len(x) + self.count * _ROWS, x.shape[1]).index_copy(0, slot, x)
+        w13, w2 = self.w13.to(u.dtype).flatten(1, 2), self.w2.to(u.dtype)
+        both = F.grouped_mm(x, w13.transpose(1, 2), offs=ends)
         gate, up = both.chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, self.w2.transpose(1, 2), offs=ends).float()
+        y = F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=ends)
+        return (y if slot is None else y[slot]).float()
 
     def one_by_one(self, u: Float[Tensor, "n d"], token: Int[Tensor, "choices"],
                    ends: Int[Tensor, "experts"]) -> Float[Tensor, "choices d"]:
@@ -163,12 +174,19 @@ class Experts(nn.Module):
                x: Float[Tensor, "n d"] | QuantizedTensor) -> Float[Tensor, "n d"]:
         """One expert's SwiGLU of its n tokens: unrounded when x is quantised."""
         if not self.precision.quantized:
-            gate, up = F.linear(x, self.w13[index].flatten(0, 1)).chunk(2, dim=-1)
-            return F.linear(F.silu(gate) * up, self.w2[index]).float()
+            gate, up = self.plain_product(x, self.w13[index].flatten(0, 1)).chunk(2, dim=-1)
+            return self.plain_product(F.silu(gate) * up, self.w2[index]).float()
         gate, up = (self.product(x, self.w13, self.w13_scale, (index, half))
                     .to(self.precision.dtype) for half in (0, 1))
         inner = quantize_once(F.silu(gate) * up, self.precision)
         return self.product(inner, self.w2, self.w2_scale, (index,))
+
+    def plain_product(self, x: Float[Tensor, "n in"],
+                      weight: Float[Tensor, "out in"]) -> Float[Tensor, "n out"]:
+        """x times one matrix that is not stored in FP8; in FP8 training, rounded for this."""
+        if self.precision.fp8:
+            return fp8_linear(x, weight, self.precision.fp8)
+        return F.linear(x, weight.to(x.dtype))
 
     def product(self, x: QuantizedTensor, data: Float8e4m3fn[Tensor, "... out in"],
                 scale: Float32[Tensor, "... out_blocks in_blocks"],
@@ -197,6 +215,22 @@ class Experts(nn.Module):
             stored = as_quantized(name, value, scale, self.precision)
             put(data.view(torch.uint8), stored.data.view(torch.uint8), name)
             put(grid, stored.scale, name + "_scale_inv")
+
+
+def spread(ends: Int[Tensor, "experts"], rows: int) -> tuple[Int[Tensor, "{rows}"],
+                                                            Int[Tensor, "experts"]]:
+    """Places for rows sorted by expert such that each expert's share is a multiple of 64 rows.
+
+    A bfloat16 product on a CPU is compiled for its shape, which takes longer than the product.
+    Rounded up, the few shapes there are come again and again. Rows that belong to nobody (behind
+    the last end) go behind the last share. Returns the place of each row, and the new ends.
+    """
+    starts = F.pad(ends, (1, 0))
+    shares = (starts.diff() + _ROWS - 1) // _ROWS * _ROWS
+    new_ends = shares.cumsum(0, dtype=ends.dtype)
+    moved = F.pad(new_ends, (1, 0)) - starts
+    row = torch.arange(rows, device=ends.device)
+    return row + moved[torch.searchsorted(ends, row, right=True)], new_ends
 
 
 class MoE(nn.Module):

@@ -30,36 +30,66 @@ from torch import Tensor
 
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
+from dsv3.fp8.training import Fp8Recipe
 
 # Rows of a bfloat16 weight that are widened at a time: small enough to stay in a core's cache.
 _WIDEN_ROWS = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Precision:
-    """name: "fp32", "bf16" or "fp8"; dtype: activations and unquantised weights; sums: sums of
-    products, before they are rounded; quantized: whether linear weights stay in FP8 blocks;
-    scale_format: of those blocks and of activations.
+    """name: "fp32", "bf16" or "fp8"; dtype: activations; weights: unquantised weights in memory;
+    sums: router, logits and partial sums, before they are rounded; core: attention between the
+    projections; quantized: whether linear weights stay in FP8 blocks; scale_format: of those
+    blocks and of activations; fp8: how a model in training multiplies in FP8, if it does.
     """
 
     name: str
     dtype: torch.dtype
+    weights: torch.dtype
     sums: torch.dtype = torch.float32
+    core: torch.dtype = torch.float32
     quantized: bool = False
     scale_format: str = "float32"
+    fp8: Fp8Recipe | None = None
 
     @classmethod
     def of(cls, name: str, config: ModelConfig, device: torch.device) -> Precision:
-        """The precision called ``name`` for a model of this config on this device."""
+        """The precision called ``name`` for using a model of this config on this device."""
         if name == "fp32":
-            return cls(name, torch.float32)
+            return cls(name=name, dtype=torch.float32, weights=torch.float32)
         if name == "bf16":
-            return cls(name, torch.bfloat16)
+            return cls(name=name, dtype=torch.bfloat16, weights=torch.bfloat16)
         if name == "fp8":
             sums = torch.float64 if device.type == "cpu" else torch.float32
-            return cls(name, torch.bfloat16, sums, True, config.scale_fmt)
-        raise DSV3Error("unknown precision", where="precision", found=name,
-                        expected="fp32, bf16 or fp8")
+            return cls(name=name, dtype=torch.bfloat16, weights=torch.bfloat16, sums=sums,
+                       core=sums, quantized=True, scale_format=config.scale_fmt)
+        raise _unknown(name)
+
+    @classmethod
+    def training(cls, name: str, fp8: Fp8Recipe = Fp8Recipe()) -> Precision:
+        """The precision called ``name`` for training: float32 master weights in every mode.
+
+        A step of AdamW changes a weight by about 1e-3 of itself or less; bfloat16 holds steps of
+        4e-3, so most updates would be rounded away (TR 3.3.3). In bf16 and fp8 a product takes a
+        rounded copy of the weights, and activations and the attention core are bfloat16.
+        """
+        if name == "fp32":
+            return cls(name=name, dtype=torch.float32, weights=torch.float32)
+        if name in ("bf16", "fp8"):
+            return cls(name=name, dtype=torch.bfloat16, weights=torch.float32,
+                       core=torch.bfloat16, fp8=fp8 if name == "fp8" else None)
+        raise _unknown(name)
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether weights are kept wider than they are multiplied."""
+        return self.weights.itemsize > self.dtype.itemsize
+
+
+def _unknown(name: str) -> DSV3Error:
+    return DSV3Error("unknown precision", where="precision", found=name,
+                     expected="fp32, bf16 or fp8")
 
 
 def wide_linear(x: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"],

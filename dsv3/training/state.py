@@ -1,9 +1,9 @@
 """What a training run must remember to go on as if it had never stopped.
 
-Weights alone are not enough. AdamW's two moments, the router biases, the place in the stream of
-random windows, the state of the random generator and the clock all belong to the next step. All
-of it is written into one folder per checkpoint: tensors as safetensors, the rest as JSON. Nothing
-is pickled: opening a pickle runs whatever program it holds.
+Weights alone are not enough. AdamW's two moments, the router biases, the place in the text, the
+place in the schedules and the state of the random generator all belong to the next step. All of
+it is written into one folder per checkpoint: tensors as safetensors, the rest as JSON. Nothing is
+pickled: opening a pickle runs whatever program it holds.
 
 A checkpoint is written beside its final name, flushed to the disk and then renamed. A kill at any
 moment leaves the last complete one in place.
@@ -21,21 +21,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dsv3.data import Windows
 from dsv3.errors import DSV3Error
+from dsv3.training.optimizer import MOMENTS
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _KEEP = 2
 
 
 def save_state(folder: Path, step: int, facts: dict, model: nn.Module,
-               optimizer: torch.optim.Optimizer, windows: Windows) -> Path:
-    """Write ``folder/step-NNNNNN`` whole or not at all; keep the newest two. Returns its path."""
+               optimizer: torch.optim.Optimizer) -> Path:
+    """Write ``folder/step-NNNNNN`` whole or not at all; keep the newest two. Returns its path.
+
+    facts: what else the next step needs, as JSON. Raises DSV3Error when it cannot be written.
+    """
     tensors = {f"model.{name}": value for name, value in model.named_parameters()}
     for name, value in model.named_parameters():
         for key, moment in optimizer.state.get(value, {}).items():
             tensors[f"optimizer.{key}.{name}"] = moment
-    tensors["random.windows"] = windows.state()
     tensors["random.torch"] = torch.get_rng_state()
 
     final = folder / f"step-{step:06d}"
@@ -67,15 +68,20 @@ def latest_state(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
-               windows: Windows) -> dict:
-    """Put a checkpoint back into model, optimizer, windows and random state; returns its facts."""
+def read_facts(path: Path) -> dict:
+    """The JSON part of a checkpoint: its step and what ``save_state`` was given."""
     try:
-        facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's tensors back into model, optimizer and random state."""
+    try:
         tensors = load_file(path / "state.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise DSV3Error("training checkpoint cannot be read", where=path, found=error,
-                        fix="Remove this folder; the run goes on from the one before") from None
+        raise _unreadable(path, error) from None
     expected = {f"model.{name}" for name, _ in model.named_parameters()}
     found = {name for name in tensors if name.startswith("model.")}
     if expected != found:
@@ -85,13 +91,16 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(tensors[f"model.{name}"])
-            moments = {key: tensors[f"optimizer.{key}.{name}"] for key in _MOMENTS
+            moments = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", *MOMENTS)
                        if f"optimizer.{key}.{name}" in tensors}
             if moments:
                 optimizer.state[value] = moments
-    windows.restore(tensors["random.windows"])
     torch.set_rng_state(tensors["random.torch"])
-    return facts
+
+
+def _unreadable(path: Path, error: Exception) -> DSV3Error:
+    return DSV3Error("training checkpoint cannot be read", where=path, found=error,
+                     fix="Remove this folder; the run goes on from the one before")
 
 
 def _complete(folder: Path) -> list[Path]:

