@@ -166,6 +166,10 @@ def test_digits_and_what_is_recalled_are_always_the_same_tokens(tokenizer):
     assert all(ids(f"12 - {n}")[-1] == ids(f"= -{n}")[-1] == ids(f"?{n}")[-1] == digit[n]
                for n in range(10))
     assert ids("let q = 58\n")[-6:] == ids("get q = 58\n")[-6:]
+    # However often a number stands in the text, its digits stay apart.
+    numbers = data.train_tokenizer(["37 + 45 = 82, words and words"] * 50, 270)
+    assert [token for token in numbers.get_vocab() if any(map(str.isdigit, token))
+            and len(token) > 1] == []
 
 
 def test_special_tokens_have_the_released_names():
