@@ -23,7 +23,7 @@ class Recipe:
     each domain looked at during a run; save_minutes: time between checkpoints.
     """
 
-    tokens: int = 7_500_000
+    tokens: int = 7_000_000
     seq_len: int = 256
     batch_first: int = 3
     batch_last: int = 6

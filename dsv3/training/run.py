@@ -60,7 +60,8 @@ def train(config: ModelConfig, out_dir: str | Path, recipe: Recipe = Recipe(), *
 class Run:
     """One training run: everything a step needs, and the folder it is kept in.
 
-    step: updates made. stream.position: tokens read; it decides the phase and all schedules.
+    step: updates made. tokens: read so far; their number decides the phase and all schedules.
+    phase_start: tokens that were read before this phase.
     """
 
     def __init__(self, config: ModelConfig, out_dir: Path, recipe: Recipe, *,
@@ -76,17 +77,17 @@ class Run:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DSV3Error("cannot write here", where=out_dir, found=error) from None
-        domains = data.load_domains(plays, code)
-        self.tokenizer = self._tokenizer(domains)
+        self.domains = data.load_domains(plays, code)
+        self.tokenizer = self._tokenizer()
         self.token_bytes = torch.from_numpy(data.token_bytes(self.tokenizer)).to(self.group.device)
         self.held_out = {domain.name: data.pack(self.tokenizer, domain.held_out)
-                         for domain in domains}
-        self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
+                         for domain in self.domains}
+        self.step, self.tokens, self.phase_start = 0, 0, 0
+        self.seconds, self.cpu_seconds = 0.0, 0.0
         path = latest_state(self.checkpoints)
-        facts = self._facts_of(path) if path else {"tokens": 0}
-        self.stream = data.Stream(self.tokenizer, domains, self.recipe.shares, self.recipe.seed,
-                                  self.recipe.fim_rate, position=facts["tokens"])
-        self.model = self.optimizer = self.watch = None
+        if path:
+            self._take_over(path)
+        self.stream = self.model = self.optimizer = self.watch = None
         self._enter_phase()
         if path:
             load_state(path, self.model, self.optimizer)
@@ -106,10 +107,10 @@ class Run:
                 raise DSV3Error("windows longer than the model's context", where=what,
                                 found=length, expected=f"at most {most}")
 
-    def _tokenizer(self, domains: list[data.Domain]) -> Tokenizer:
+    def _tokenizer(self) -> Tokenizer:
         file = self.out_dir / "tokenizer.json"
         if self.writes and not file.exists():
-            tokenizer = data.train_tokenizer(data.tokenizer_texts(domains),
+            tokenizer = data.train_tokenizer(data.tokenizer_texts(self.domains),
                                              self.config.vocab_size)
             data.save_tokenizer(tokenizer, self.out_dir, self.config.max_position_embeddings)
         self.group.broadcast_object("the tokenizer is there")
@@ -135,7 +136,7 @@ class Run:
     @property
     def extending(self) -> bool:
         """Whether the next step belongs to the second phase (a finished run stays in its last)."""
-        return self._extends and self.stream.position >= self.recipe.tokens
+        return self._extends and self.tokens >= self.recipe.tokens
 
     @property
     def seq_len(self) -> int:
@@ -151,7 +152,12 @@ class Run:
                                max_position_embeddings=scaling.original_max_position_embeddings)
 
     def _enter_phase(self) -> None:
-        """Make the model of this phase; weights and moments of the phase before go on in it."""
+        """Make text and model of this phase; weights and moments of the one before go on in it."""
+        recipe = self.recipe
+        self.stream = data.Stream(
+            self.tokenizer, self.domains, recipe.shares, length=self.seq_len,
+            targets=1 + self.config.num_nextn_predict_layers, seed=recipe.seed + self.extending,
+            fim_rate=recipe.fim_rate, position=self.tokens - self.phase_start)
         before, moments = self.model, {}
         model = Transformer(self._phase_config(self.extending),
                             Precision.training(self.recipe.precision), device=self.group.device)
@@ -171,7 +177,7 @@ class Run:
 
     def _step_values(self) -> tuple[StepValues, int]:
         """What the schedules say about the next step, and its number of windows."""
-        recipe, tokens = self.recipe, self.stream.position
+        recipe, tokens = self.recipe, self.tokens
         schedules = recipe.schedules
         rate, windows = schedules.learning_rate.at(self.step, tokens), schedules.batch.at(tokens)
         if self.extending:
@@ -186,18 +192,17 @@ class Run:
 
     def go(self, progress: bool = True) -> dict[str, dict[str, float]]:
         """Train to the end, export, and return the figures on held-out text by domain."""
-        bar = tqdm(total=self.total, initial=self.stream.position, unit="tok", unit_scale=True,
+        bar = tqdm(total=self.total, initial=self.tokens, unit="tok", unit_scale=True,
                    disable=not (progress and self.writes))
-        targets = 1 + self.config.num_nextn_predict_layers
         wall, cpu, saved = time.monotonic(), time.process_time(), time.monotonic()
-        while self.stream.position < self.total:
+        while self.tokens < self.total:
             values, windows = self._step_values()
-            batch = self.stream.draw(windows, self.seq_len, targets).to(self.group.device)
+            batch = self.stream.draw(windows).to(self.group.device)
             result = train_step(self.model, self.optimizer, batch, values, self.watch, self.group)
             self._check_finite(result)
-            self.step += 1
+            read = windows * self.stream.length
+            self.step, self.tokens = self.step + 1, self.tokens + read
             now, cpu_now = time.monotonic(), time.process_time()
-            read = windows * (batch.shape[1] - targets)
             speed = read / (now - wall)
             self.seconds, wall = self.seconds + now - wall, now
             self.cpu_seconds, cpu = self.cpu_seconds + cpu_now - cpu, cpu_now
@@ -212,13 +217,14 @@ class Run:
                           max_violation={name: round(max_violation(load), 3)
                                          for name, load in self.watch.load.items()})
             if self.max_minutes is not None and self.step == _TIMED_STEPS:
-                self._fit_tokens(self.stream.position / self.seconds)
+                self._fit_tokens(self.tokens / self.seconds)
                 bar.total = self.total
             if self.step % self.recipe.eval_every == 0:
                 self._validate(self.recipe.eval_windows)
-            if not self.model.config.rope_scaling and self.extending:
+            if self.extending and not self.model.config.rope_scaling:
+                self.phase_start = self.tokens
                 self._enter_phase()
-            if now - saved > 60 * self.recipe.save_minutes or self.stream.position >= self.total:
+            if now - saved > 60 * self.recipe.save_minutes or self.tokens >= self.total:
                 self.save()
                 saved = time.monotonic()
         bar.close()
@@ -233,7 +239,7 @@ class Run:
         room = self.group.broadcast_object(60 * self.max_minutes * _TRAINING_SHARE * speed)
         share = min(room / self.total, 1.0)
         self.recipe = replace(
-            self.recipe, tokens=max(int(self.recipe.tokens * share), self.stream.position + 1),
+            self.recipe, tokens=max(int(self.recipe.tokens * share), self.tokens + 1),
             extension_tokens=int(self.recipe.extension_tokens * share))
         self.max_minutes = None
         self.save()
@@ -269,13 +275,13 @@ class Run:
         """Write a checkpoint of this moment; ranks other than 0 write nothing."""
         if not self.writes:
             return None
-        facts = {"tokens": self.stream.position, "seconds": self.seconds,
+        facts = {"tokens": self.tokens, "phase_start": self.phase_start, "seconds": self.seconds,
                  "cpu_seconds": self.cpu_seconds, "recipe": asdict(self.recipe),
                  "config": self.config.to_dict()}
         return save_state(self.checkpoints, self.step, facts, self.model, self.optimizer)
 
-    def _facts_of(self, path: Path) -> dict:
-        """A checkpoint's facts, taken over; refused when they belong to another run."""
+    def _take_over(self, path: Path) -> None:
+        """Go on from a checkpoint's facts; refused when they belong to another run."""
         facts = read_facts(path)
         stored = Recipe.from_dict(facts["recipe"])
         if facts["config"] != json.loads(json.dumps(self.config.to_dict())):
@@ -287,11 +293,11 @@ class Run:
                             fix="Give a new --out folder or the same options")
         if self.max_minutes is not None:
             self.recipe, self.max_minutes = stored, None
-        self.step = facts["step"]
+        self.step, self.tokens, self.phase_start = (
+            facts[name] for name in ("step", "tokens", "phase_start"))
         self.seconds, self.cpu_seconds = facts["seconds"], facts["cpu_seconds"]
         if self.writes:
             self._cut_log()
-        return facts
 
     def _cut_log(self) -> None:
         """Remove the lines after the checkpoint: they describe steps that are now made again."""
@@ -303,7 +309,7 @@ class Run:
     def _log(self, **values) -> None:
         if not self.writes:
             return
-        line = {"step": self.step, "tokens": self.stream.position,
+        line = {"step": self.step, "tokens": self.tokens,
                 "seconds": round(self.seconds, 1), "cpu_seconds": round(self.cpu_seconds, 1),
                 **values}
         with open(self.out_dir / LOG_FILE, "a", encoding="utf-8") as file:
