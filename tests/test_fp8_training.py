@@ -20,6 +20,7 @@ RECIPES = {
     "powers": POWERS,
     "block": Fp8Recipe(gradients="block"),
     "float scales": Fp8Recipe(activation_scales="float32"),
+    "mixed": Fp8Recipe(gradient_scales="ue8m0"),
 }
 # tokens, in, out
 SHAPES = [(128, 128, 128), (130, 200, 140), (1, 7, 300), (300, 256, 576)]
@@ -119,7 +120,7 @@ def test_a_second_rounding_of_x_shows_without_powers_of_two():
     assert once < 0.038 and 0.043 < twice < 0.048  # sqrt(3) * 0.026
 
 
-@pytest.mark.parametrize("name", ["paper", "powers"])
+@pytest.mark.parametrize("name", ["paper", "powers", "mixed"])
 def test_bfloat16_rounds_the_result_once(name):
     recipe = RECIPES[name]
     x, w, dy = case(300, 256, 576, torch.bfloat16)
@@ -163,6 +164,13 @@ def test_operands_need_not_be_contiguous():
     found = gradients(x.T.contiguous().T, w.T.contiguous().T, dy.T.contiguous().T)
     for a, b in zip(found, expected, strict=True):
         assert error(a, b.double()) < 1e-6
+
+    def other_order(rows):  # (2, 128, n) laid out as (128, 2, n)
+        return rows.view(2, 128, 128).transpose(0, 1).contiguous().transpose(0, 1)
+
+    found = gradients(other_order(x), w, other_order(dy))
+    for a, b in zip(found, expected, strict=True):
+        assert error(a.reshape(b.shape), b.double()) < 1e-6
     total = fp8_linear(x.requires_grad_(), w).sum()  # its dy is one number, expanded
     total.backward()
     assert torch.equal(x.grad, gradients(x.detach(), w, torch.ones(256, 128))[1])
@@ -331,8 +339,12 @@ def test_e5m6_keeps_seven_bits():
     codes, scale = training.quantize_e5m6(x)
     assert scale.shape == (300, 2) and (torch.frexp(scale).mantissa == 0.5).all()
     assert 0.0030 < error(training.dequantize_kept(codes, scale), x.double()) < 0.0036
+    # Its range is wide: 2^-35 is the smallest number next to 1.
+    x[0, :2] = torch.tensor([1.0, 2.0**-35])
+    x[0, 2:128] = 0.0
     x[7, 150] = math.inf
     kept = training.dequantize_kept(*training.quantize_e5m6(x))
+    assert torch.equal(kept[0, :128], x[0, :128])
     assert kept[7, 128:].isnan().all() and kept[7, :128].isfinite().all()
 
 

@@ -228,7 +228,7 @@ def _scaled_tiles(x: Float[Tensor, "rows cols"], block: tuple[int, int],
     """x in blocks, padded with zeros and divided by their scales; and the scales."""
     rows, cols = x.shape
     br, bc = block
-    x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    x = x.to(torch.float32, copy=True)
     if rows % br or cols % bc:
         x = F.pad(x, (0, -cols % bc, 0, -rows % br))
     tiles = x.view(-1, br, x.shape[1] // bc, bc)
