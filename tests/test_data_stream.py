@@ -30,8 +30,15 @@ def tokenizer(domains):
 SHARES = {"plays": 0.5, "code": 0.3, "arithmetic": 0.2}
 
 
-def read(stream, tokens: int) -> list[int]:
-    return stream.draw(tokens // 10, 10, 0).flatten().tolist()
+def make(tokenizer, domains, shares=SHARES, length=16, targets=2, seed=1, **options):
+    return data.Stream(tokenizer, domains, shares, length=length, targets=targets, seed=seed,
+                       **options)
+
+
+def read(tokenizer, domains, tokens: int, shares=SHARES, **options) -> list[int]:
+    """The stream in its own order: a window so long that there is nothing to shuffle."""
+    stream = make(tokenizer, domains, shares, length=max(tokens, 1 << 18), targets=0, **options)
+    return stream.draw(1)[0, :tokens].tolist()
 
 
 def documents(tokenizer, ids: list[int]) -> list[str]:
@@ -42,69 +49,81 @@ def documents(tokenizer, ids: list[int]) -> list[str]:
 
 def test_stream_is_whole_documents_end_to_end(tokenizer, domains):
     known = {document for domain in domains for document in domain.train}
-    ids = read(data.Stream(tokenizer, domains, SHARES, seed=1, fim_rate=0.0), 40_000)
+    ids = read(tokenizer, domains, 200_000, fim_rate=0.0)
     found = documents(tokenizer, ids)
     assert set(found) == known and len(found) > 1000
 
 
-def test_each_token_is_read_once_however_the_length_changes(tokenizer, domains):
-    whole = torch.tensor(read(data.Stream(tokenizer, domains, SHARES, seed=1), 3000))
-    stream, at = data.Stream(tokenizer, domains, SHARES, seed=1), 0
-    for count, length, targets in ((3, 16, 2), (1, 64, 1), (5, 7, 3), (2, 100, 2), (4, 16, 0)):
-        assert stream.position == at
-        windows = stream.draw(count, length, targets)
-        assert windows.shape == (count, length + targets) and windows.dtype == torch.int64
-        for window in windows:
-            assert torch.equal(window, whole[at:at + length + targets])
-            at += length
-    assert stream.position == at
+@pytest.mark.parametrize("length", [16, 64, 1024])
+def test_each_token_is_read_once_in_a_shuffled_order(tokenizer, domains, length):
+    """Over 2^18 tokens the windows are those of the stream in a row, each once, in no order."""
+    whole = torch.tensor(read(tokenizer, domains, 3 << 17))
+    windows = make(tokenizer, domains, length=length, targets=2).draw((1 << 18) // length)
+    assert windows.dtype == torch.int64 and windows.shape[1] == length + 2
+    in_a_row = whole[:(1 << 18) + 2].unfold(0, length + 2, length)
+    assert Counter(map(tuple, windows.tolist())) == Counter(map(tuple, in_a_row.tolist()))
+    same = (windows == in_a_row).all(dim=1).float().mean()
+    assert same < 0.1
+
+
+def test_parts_follow_each_other_in_other_orders(tokenizer, domains):
+    length = 1 << 12
+    stream = make(tokenizer, domains, length=length, targets=0)
+    whole = torch.tensor(read(tokenizer, domains, 1 << 19)).view(2, -1, length).tolist()
+    orders = [[part.index(window) for window in stream.draw(64).tolist()] for part in whole]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(64)) and orders[0] != orders[1]
 
 
 def test_the_position_is_the_whole_state(tokenizer, domains):
-    stream = data.Stream(tokenizer, domains, SHARES, seed=1)
-    stream.draw(40, 250, 2)
-    ahead = stream.draw(8, 64, 2)
-    resumed = data.Stream(tokenizer, domains, SHARES, seed=1, position=10_000)
-    assert torch.equal(resumed.draw(8, 64, 2), ahead)
-    assert resumed.position == stream.position == 10_512
-    other = data.Stream(tokenizer, domains, SHARES, seed=2, position=10_000)
-    assert not torch.equal(other.draw(8, 64, 2), ahead)
+    stream = make(tokenizer, domains, length=64)
+    stream.draw(4093)
+    assert stream.position == 4093 * 64
+    ahead = stream.draw(8)                    # from one shuffled part into the next
+    resumed = make(tokenizer, domains, length=64, position=4093 * 64)
+    assert torch.equal(resumed.draw(8), ahead)
+    assert resumed.position == stream.position == 4101 * 64
+    for other in (dict(seed=2), dict(seed=1, position=64)):
+        assert not torch.equal(make(tokenizer, domains, length=64, **other).draw(8), ahead)
 
 
-def test_what_was_drawn_stays_when_more_is_drawn(tokenizer, domains):
-    stream = data.Stream(tokenizer, domains, SHARES, seed=1)
-    first = stream.draw(2, 10, 1)
-    copy = first.clone()
-    first[0, 0] = -1
-    assert torch.equal(data.Stream(tokenizer, domains, SHARES, seed=1).draw(2, 10, 1), copy)
-    assert int(stream.draw(2, 10, 1)[0, 0]) == int(copy[-1, -1])
+def test_how_many_are_drawn_at_once_changes_nothing(tokenizer, domains):
+    one, other = make(tokenizer, domains), make(tokenizer, domains)
+    parts = torch.cat([one.draw(count) for count in (1, 3, 5, 2)])
+    assert torch.equal(parts, other.draw(11))
+    parts[:] = -1                             # what was drawn is the caller's
+    assert torch.equal(make(tokenizer, domains).draw(11), make(tokenizer, domains).draw(11))
+    assert one.draw(3).min() >= 0
+
+
+def test_a_position_within_a_window_is_refused(tokenizer, domains):
+    with pytest.raises(DSV3Error, match="multiple of 64"):
+        make(tokenizer, domains, length=64, position=100)
 
 
 def test_the_stream_grows_beyond_its_first_chunk(tokenizer, domains):
-    stream = data.Stream(tokenizer, domains[:1], {"plays": 1}, seed=1, position=1_048_000)
-    ahead = stream.draw(40, 64, 2).flatten()
-    longer = data.Stream(tokenizer, domains[:1], {"plays": 1}, seed=1)
-    assert torch.equal(longer.draw(16_375 + 40, 64, 2)[16_375:].flatten(), ahead)
+    far = (1 << 20) + (1 << 18)
+    ahead = make(tokenizer, domains, length=1 << 18, position=far).draw(1)
+    whole = make(tokenizer, domains, length=far + (1 << 18), targets=2).draw(1)
+    assert torch.equal(whole[0, far:], ahead[0])
 
 
 def test_shares_are_met_in_tokens_all_along(tokenizer, domains):
-    stream = data.Stream(tokenizer, domains, SHARES, seed=1)
-    for _ in range(4):
+    ids = read(tokenizer, domains, 80_000)
+    for start in range(0, 80_000, 20_000):
         counts = Counter()
-        for text in documents(tokenizer, read(stream, 20_000)):
+        for text in documents(tokenizer, ids[start:start + 20_000]):
             size = len(tokenizer.encode(text, add_special_tokens=False).ids)
             counts["plays" if "Speech" in text else "code" if "def" in text else "arithmetic"
                    ] += size
         for name, share in SHARES.items():
             assert abs(counts[name] / counts.total() - share) < 0.01
-    only = documents(tokenizer, read(data.Stream(
-        tokenizer, domains, {"code": 2, "plays": 0}, seed=1, fim_rate=0.0), 5000))
+    only = documents(tokenizer, read(
+        tokenizer, domains, 5000, {"code": 2, "plays": 0}, fim_rate=0.0))
     assert all("def" in text for text in only)
 
 
 def test_each_epoch_has_all_documents_in_a_new_order(tokenizer, domains):
-    stream = data.Stream(tokenizer, domains, {"arithmetic": 1}, seed=1)
-    found = documents(tokenizer, read(stream, 5000))
+    found = documents(tokenizer, read(tokenizer, domains, 5000, {"arithmetic": 1}))
     epochs = [found[start:start + 80] for start in range(0, 240, 80)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(domains[2].train) and epoch != domains[2].train
@@ -112,8 +131,7 @@ def test_each_epoch_has_all_documents_in_a_new_order(tokenizer, domains):
 
 
 def test_a_tenth_of_the_code_has_a_hole_to_fill_in(tokenizer, domains):
-    stream = data.Stream(tokenizer, domains, SHARES, seed=1)
-    found = documents(tokenizer, read(stream, 60_000))
+    found = documents(tokenizer, read(tokenizer, domains, 60_000))
     form = re.compile(re.escape(data.BOS) + re.escape(data.FIM_BEGIN) + "(.*)"
                       + re.escape(data.FIM_HOLE) + "(.*)" + re.escape(data.FIM_END) + "(.*)"
                       + re.escape(data.EOS), re.S)
@@ -141,12 +159,12 @@ def test_cuts_reach_both_ends():
 @pytest.mark.parametrize("shares", [{}, {"music": 1}, {"plays": 0}, {"plays": 1, "code": -1}])
 def test_wrong_shares_are_refused(tokenizer, domains, shares):
     with pytest.raises(DSV3Error, match="wrong shares"):
-        data.Stream(tokenizer, domains, shares, seed=1)
+        make(tokenizer, domains, shares)
 
 
 def test_a_domain_without_documents_is_refused(tokenizer):
     with pytest.raises(DSV3Error, match="no documents"):
-        data.Stream(tokenizer, [data.Domain("code", [], [])], {"code": 1}, seed=1)
+        make(tokenizer, [data.Domain("code", [], [])], {"code": 1})
 
 
 def test_in_order_predicts_every_token_once():
