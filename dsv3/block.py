@@ -9,6 +9,7 @@ have a dense feed-forward, the others a mixture of experts.
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from dsv3.mla import MLA, LatentCache, Step
 from dsv3.moe import MoE
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
+from dsv3.recompute import ATTENTION, PRODUCTS, recomputed
 
 
 class Block(nn.Module):
@@ -26,6 +28,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, precision: Precision, group: TensorGroup,
                  device=None):
         super().__init__()
+        self.recompute = precision.recompute
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
         self.attn = MLA(config, precision, group, device)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
@@ -38,5 +41,17 @@ class Block(nn.Module):
     def forward(self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None = None,
                 slot: int = 0) -> Float[Tensor, "b s d"]:
         """slot: this layer's place in the cache."""
-        u = x + self.attn(self.attn_norm(x), step, cache, slot)
-        return u + self.ffn(self.ffn_norm(u))
+        if self.recompute and torch.is_grad_enabled():
+            u = x + recomputed(ATTENTION, self.attend, x, step, cache, slot)
+            return u + recomputed(PRODUCTS, self.feed_forward, u)
+        u = x + self.attend(x, step, cache, slot)
+        return u + self.feed_forward(u)
+
+    def attend(self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None,
+               slot: int) -> Float[Tensor, "b s d"]:
+        """What attention adds to the stream."""
+        return self.attn(self.attn_norm(x), step, cache, slot)
+
+    def feed_forward(self, u: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
+        """What the feed-forward adds to the stream."""
+        return self.ffn(self.ffn_norm(u))

@@ -41,7 +41,8 @@ class Precision:
     """name: "fp32", "bf16" or "fp8"; dtype: activations; weights: unquantised weights in memory;
     sums: router, logits and partial sums, before they are rounded; core: attention between the
     projections; quantized: whether linear weights stay in FP8 blocks; scale_format: of those
-    blocks and of activations; fp8: how a model in training multiplies in FP8, if it does.
+    blocks and of activations; fp8: how a model in training multiplies in FP8, if it does;
+    recompute: whether training keeps less for the backward pass (``dsv3.recompute``).
     """
 
     name: str
@@ -52,6 +53,7 @@ class Precision:
     quantized: bool = False
     scale_format: str = "float32"
     fp8: Fp8Recipe | None = None
+    recompute: bool = False
 
     @classmethod
     def of(cls, name: str, config: ModelConfig, device: torch.device) -> Precision:
@@ -67,7 +69,8 @@ class Precision:
         raise _unknown(name)
 
     @classmethod
-    def training(cls, name: str, fp8: Fp8Recipe = Fp8Recipe()) -> Precision:
+    def training(cls, name: str, fp8: Fp8Recipe = Fp8Recipe(),
+                 recompute: bool = False) -> Precision:
         """The precision called ``name`` for training: float32 master weights in every mode.
 
         A step of AdamW changes a weight by about 1e-3 of itself or less; bfloat16 holds steps of
@@ -75,10 +78,11 @@ class Precision:
         rounded copy of the weights, and activations and the attention core are bfloat16.
         """
         if name == "fp32":
-            return cls(name=name, dtype=torch.float32, weights=torch.float32)
+            return cls(name=name, dtype=torch.float32, weights=torch.float32, recompute=recompute)
         if name in ("bf16", "fp8"):
             return cls(name=name, dtype=torch.bfloat16, weights=torch.float32,
-                       core=torch.bfloat16, fp8=fp8 if name == "fp8" else None)
+                       core=torch.bfloat16, fp8=fp8 if name == "fp8" else None,
+                       recompute=recompute)
         raise _unknown(name)
 
     @property

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsv3.moe import Router
+from dsv3.recompute import in_backward
 
 
 class RouterWatch:
@@ -45,10 +46,13 @@ class RouterWatch:
 
     def _watch(self, name: str):
         def hook(router, inputs, outputs):
-            counts = torch.bincount(outputs[1].flatten(), minlength=len(self.load[name]))
-            self.load[name] += counts
-            if torch.is_grad_enabled():
-                self._scores.append(router.scores(inputs[0]))
+            scores = router.scores(inputs[0]) if torch.is_grad_enabled() else None
+            if in_backward():
+                return  # the same tokens again, recomputed step by step
+            self.load[name] += torch.bincount(outputs[1].flatten(),
+                                              minlength=len(self.load[name]))
+            if scores is not None:
+                self._scores.append(scores)
         return hook
 
     def reset(self) -> None:

@@ -12,8 +12,10 @@ ranks share the batch; rank 0 alone writes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -82,6 +84,7 @@ class Run:
         self.token_bytes = torch.from_numpy(data.token_bytes(self.tokenizer)).to(self.group.device)
         self.held_out = {domain.name: data.pack(self.tokenizer, domain.held_out)
                          for domain in self.domains}
+        self._check_held_out()
         self.step, self.tokens, self.phase_start = 0, 0, 0
         self.seconds, self.cpu_seconds = 0.0, 0.0
         path = latest_state(self.checkpoints)
@@ -95,9 +98,11 @@ class Run:
             (out_dir / LOG_FILE).unlink(missing_ok=True)
 
     def _check_sizes(self) -> None:
-        if self.recipe.batch_first < self.group.size:
-            raise DSV3Error("fewer windows in a step than ranks", where="batch_first",
-                            found=self.recipe.batch_first, expected=f"{self.group.size} or more")
+        for what in ("batch_first", "batch_last", *["extension_batch"] * self._extends):
+            if getattr(self.recipe, what) < self.group.size:
+                raise DSV3Error("fewer windows in a step than ranks", where=what,
+                                found=getattr(self.recipe, what),
+                                expected=f"{self.group.size} or more")
         for what, length, most in (
                 ("seq_len", self.recipe.seq_len, self._phase_config(extending=False)
                  .max_position_embeddings),
@@ -107,9 +112,18 @@ class Run:
                 raise DSV3Error("windows longer than the model's context", where=what,
                                 found=length, expected=f"at most {most}")
 
+    def _check_held_out(self) -> None:
+        need = 1 + self.config.num_nextn_predict_layers + max(
+            self.recipe.seq_len, self.recipe.extension_seq_len * self._extends)
+        for name, ids in self.held_out.items():
+            if len(ids) < need:
+                raise DSV3Error("too little held-out text", where=name,
+                                found=f"{len(ids)} tokens", expected=f"{need}, one window, or more")
+
     def _tokenizer(self) -> Tokenizer:
         file = self.out_dir / "tokenizer.json"
-        if self.writes and not file.exists():
+        # Before the first checkpoint, a file that is there may be half-written or another run's.
+        if self.writes and not latest_state(self.checkpoints):
             tokenizer = data.train_tokenizer(data.tokenizer_texts(self.domains),
                                              self.config.vocab_size)
             data.save_tokenizer(tokenizer, self.out_dir, self.config.max_position_embeddings)
@@ -160,17 +174,18 @@ class Run:
             fim_rate=recipe.fim_rate, position=self.tokens - self.phase_start)
         before, moments = self.model, {}
         model = Transformer(self._phase_config(self.extending),
-                            Precision.training(self.recipe.precision), device=self.group.device)
+                            Precision.training(recipe.precision, recompute=recipe.recompute),
+                            device=self.group.device)
         if before is None:
-            model.init_weights(self.recipe.seed)
+            model.init_weights(recipe.seed)
         else:
             model.load_state_dict(before.state_dict())
             self.watch.close()
             names = {weight: name for name, weight in before.named_parameters()}
             moments = {names[weight]: state for weight, state in self.optimizer.state.items()}
         self.model, self.watch = model, RouterWatch(model)
-        self.optimizer = make_optimizer(model, betas=self.recipe.betas, moments=self.recipe.moments,
-                                        weight_decay=self.recipe.weight_decay)
+        self.optimizer = make_optimizer(model, betas=recipe.betas, moments=recipe.moments,
+                                        weight_decay=recipe.weight_decay)
         for name, weight in model.named_parameters():
             if name in moments:
                 self.optimizer.state[weight] = moments[name]
@@ -216,15 +231,17 @@ class Run:
                                 for name, load in self.watch.load.items()},
                           max_violation={name: round(max_violation(load), 3)
                                          for name, load in self.watch.load.items()})
-            if self.max_minutes is not None and self.step == _TIMED_STEPS:
+            fits = self.max_minutes is not None and self.step == _TIMED_STEPS
+            if fits:
                 self._fit_tokens(self.tokens / self.seconds)
                 bar.total = self.total
-            if self.step % self.recipe.eval_every == 0:
-                self._validate(self.recipe.eval_windows)
             if self.extending and not self.model.config.rope_scaling:
                 self.phase_start = self.tokens
                 self._enter_phase()
-            if now - saved > 60 * self.recipe.save_minutes or self.tokens >= self.total:
+            if self.step % self.recipe.eval_every == 0:
+                self._validate(self.recipe.eval_windows)
+            if (fits or now - saved > 60 * self.recipe.save_minutes
+                    or self.tokens >= self.total):
                 self.save()
                 saved = time.monotonic()
         bar.close()
@@ -235,14 +252,14 @@ class Run:
         return figures
 
     def _fit_tokens(self, speed: float) -> None:
-        """Shorten the run to max_minutes at this speed, and store that decision at once."""
+        """Shorten the run to max_minutes at this speed; what has been read stays read."""
         room = self.group.broadcast_object(60 * self.max_minutes * _TRAINING_SHARE * speed)
         share = min(room / self.total, 1.0)
-        self.recipe = replace(
-            self.recipe, tokens=max(int(self.recipe.tokens * share), self.tokens + 1),
-            extension_tokens=int(self.recipe.extension_tokens * share))
+        if self.tokens < self.recipe.tokens:
+            self.recipe = replace(
+                self.recipe, tokens=max(int(self.recipe.tokens * share), self.tokens + 1),
+                extension_tokens=int(self.recipe.extension_tokens * share))
         self.max_minutes = None
-        self.save()
 
     def _validate(self, most: int | None) -> dict[str, dict[str, float]]:
         """Figures by domain over ``most`` windows of each, or over all of them; rank 0 only."""
@@ -265,7 +282,7 @@ class Run:
         bad = [name for name, value in result.items() if not math.isfinite(value)]
         if bad:
             good = latest_state(self.checkpoints)
-            raise DSV3Error("training stopped: a value is not finite", where=f"step {self.step}",
+            raise DSV3Error("training stopped: a value is not finite", where=f"step {self.step + 1}",
                             found=f"{bad[0]} = {result[bad[0]]}",
                             fix=f"Last good checkpoint: {good or 'none'}. Lower the learning rate")
 
@@ -277,7 +294,8 @@ class Run:
             return None
         facts = {"tokens": self.tokens, "phase_start": self.phase_start, "seconds": self.seconds,
                  "cpu_seconds": self.cpu_seconds, "recipe": asdict(self.recipe),
-                 "config": self.config.to_dict()}
+                 "config": self.config.to_dict(), "text": self._text_digest(),
+                 "log_bytes": self._log_bytes()}
         return save_state(self.checkpoints, self.step, facts, self.model, self.optimizer)
 
     def _take_over(self, path: Path) -> None:
@@ -287,24 +305,33 @@ class Run:
         if facts["config"] != json.loads(json.dumps(self.config.to_dict())):
             raise DSV3Error("another model was trained here", where=path,
                             fix="Give a new --out folder")
-        length = dict(tokens=self.recipe.tokens, extension_tokens=self.recipe.extension_tokens)
-        if replace(stored, **length) != self.recipe:
+        if self.max_minutes is not None and facts["step"] >= _TIMED_STEPS:  # the length is fixed
+            self.recipe = replace(self.recipe, tokens=stored.tokens,
+                                  extension_tokens=stored.extension_tokens)
+            self.max_minutes = None
+        if stored != self.recipe:
             raise DSV3Error("another recipe was used here", where=path,
                             fix="Give a new --out folder or the same options")
-        if self.max_minutes is not None:
-            self.recipe, self.max_minutes = stored, None
+        if facts["text"] != self._text_digest():
+            raise DSV3Error("another text was read here", where=path,
+                            fix="Give the same --plays and --code, or a new --out folder")
         self.step, self.tokens, self.phase_start = (
             facts[name] for name in ("step", "tokens", "phase_start"))
         self.seconds, self.cpu_seconds = facts["seconds"], facts["cpu_seconds"]
-        if self.writes:
-            self._cut_log()
+        # What was logged after the checkpoint is now done again.
+        if self.writes and self._log_bytes() > facts["log_bytes"]:
+            os.truncate(self.out_dir / LOG_FILE, facts["log_bytes"])
 
-    def _cut_log(self) -> None:
-        """Remove the lines after the checkpoint: they describe steps that are now made again."""
+    def _text_digest(self) -> str:
+        """A checkpoint's place in the text means nothing in another one."""
+        digest = hashlib.sha256()
+        for domain in self.domains:
+            digest.update("".join(domain.train).encode())
+        return digest.hexdigest()
+
+    def _log_bytes(self) -> int:
         log = self.out_dir / LOG_FILE
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        kept = [line for line in lines if _step_of(line) <= self.step]
-        log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        return log.stat().st_size if log.exists() else 0
 
     def _log(self, **values) -> None:
         if not self.writes:
@@ -314,11 +341,3 @@ class Run:
                 **values}
         with open(self.out_dir / LOG_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def _step_of(line: str) -> float:
-    """The step of a log line; a line that a kill has cut short belongs after everything."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
