@@ -147,7 +147,7 @@ class Experts(nn.Module):
         token: of each choice, sorted by expert. ends: where each of my experts' choices end.
         """
         ends = ends.to(torch.int32)
-        x, slot = u[token], None
+        x, slot = u.index_select(0, token), None
         if not x.is_cuda and x.dtype == torch.bfloat16 and len(x) >= self.count * _ROWS:
             slot, ends = spread(ends, len(x))
             x = x.new_zeros(len(x) + self.count * _ROWS, x.shape[1]).index_copy(0, slot, x)
@@ -155,16 +155,22 @@ class Experts(nn.Module):
         both = F.grouped_mm(x, w13.transpose(1, 2), offs=ends)
         gate, up = both.chunk(2, dim=-1)
         y = F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=ends)
-        return (y if slot is None else y[slot]).float()
+        return (y if slot is None else y.index_select(0, slot)).float()
 
     def one_by_one(self, u: Float[Tensor, "n d"], token: Int[Tensor, "choices"],
                    ends: Int[Tensor, "experts"]) -> Float[Tensor, "choices d"]:
         """The same outputs, expert after expert: the plain form, and the one for FP8 weights."""
-        u = quantize_once(u, self.precision)
+        if self.precision.quantized:
+            x, run = quantize_once(u, self.precision)[token], self.expert
+        else:  # taken apart once: the gradient of w13[e] alone would be a stack full of zeros
+            x, w13, w2 = u.index_select(0, token), self.w13.unbind(), self.w2.unbind()
+
+            def run(expert, rows):
+                return self.swiglu(rows, w13[expert].flatten(0, 1), w2[expert])
         parts, start = [], 0
         for expert, end in enumerate(ends.tolist()):
             if end > start:
-                parts.append(self.expert(expert, u[token[start:end]]))
+                parts.append(run(expert, x[start:end]))
             start = end
         others = len(token) - start
         parts.append(torch.zeros(others, self.w2.shape[1], device=token.device))
@@ -174,19 +180,22 @@ class Experts(nn.Module):
                x: Float[Tensor, "n d"] | QuantizedTensor) -> Float[Tensor, "n d"]:
         """One expert's SwiGLU of its n tokens: unrounded when x is quantised."""
         if not self.precision.quantized:
-            gate, up = self.plain_product(x, self.w13[index].flatten(0, 1)).chunk(2, dim=-1)
-            return self.plain_product(F.silu(gate) * up, self.w2[index]).float()
+            return self.swiglu(x, self.w13[index].flatten(0, 1), self.w2[index])
         gate, up = (self.product(x, self.w13, self.w13_scale, (index, half))
                     .to(self.precision.dtype) for half in (0, 1))
         inner = quantize_once(F.silu(gate) * up, self.precision)
         return self.product(inner, self.w2, self.w2_scale, (index,))
 
-    def plain_product(self, x: Float[Tensor, "n in"],
-                      weight: Float[Tensor, "out in"]) -> Float[Tensor, "n out"]:
-        """x times one matrix that is not stored in FP8; in FP8 training, rounded for this."""
-        if self.precision.fp8:
-            return fp8_linear(x, weight, self.precision.fp8)
-        return F.linear(x, weight.to(x.dtype))
+    def swiglu(self, x: Float[Tensor, "n d"], w13: Float[Tensor, "twice_inner d"],
+               w2: Float[Tensor, "d inner"]) -> Float[Tensor, "n d"]:
+        """SwiGLU by weights that are not stored in FP8; in FP8 training, quantised for this."""
+        def product(x, weight):
+            if self.precision.fp8:
+                return fp8_linear(x, weight, self.precision.fp8)
+            return F.linear(x, weight.to(x.dtype))
+
+        gate, up = product(x, w13).chunk(2, dim=-1)
+        return product(F.silu(gate) * up, w2).float()
 
     def product(self, x: QuantizedTensor, data: Float8e4m3fn[Tensor, "... out in"],
                 scale: Float32[Tensor, "... out_blocks in_blocks"],

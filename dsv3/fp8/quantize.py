@@ -95,7 +95,7 @@ class QuantizedTensor:
     def device(self) -> torch.device:
         return self.data.device
 
-    def __getitem__(self, index: int | Int[Tensor, "n"]) -> QuantizedTensor:
+    def __getitem__(self, index: int | slice | Int[Tensor, "n"]) -> QuantizedTensor:
         """One matrix of a stack (experts, rows, cols): a view, nothing is copied. Or some rows of
         activations, copied."""
         return QuantizedTensor(self.data[index], self.scale[index], self.block, self.scale_format)

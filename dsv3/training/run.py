@@ -63,7 +63,7 @@ class Run:
     """One training run: everything a step needs, and the folder it is kept in.
 
     step: updates made. tokens: read so far; their number decides the phase and all schedules.
-    phase_start: tokens that were read before this phase.
+    phase_start: tokens that were read before this phase. text: digest of all that can be read.
     """
 
     def __init__(self, config: ModelConfig, out_dir: Path, recipe: Recipe, *,
@@ -80,6 +80,8 @@ class Run:
         except OSError as error:
             raise DSV3Error("cannot write here", where=out_dir, found=error) from None
         self.domains = data.load_domains(plays, code)
+        self.text = hashlib.sha256("".join(
+            document for domain in self.domains for document in domain.train).encode()).hexdigest()
         self.tokenizer = self._tokenizer()
         self.token_bytes = torch.from_numpy(data.token_bytes(self.tokenizer)).to(self.group.device)
         self.held_out = {domain.name: data.pack(self.tokenizer, domain.held_out)
@@ -282,8 +284,8 @@ class Run:
         bad = [name for name, value in result.items() if not math.isfinite(value)]
         if bad:
             good = latest_state(self.checkpoints)
-            raise DSV3Error("training stopped: a value is not finite", where=f"step {self.step + 1}",
-                            found=f"{bad[0]} = {result[bad[0]]}",
+            raise DSV3Error("training stopped: a value is not finite",
+                            where=f"step {self.step + 1}", found=f"{bad[0]} = {result[bad[0]]}",
                             fix=f"Last good checkpoint: {good or 'none'}. Lower the learning rate")
 
     # Stopping and going on ----------------------------------------------------------------------
@@ -294,7 +296,7 @@ class Run:
             return None
         facts = {"tokens": self.tokens, "phase_start": self.phase_start, "seconds": self.seconds,
                  "cpu_seconds": self.cpu_seconds, "recipe": asdict(self.recipe),
-                 "config": self.config.to_dict(), "text": self._text_digest(),
+                 "config": self.config.to_dict(), "text": self.text,
                  "log_bytes": self._log_bytes()}
         return save_state(self.checkpoints, self.step, facts, self.model, self.optimizer)
 
@@ -312,7 +314,7 @@ class Run:
         if stored != self.recipe:
             raise DSV3Error("another recipe was used here", where=path,
                             fix="Give a new --out folder or the same options")
-        if facts["text"] != self._text_digest():
+        if facts["text"] != self.text:  # the place in the text would mean another place
             raise DSV3Error("another text was read here", where=path,
                             fix="Give the same --plays and --code, or a new --out folder")
         self.step, self.tokens, self.phase_start = (
@@ -321,13 +323,6 @@ class Run:
         # What was logged after the checkpoint is now done again.
         if self.writes and self._log_bytes() > facts["log_bytes"]:
             os.truncate(self.out_dir / LOG_FILE, facts["log_bytes"])
-
-    def _text_digest(self) -> str:
-        """A checkpoint's place in the text means nothing in another one."""
-        digest = hashlib.sha256()
-        for domain in self.domains:
-            digest.update("".join(domain.train).encode())
-        return digest.hexdigest()
 
     def _log_bytes(self) -> int:
         log = self.out_dir / LOG_FILE
