@@ -1,0 +1,269 @@
+"""Examine a trained model: held-out loss, sums, code, drafts, routing, and a needle test.
+
+    python benchmarks/exam.py assets/dsv3-mini [--precision fp8] [--quick] [--parts sums,code]
+                              [--before CHECKPOINT] [--json FILE]
+
+Prints a table with the goal beside each figure, and the seconds each part took. All parts take
+about 20 minutes on one core in FP8, with --quick about three. --before is for the needle test: a
+training checkpoint (OUT/checkpoints/step-NNNNNN) of the first phase, before the context was
+extended. It is asked the same at positions it has never seen. Needs the training extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from dsv3 import data
+from dsv3.checkpoint import load_model, save_model
+from dsv3.config import ModelConfig
+from dsv3.errors import DSV3Error
+from dsv3.model import Transformer
+from dsv3.training import exam, needle
+from dsv3.training.recipe import Recipe
+from dsv3.training.routing import expert_counts
+from dsv3.training.state import read_facts
+
+PARTS = ("loss", "sums", "code", "drafts", "routing", "needle")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is asked; the defaults are the full examination.
+
+    windows_long, windows_short: most windows a domain, of the whole context and of 256 tokens.
+    """
+
+    windows_long: int | None = None
+    windows_short: int = 100
+    sums: int = 200
+    samples: int = 50
+    prompts: int = 50
+    routing_windows: int = 64
+    needles: int = 25
+    lengths: tuple[int, ...] = needle.LENGTHS
+    position_windows: int = 40
+
+
+QUICK = Amount(windows_long=6, windows_short=12, sums=40, samples=10, prompts=6,
+               routing_windows=16, needles=6, lengths=(128, 256, 512, 1000), position_windows=8)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure of the table; goal: the least (or with ``most``, the largest) it should be."""
+
+    what: str
+    value: float
+    unit: str = ""
+    goal: float | None = None
+    most: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is reached; None without one."""
+        if self.goal is None:
+            return None
+        return self.value <= self.goal if self.most else self.value >= self.goal
+
+    def __str__(self) -> str:
+        shown = _shown(self.value, self.unit)
+        goal = "" if self.goal is None else (
+            f"{'at most' if self.most else 'at least'} {_shown(self.goal, self.unit):>8}  "
+            f"{'reached' if self.met else 'MISSED'}")
+        return f"{self.what:<56} {shown:>13}   {goal}".rstrip()
+
+
+def _shown(value: float, unit: str) -> str:
+    return f"{value:.1%}" if unit == "%" else f"{value:.3f} {unit}".rstrip()
+
+
+class Exam:
+    """One model, its tokenizer and the held-out text; each part is a method that yields lines.
+
+    details: everything the parts found, for --json.
+    """
+
+    def __init__(self, folder: Path, precision: str, amount: Amount, before: Path | None = None):
+        self.model = load_model(folder, precision=precision)
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.before = before_extension(before, folder, precision) if before else None
+        self.amount, self.details = amount, {}
+        self.domains = data.load_domains()
+        self.ids = {domain.name: data.pack(self.tokenizer, domain.held_out)
+                    for domain in self.domains}
+
+    def loss(self) -> Iterator[Line]:
+        """Loss, bits per byte, MTP loss and agreement of drafts on held-out text."""
+        context = self.model.config.max_position_embeddings
+        amounts = {context: self.amount.windows_long, 256: self.amount.windows_short}
+        for length, most in amounts.items():
+            figures = exam.held_out_figures(self.model, self.tokenizer, self.ids, length, most)
+            self.details.setdefault("held_out", {})[length] = figures
+            for name, found in figures.items():
+                where = f"{name}, {length} tokens:"
+                goal = 2.0 if name == "plays" and length == context else None
+                yield Line(f"{where} bits per byte", found["bits_per_byte"], "", goal, most=True)
+                yield Line(f"{where} loss", found["loss"], "nats")
+                if "mtp_loss" in found:
+                    yield Line(f"{where} MTP loss", found["mtp_loss"], "nats")
+                    yield Line(f"{where} drafts agree", found["draft_agreement"], "%")
+
+    def sums(self) -> Iterator[Line]:
+        """Sums of two two-digit numbers, greedily."""
+        for held_out, name, goal in ((True, "held-out", 0.9), (False, "trained", None)):
+            pairs = exam.some_sums(held_out, self.amount.sums)
+            found = exam.sums_right(self.model, self.tokenizer, pairs)
+            self.details.setdefault("sums", {})[name] = found
+            yield Line(f"sums, {name} pairs: right", found["right"], "%", goal)
+            yield Line(f"sums, {name} pairs: working right too", found["working_right"], "%")
+
+    def code(self) -> Iterator[Line]:
+        """Generated Python: does it end, does it parse?"""
+        held_out, trained = self.domains[1].held_out, self.domains[1].train
+        heads = exam.first_lines(held_out, self.amount.samples)
+        runs = {"held-out signature, T 0.8": (heads, 0.8, 0.5),
+                "held-out signature, T 0.2": (heads, 0.2, None),
+                '"def ", T 0.8': (["def "] * self.amount.samples, 0.8, None)}
+        for name, (beginnings, temperature, goal) in runs.items():
+            found = exam.code_samples(self.model, self.tokenizer, beginnings, temperature,
+                                      trained=trained)
+            self.details.setdefault("code", {})[name] = found
+            yield Line(f"code, {name}: ends and parses", found["parsed"], "%", goal)
+            yield Line(f"code, {name}: ends", found["ended"], "%")
+            yield Line(f"code, {name}: lines (median of parsed)", found["lines"])
+            yield Line(f"code, {name}: body copied (of parsed)", found["copied"], "%")
+
+    def drafts(self) -> Iterator[Line]:
+        """Acceptance of MTP drafts, greedy, by domain and together."""
+        results = {}
+        for domain in self.domains:
+            prompts = exam.beginnings_of(self.tokenizer, domain.held_out, self.amount.prompts)
+            found = exam.draft_acceptance(self.model, self.tokenizer, prompts)
+            results[domain.name] = found
+            yield Line(f"drafts accepted, {domain.name}", found["acceptance"], "%")
+            yield Line(f"  text in it that repeats itself, {domain.name}", found["repeated"], "%")
+        passes = sum(found["passes"] for found in results.values())
+        together = sum(found["acceptance"] * found["passes"] for found in results.values()) / passes
+        self.details["drafts"] = {**results, "together": together}
+        yield Line("drafts accepted, together", together, "%", 0.7)
+
+    def routing(self) -> Iterator[Line]:
+        """Load of the experts, and what the domain says about them against shuffled labels."""
+        parts = [exam.held_out_windows(self.model, ids, 256, self.amount.routing_windows)
+                 for ids in self.ids.values()]
+        labels = torch.arange(len(parts)).repeat_interleave(
+            torch.tensor([len(part) for part in parts]))
+        shares = Recipe().shares
+        found = exam.routing_by_domain(expert_counts(self.model, torch.cat(parts)), labels,
+                                       [shares[name] for name in self.ids])
+        self.details["routing"] = {"domains": list(self.ids), "windows": len(labels),
+                                   "routers": found}
+        for name, router in found.items():
+            yield Line(f"{name}: MaxVio in the training mixture", router["max_violation"])
+            for domain, violation in zip(self.ids, router["by_domain"], strict=True):
+                yield Line(f"  MaxVio in {domain} alone", violation)
+            yield Line("  domain and expert share", router["bits"], "bits")
+            yield Line("  with shuffled labels, mean", router["shuffled_mean"], "bits")
+            yield Line("  with shuffled labels, 99th percentile", router["shuffled_99"], "bits")
+
+    def needle(self) -> Iterator[Line]:
+        """Needles found by length and depth, and the loss by position, before and after."""
+        for name, model in (("before", self.before), ("after", self.model)):
+            if model is None:
+                continue
+            context = model.config.max_position_embeddings
+            lengths = tuple(n for n in self.amount.lengths if n <= context)
+            grid = needle.needle_test(model, self.tokenizer, lengths, count=self.amount.needles)
+            edges = tuple(edge for edge in needle.EDGES if edge <= context)
+            windows = exam.held_out_windows(model, self.ids["plays"], edges[-1],
+                                            self.amount.position_windows)
+            losses = needle.loss_by_position(model, windows, edges)
+            self.details.setdefault("needle", {})[name] = {
+                "context": context, "each": self.amount.needles,
+                "found": {str(n): {str(d): share for d, share in row.items()}
+                          for n, row in grid.items()},
+                "loss_by_position": {f"{a}-{b}": nats for (a, b), nats in losses.items()}}
+            for length, row in grid.items():
+                for depth, share in row.items():
+                    yield Line(f"needle {name}: {length} tokens, depth {depth:.0%}", share, "%")
+            for (start, end), nats in losses.items():
+                yield Line(f"plays {name}: loss at positions {start} to {end - 1}", nats, "nats")
+
+
+def before_extension(checkpoint: Path, folder: Path, precision: str) -> Transformer:
+    """The weights of a training checkpoint as they would have been shipped without an extension.
+
+    The same config without YaRN, and the same rounding to the precision asked for; positions up
+    to the whole context are allowed, though the model was not trained there.
+    """
+    config = ModelConfig.from_pretrained(folder).but(rope_scaling=None)
+    facts = read_facts(checkpoint)
+    if facts["tokens"] > facts["recipe"]["tokens"]:
+        raise DSV3Error("the context has been extended already", where=checkpoint,
+                        found=f"{facts['tokens']} tokens read",
+                        expected=f"at most {facts['recipe']['tokens']}")
+    tensors = load_file(checkpoint / "state.safetensors")
+    model = Transformer(config, "fp32")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(tensors[f"model.{name}"])
+    with tempfile.TemporaryDirectory() as place:
+        save_model(model, place)
+        return load_model(place, precision=precision)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, help="folder in the released layout")
+    parser.add_argument("--precision", default="fp8", choices=("fp8", "bf16", "fp32"))
+    parser.add_argument("--quick", action="store_true", help="a few minutes, rougher figures")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ",".join(PARTS))
+    parser.add_argument("--before", type=Path, help="training checkpoint for the needle test")
+    parser.add_argument("--json", type=Path, help="write everything found to this file")
+    args = parser.parse_args()
+    parts = args.parts.split(",")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--parts: {args.parts} is not among {','.join(PARTS)}")
+    try:
+        run(args.model, args.precision, QUICK if args.quick else Amount(), parts, args.before,
+            args.json)
+    except DSV3Error as error:
+        sys.exit(f"error: {error}")
+
+
+def run(folder: Path, precision: str, amount: Amount, parts: list[str],
+        before: Path | None = None, file: Path | None = None) -> dict:
+    """Print the table, part by part; returns what --json writes, and writes it after each part."""
+    began = time.perf_counter()
+    paper = Exam(folder, precision, amount, before)
+    print(f"{folder}, {precision}, {torch.get_num_threads()} threads; ready after "
+          f"{time.perf_counter() - began:.0f} s", flush=True)
+    result = {"model": str(folder), "precision": precision, "seconds": {}, "lines": [],
+              "details": paper.details}
+    for part in parts:
+        print(f"\n{part}", flush=True)
+        began, cpu = time.perf_counter(), time.process_time()
+        for line in getattr(paper, part)():
+            print(line, flush=True)
+            result["lines"].append({**vars(line), "met": line.met})
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        result["seconds"][part] = {"wall": round(seconds, 1), "cpu": round(cpu, 1)}
+        print(f"({seconds:.0f} s, of which computing {cpu:.0f} s)", flush=True)
+        if file:
+            file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    main()
