@@ -1,7 +1,9 @@
 """The model that comes with the book, as it is shipped: size, layout, and what it says.
 
-Everything that must hold on learned weights: transformers computes the same from the BF16 cast,
-two ranks say what one says, drafts change nothing.
+Everything that must hold on learned weights: it can do what it was trained for, transformers
+computes the same from the BF16 cast, two ranks say what one says, drafts change nothing.
+
+What it can do is asked here of a little text, with some slack; ``benchmarks/exam.py`` asks all.
 """
 
 from pathlib import Path
@@ -9,14 +11,19 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import run_ranks
+from tokenizers import Tokenizer
 
-from dsv3 import load_model, load_tokenizer
+from dsv3 import ModelConfig, data, load_model, load_tokenizer
 from dsv3.cast import cast
 from dsv3.generate import complete
 from dsv3.inspect import held_bytes, report
 from dsv3.layout import layout
 from dsv3.parallel.tensor import TensorGroup
+from dsv3.training import exam
+from dsv3.training.needle import loss_by_position
+from dsv3.training.routing import expert_counts
 
 MODEL = Path(__file__).parents[1] / "assets" / "dsv3-mini"
 NEW_TOKENS = 48
@@ -24,7 +31,7 @@ PROMPTS = [
     "HAMLET.\n", "O Romeo, ", "The king is dead, and", "Enter two Gentlemen", "My lord, I",
     "What ho!", "Good night, good night!", "ROMEO.\nBut soft,", "I have a wife whom", "Farewell",
     "To be, or not to be", "Now is the winter of", "The quality of mercy", "Friends, Romans,",
-    "JULIET.\nO ", "If it were done", "Exeunt.\n", "A horse, a horse!", "Who is there?",
+    "JULIET.\nO ", "If it were done", "Exeunt.\n", "def main(args):\n", "class Reader:\n",
     "Is this a dagger which I see before me, the handle toward my hand?",
 ]
 
@@ -64,8 +71,39 @@ def plain(model, prompts):
     return say(model, prompts, batched=False)[0]
 
 
+@pytest.fixture(scope="module")
+def words():
+    return Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """Held-out documents by domain, without making those to train on."""
+    modules = data.split_modules(data.read_modules())[1]
+    return {"plays": data.documents(data.split(data.read_plays())[1], chats=False),
+            "code": data.code_documents(modules),
+            "arithmetic": data.arithmetic_documents(1, held_out=True)}
+
+
+@pytest.fixture(scope="module")
+def ids(words, held_out):
+    return {name: data.pack(words, documents) for name, documents in held_out.items()}
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory):
+    """The BF16 cast in transformers and here, both computing in float32."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bf16") / "model"
+    cast(MODEL, folder, to="bf16", progress=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return theirs, load_model(folder, precision="fp32")
+
+
 def test_size_and_architecture(model):
     config = model.config
+    assert config == ModelConfig.mini()
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 24e6
     assert config.n_shared_experts == 1 and config.n_routed_experts >= 16 and config.n_group == 4
     assert config.num_nextn_predict_layers == 1 and config.quantization_config is not None
@@ -86,17 +124,60 @@ def test_the_text_is_not_one_word_again_and_again(plain):
         assert len(set(ids)) > NEW_TOKENS // 4
 
 
-def test_transformers_computes_the_same_from_the_bf16_cast(tmp_path, prompts):
-    transformers = pytest.importorskip("transformers")
-    cast(MODEL, tmp_path / "bf16", to="bf16", progress=False)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "bf16", dtype=torch.float32, attn_implementation="eager").eval()
-    ours = load_model(tmp_path / "bf16", precision="fp32")
+def test_plays_of_three_unknown_casts(model, words, ids):
+    """At most 2.0 bits a byte over all of them; the whole context helps, and drafts are good."""
+    figures = exam.held_out_figures(model, words, {"plays": ids["plays"]}, 1024, most=6)["plays"]
+    assert figures["bits_per_byte"] < 2.1 and figures["draft_agreement"] > 0.5
+    losses = loss_by_position(model, exam.held_out_windows(model, ids["plays"], 1024, 6))
+    assert losses[512, 1024] < losses[0, 256] + 0.1
+
+
+def test_sums_of_pairs_never_trained(model, words):
+    found = exam.sums_right(model, words, exam.some_sums(True, 40), batch_size=40)
+    assert found["right"] >= 0.8, found["wrong"]
+
+
+def test_functions_end_and_parse(model, words, held_out):
+    found = exam.code_samples(model, words, exam.first_lines(held_out["code"], 12), 0.8,
+                              max_new_tokens=256)
+    assert found["parsed"] >= 0.25, found["broken"]
+
+
+def test_experts_are_busy_and_know_the_domain(model, ids):
+    windows = torch.cat([exam.held_out_windows(model, tokens, 256, 8) for tokens in ids.values()])
+    counts = expert_counts(model, windows)
+    assert len(counts) == 4
+    found = exam.routing_by_domain(counts, torch.arange(3).repeat_interleave(8), [0.45, 0.3, 0.25])
+    for name, router in found.items():
+        assert counts[name].sum(0).min() > 0, f"an expert of {name} is never chosen"
+        assert router["max_violation"] < 1.5, name
+        assert router["bits"] > router["shuffled_99"] and router["p_value"] < 0.01, name
+
+
+def test_drafts_are_accepted_in_each_domain(model, words, held_out):
+    for name, documents in held_out.items():
+        found = exam.draft_acceptance(model, words, exam.beginnings_of(words, documents, 6), 48)
+        assert found["acceptance"] > 0.5, name
+
+
+def test_transformers_computes_the_same_from_the_bf16_cast(bf16, prompts):
+    theirs, ours = bf16
     with torch.inference_mode():
         for prompt in prompts[-4:]:
             text = torch.tensor([prompt])
             wanted = theirs(text).logits
             assert float((ours(text) - wanted).abs().max() / wanted.abs().max()) < 2e-5
+
+
+def test_transformers_has_the_same_validation_loss(bf16, ids):
+    """On windows of all domains; two are of the whole context, so that YaRN is in it."""
+    theirs, ours = bf16
+    short = [exam.held_out_windows(ours, tokens, 256, 2) for tokens in ids.values()]
+    for windows in (torch.cat(short), exam.held_out_windows(ours, ids["plays"], 1024, 2)):
+        with torch.inference_mode():
+            losses = [float(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:-1].flatten()))
+                      for logits in (theirs(windows[:, :-2]).logits, ours(windows[:, :-2]))]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
 def test_a_batch_says_what_each_row_says_alone(model, prompts, plain):

@@ -44,15 +44,15 @@ def held_out_windows(model: Transformer, ids: np.ndarray, length: int,
                      most: int | None = None) -> Int[Tensor, "n w"]:
     """Windows of which the model reads ``length`` tokens, evenly spaced, at most ``most``."""
     overlap = 1 + model.config.num_nextn_predict_layers
-    return spread_out(data.in_order(ids, length + overlap, overlap), most)
+    windows = data.in_order(ids, length + overlap, overlap)
+    return windows[spread_out(range(len(windows)), most)]
 
 
-def spread_out(items: Sequence, most: int | None) -> Sequence:
+def spread_out(items: Sequence, most: int | None) -> list:
     """At most ``most`` of the items, evenly spaced over them, in order."""
     if most is None or len(items) <= most:
-        return items
-    places = [number * len(items) // most for number in range(most)]
-    return items[places] if isinstance(items, Tensor) else [items[place] for place in places]
+        return list(items)
+    return [items[number * len(items) // most] for number in range(most)]
 
 
 def held_out_figures(model: Transformer, tokenizer: Tokenizer, ids: dict[str, np.ndarray],

@@ -44,7 +44,7 @@ def haystack(tokenizer: Tokenizer, length: int, depth: float, rng: np.random.Gen
     """
     names = rng.permutation(list(NAMES)).tolist()[:1 + distractors]
     values = (10 + rng.permutation(90)[:1 + distractors]).tolist()
-    needle, *others = [f"let {name} = {value}\n" for name, value in zip(names, values)]
+    needle, *others = [f"let {name} = {value}\n" for name, value in zip(names, values, strict=True)]
     ask, answer = f"get {names[0]} =", pack(tokenizer, [f" {values[0]}\n"]).tolist()
     room = length - len(answer) - len(pack(tokenizer, [BOS, needle, *others, ask]))
     if room < 0 or not 0 <= depth <= 1:
