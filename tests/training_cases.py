@@ -9,7 +9,7 @@ import torch
 
 from dsv3 import data
 from dsv3.config import ModelConfig, QuantizationConfig, YarnScaling
-from dsv3.data import arithmetic
+from dsv3.data import arithmetic, stream
 from dsv3.training import Recipe
 
 # Every mechanism is there, YaRN included; only the sizes are small.
@@ -57,7 +57,8 @@ def write_texts(folder: Path) -> dict[str, Path]:
     return texts
 
 
-def little_arithmetic(setattr=setattr) -> None:
-    """Make the third domain as small; setattr: a monkeypatch's, to have it undone."""
+def little_text(setattr=setattr) -> None:
+    """Make arithmetic and shuffle as small; setattr: a monkeypatch's, to have it undone."""
     setattr(arithmetic, "TRAIN_CHARACTERS", 6000)
     setattr(arithmetic, "HELD_OUT_CHARACTERS", 1500)
+    setattr(stream, "_SHUFFLED", 1024)
