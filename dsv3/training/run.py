@@ -260,7 +260,7 @@ class Run:
         if self.tokens < self.recipe.tokens:
             self.recipe = replace(
                 self.recipe, tokens=max(int(self.recipe.tokens * share), self.tokens + 1),
-                extension_tokens=int(self.recipe.extension_tokens * share))
+                extension_tokens=math.ceil(self.recipe.extension_tokens * share))
         self.max_minutes = None
 
     def _validate(self, most: int | None) -> dict[str, dict[str, float]]:
