@@ -195,10 +195,11 @@ class Transformer(nn.Module):
         except AttributeError:
             raise DSV3Error("no such weight in this model", where=name) from None
 
-    def init_weights(self, seed: int = 0) -> Transformer:
+    def init_weights(self, seed: int = 0, embedding_std: float | None = None) -> Transformer:
         """Random weights as before training: normal matrices, unit norms, zero biases.
 
-        Standard deviation ``initializer_range``. For unquantised models.
+        Standard deviation ``initializer_range``, of the embedding ``embedding_std`` where given.
+        For unquantised models.
         """
         random = torch.Generator(device=self.device).manual_seed(seed)
         with torch.no_grad():
@@ -209,5 +210,7 @@ class Transformer(nn.Module):
                     elif isinstance(module, Router) and name == "bias":
                         parameter.zero_()
                     else:
-                        parameter.normal_(0.0, self.config.initializer_range, generator=random)
+                        wider = embedding_std and isinstance(module, Embedding)
+                        parameter.normal_(0.0, embedding_std if wider else
+                                          self.config.initializer_range, generator=random)
         return self

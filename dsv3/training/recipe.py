@@ -16,21 +16,25 @@ class Recipe:
     extension_rate: of the second phase, at a constant learning rate as in the report (it is left
     out for a model whose config has no YaRN). batch_first, batch_last: windows a step at the
     beginning and after the ramp; micro_batch: tokens that go through the model at once.
-    learning_rate: the peak; warmup: steps. sequence_weight: alpha. shares: of the domains, by
+    learning_rate: the peak; warmup: steps. embedding_std: of the embedding's first values; all
+    others start at the config's initializer_range. In a narrow model at a high rate the layers soon
+    add a thousand times what an embedding of 0.02 holds, and the token is drowned in the stream.
+    sequence_weight: alpha. shares: of the domains, by
     tokens; fim_rate: of code with a hole to fill in. precision: "fp32", "bf16" or "fp8"; moments:
     of AdamW, "fp32" or "bf16"; recompute: save memory by computing norms and up-projections
     again in the backward pass. log_every, eval_every: steps; eval_windows: held-out windows of
     each domain looked at during a run; save_minutes: time between checkpoints.
     """
 
-    tokens: int = 7_000_000
+    tokens: int = 5_200_000
     seq_len: int = 256
     batch_first: int = 3
     batch_last: int = 6
     micro_batch: int = 4096
     learning_rate: float = 2.5e-3
     warmup: int = 100
-    extension_tokens: int = 500_000
+    embedding_std: float = 0.3
+    extension_tokens: int = 400_000
     extension_seq_len: int = 1024
     extension_batch: int = 2
     extension_rate: float = 2.5e-4
@@ -39,14 +43,14 @@ class Recipe:
     clip: float = 1.0
     sequence_weight: float = 1e-4
     shares: dict[str, float] = field(
-        default_factory=lambda: {"plays": 0.45, "code": 0.3, "arithmetic": 0.25})
+        default_factory=lambda: {"plays": 0.42, "code": 0.28, "arithmetic": 0.3})
     fim_rate: float = 0.1
     precision: str = "bf16"
     moments: str = "fp32"
     recompute: bool = False
     seed: int = 1
     log_every: int = 10
-    eval_every: int = 200
+    eval_every: int = 400
     eval_windows: int = 32
     save_minutes: float = 4.0
 

@@ -96,8 +96,10 @@ class Run:
         self._enter_phase()
         if path:
             load_state(path, self.model, self.optimizer)
-        elif self.writes:
-            (out_dir / LOG_FILE).unlink(missing_ok=True)
+        else:
+            torch.manual_seed(recipe.seed)  # nothing draws from it; what will, draws the same
+            if self.writes:
+                (out_dir / LOG_FILE).unlink(missing_ok=True)
 
     def _check_sizes(self) -> None:
         for what in ("batch_first", "batch_last", *["extension_batch"] * self._extends):
@@ -179,7 +181,7 @@ class Run:
                             Precision.training(recipe.precision, recompute=recipe.recompute),
                             device=self.group.device)
         if before is None:
-            model.init_weights(recipe.seed)
+            model.init_weights(recipe.seed, recipe.embedding_std)
         else:
             model.load_state_dict(before.state_dict())
             self.watch.close()
