@@ -14,7 +14,6 @@ as transformers does; the report does not say which is meant.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor

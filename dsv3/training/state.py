@@ -91,8 +91,8 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(tensors[f"model.{name}"])
-            moments = {key: tensors[f"optimizer.{key}.{name}"].to(value.device) for key in ("step", *MOMENTS)
-                       if f"optimizer.{key}.{name}" in tensors}
+            moments = {key: tensors[f"optimizer.{key}.{name}"].to(value.device)
+                       for key in ("step", *MOMENTS) if f"optimizer.{key}.{name}" in tensors}
             if moments:
                 optimizer.state[value] = moments
     torch.set_rng_state(tensors["random.torch"])
