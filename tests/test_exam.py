@@ -106,7 +106,9 @@ def test_violation_in_the_training_mixture():
 # The needle -------------------------------------------------------------------------------------
 
 class Reader:
-    """A stand-in model (tests need ``as_in_use``) that reads the text and answers with the value of a name.
+    """A stand-in model that reads the text and answers with the value of a name.
+
+    It is no Transformer, so tests need ``as_in_use``.
 
     choose(lets, asked): which value to say, from the (name, value) pairs above the question.
     """

@@ -7,7 +7,8 @@ The domains are mixed by tokens, not by documents: the next document always come
 that is furthest behind its share. Each domain reads its documents in a new order in each epoch.
 Windows are read in a shuffled order, about 262,000 tokens at a time. Read in a row, a batch of
 windows would be one scene of a play, the next one a page of sums, and each step would pull the
-model and its routers another way: at a million tokens the loss on plays was higher by 0.7 nats.
+model and its routers another way: after 1.1 million tokens of the small model's training the loss
+on held-out plays was 5.80 nats a token in a row and 5.35 shuffled.
 
 All of this follows from the seed alone, so the number of tokens read is the whole state of the
 stream. A run that is stopped and resumed reads what it would have read.
