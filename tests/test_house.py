@@ -10,7 +10,7 @@ FLOORS = [
     ["errors"],
     ["config", "kernels", "tokenizer", "doctor"],
     ["data", "layout", "rope", "fp8", "parallel", "safetensors_io"],
-    ["precision", "sampling", "shards", "terminal"],
+    ["precision", "recompute", "sampling", "shards", "terminal"],
     ["layers", "jobs"],
     ["mla", "moe", "convert", "cast"],
     ["block", "speculative"],
