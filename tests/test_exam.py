@@ -164,8 +164,15 @@ def test_haystack_has_its_length_and_depth(tokenizer, length, depth):
     assert places == [round(depth * (len(lines) - 1))]
     assert lines[places[0]] + "\n" == f"let {name} =" + tokenizer.decode(answer)
     assert sum(line.startswith("let") for line in lines) == 4
-    values = [line.split()[-1] for line in lines if line.startswith("let")]
-    assert len(set(values)) == 4 and all(len(value) == 2 for value in values)
+
+
+def test_values_of_one_haystack_differ(tokenizer):
+    """Else the value of another let would be taken for the right one."""
+    for seed in range(60):
+        text = tokenizer.decode(needle.haystack(tokenizer, 64, 0.5,
+                                                np.random.default_rng(seed))[0])
+        values = [line.split()[-1] for line in text.split("\n") if line.startswith("let")]
+        assert len(set(values)) == 4 and all(len(value) == 2 for value in values)
 
 
 def test_needle_longer_than_the_context_is_refused(tokenizer, as_in_use):

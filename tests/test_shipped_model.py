@@ -114,7 +114,7 @@ def test_memory_is_near_the_file(model):
     """Parameters and buffers in fp8 take at most 1.3 times the weights' file."""
     kinds = held_bytes(model)
     held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    assert sum(kinds.values()) == held and kinds["FP8 codes"] > 0.7 * held
+    assert sum(kinds.values()) == held and kinds["FP8 codes"] > 0.65 * held
     stored = sum(path.stat().st_size for path in MODEL.glob("*.safetensors"))
     assert held <= 1.3 * stored
 

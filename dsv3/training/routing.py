@@ -109,7 +109,7 @@ def specialisation(counts: Int[Tensor, "n experts"], labels: Int[Tensor, "n"],
     return Specialisation(
         bits=bits, shuffled_mean=float(shuffled.mean()),
         shuffled_99=float(shuffled.quantile(0.99)),
-        p_value=reached / permutations, most=-float((share * share.log2()).sum()))
+        p_value=(1 + reached) / (1 + permutations), most=-float((share * share.log2()).sum()))
 
 
 def by_label(counts: Int[Tensor, "n experts"],
