@@ -102,12 +102,14 @@ def test_watch_counts_from_reset_until_close(model):
     assert watch.load[ROUTERS[0]].sum() == 16 * CHOSEN
 
 
-def test_watch_keeps_no_scores_of_held_out_text(model):
+def test_watch_keeps_no_scores_of_held_out_text_or_from_before_reset(model):
     watch = RouterWatch(model)
+    losses(model, window())
+    watch.reset()
     with torch.no_grad():
         losses(model, window())
     losses(model, window())
-    # Scores of both forward passes would not go together with two routers.
+    # Scores of three forward passes would not go together with two routers.
     assert watch.sequence_loss(4).requires_grad
 
 

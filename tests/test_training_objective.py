@@ -169,8 +169,9 @@ def test_draft_agreement_counts_the_models_own_next_choice(as_in_use):
     windows, sizes = order[1:19][None], torch.ones(320, dtype=torch.int64)
     right = evaluate(Successor(order, 1), windows, sizes)
     wrong = evaluate(Wrong(order, 1), windows, sizes)
-    assert right["draft_agreement"] == 1.0
+    assert right["draft_agreement"] == 1.0 and max(right["loss"], right["mtp_loss"]) < 1e-6
     assert wrong["draft_agreement"] == pytest.approx(11 / 15)  # 15 drafts; 0, 4, 8, 12 are off
+    assert wrong["mtp_loss"] == pytest.approx(math.log(320) * 4 / 16) and wrong["loss"] < 1e-6
 
 
 def test_a_model_without_mtp_has_no_draft_figures():

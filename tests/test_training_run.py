@@ -13,10 +13,12 @@ from training_cases import POSITIONS, RECIPE, ROUTERS, TINY, little_text, window
 from dsv3.checkpoint import load_model
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
+from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.training import LOG_FILE, Run, train
 from dsv3.training import run as run_module
-from dsv3.training.state import latest_state
+from dsv3.training.optimizer import make_optimizer
+from dsv3.training.state import latest_state, load_state, save_state
 
 CLOCKS = ("seconds", "cpu_seconds", "tokens_per_second")
 UNSEEN = ModelConfig.from_dict(TINY.to_dict())     # equal to TINY, another object
@@ -89,6 +91,17 @@ def stop_at(run: Run, step: int, saved: int = 1000) -> None:
     run._step_values = dying
     with pytest.raises(Killed):
         run.go(progress=False)
+
+
+def test_first_weights_are_those_of_seed_and_recipe(texts, tmp_path):
+    recipe = replace(RECIPE, seed=7, embedding_std=0.25)
+    run = Run(TINY, tmp_path, recipe, **texts)
+    plain = Transformer(TINY).init_weights(7)
+    for name, value in run.model.named_parameters():
+        if name == "embed.weight":
+            assert float(value.detach().std()) == pytest.approx(0.25, rel=0.05)
+        else:
+            assert torch.equal(value, plain.get_parameter(name)), name
 
 
 # Phases -----------------------------------------------------------------------------------------
@@ -191,7 +204,7 @@ def test_without_a_second_phase(texts, tmp_path, config, tokens):
     assert run.model.config == config == ModelConfig.from_pretrained(tmp_path)
 
 
-def test_text_of_each_phase_is_read_from_its_beginning(texts, tmp_path, monkeypatch):
+def test_each_phase_reads_another_text_from_its_beginning(texts, tmp_path, monkeypatch):
     windows = []
     step = run_module.train_step
     monkeypatch.setattr(run_module, "train_step", lambda model, optimizer, batch, *rest: (
@@ -203,6 +216,9 @@ def test_text_of_each_phase_is_read_from_its_beginning(texts, tmp_path, monkeypa
         (2, 18), *[(4, 18)] * 5, *[(1, 66)] * 3]
     assert first.position == 352 and run.stream.position == 192
     assert len({tuple(row.tolist()) for batch in windows for row in batch}) == 25
+    text = str(first._ids[:first._filled].tolist())
+    assert all(str(batch[0].tolist())[1:-1] not in text for batch in windows[6:])
+    assert all(str(row.tolist())[1:-1] in text for batch in windows[:6] for row in batch)
 
 
 # Stopping and going on --------------------------------------------------------------------------
@@ -420,6 +436,18 @@ def test_broken_checkpoint_is_one_clear_line(texts, tmp_path, file, content):
         part.unlink()
     path.rmdir()
     assert Run(TINY, tmp_path, RECIPE, **texts).step == 1
+
+
+def test_state_of_another_model_is_refused(tmp_path):
+    def parts(config):
+        model = Transformer(config).init_weights(0)
+        return model, make_optimizer(model)
+
+    path = save_state(tmp_path, 1, {}, *parts(TINY))
+    for other in (TINY.but(num_hidden_layers=3), TINY.but(num_nextn_predict_layers=0)):
+        with pytest.raises(DSV3Error, match="another model"):
+            load_state(path, *parts(other))
+    load_state(path, *parts(TINY))
 
 
 def test_a_folder_that_cannot_be_written_is_named(texts, tmp_path):

@@ -29,9 +29,9 @@ def test_warm_up_is_a_line_over_2000_steps():
 
 def test_learning_rate_at_its_breakpoints():
     assert rate(9.999 * T) == rate(10 * T) == 2.2e-4
-    quarter, half = 10 * T + 4.3 * T / 4, 10 * T + 4.3 * T / 2
-    assert rate(half) == pytest.approx((2.2e-4 + 2.2e-5) / 2)
-    assert rate(quarter) == pytest.approx(2.2e-5 + 1.98e-4 * (1 + math.sqrt(0.5)) / 2)
+    for part in (0.01, 0.02, 0.25, 0.5, 0.99):       # of the cosine; 1 - cos x = 2 sin^2 (x / 2)
+        fallen = math.sin(math.pi * part / 2) ** 2
+        assert rate(10 * T + 4.3 * T * part) == pytest.approx(2.2e-4 - 1.98e-4 * fallen, rel=1e-9)
     assert 2.2e-5 < rate(14.29999 * T) < 2.2001e-5
     assert rate(14.3 * T) == rate(14.632 * T) == 2.2e-5
     assert rate(14.633 * T) == rate(14.8 * T) == 7.3e-6
