@@ -18,10 +18,11 @@ from dsv3.data.code import (
     clean_code,
     code_documents,
     pieces,
+    plain_functions,
     read_modules,
     split_modules,
 )
-from dsv3.data.domains import DOMAINS, Domain, load_domains, tokenizer_texts
+from dsv3.data.domains import DOMAINS, Domain, load_domains, tokenizer_texts, with_functions
 from dsv3.data.plays import HELD_OUT, clean, conversation, documents, read_plays, scenes, split
 from dsv3.data.stream import Stream, fill_in_middle, in_order
 from dsv3.data.vocabulary import (

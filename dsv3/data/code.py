@@ -11,6 +11,11 @@ A long class is cut at its methods, and each piece repeats the class line. So ev
 on its own.
 
 Whole modules are held out, as whole plays are.
+
+``plain_functions`` gives the same code once more in its simplest form: each function and method by
+itself, without docstring and comments, in the one style in which Python prints a syntax tree. Half
+of a library's text is English between quotes; what is left when it is gone is the grammar, and a
+small model has to see much of that to close what it has opened.
 """
 
 from __future__ import annotations
@@ -97,6 +102,26 @@ def pieces(module: str) -> list[str]:
 def code_documents(modules: list[str]) -> list[str]:
     """All pieces of all modules, in order, between begin and end token."""
     return [BOS + piece + EOS for module in modules for piece in pieces(module)]
+
+
+def plain_functions(documents: list[str], longest: int = 1200) -> list[str]:
+    """Functions and methods of code documents as documents, without docstrings and comments.
+
+    longest: in characters; functions above it, and those of which nothing is left, are dropped.
+    """
+    result = []
+    for document in documents:
+        for piece in _statements(document.removeprefix(BOS).removesuffix(EOS)) or []:
+            for node in piece.body if isinstance(piece, ast.ClassDef) else [piece]:
+                if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    continue
+                for inner in ast.walk(node):
+                    if isinstance(inner, _DEFINITION) and ast.get_docstring(inner) is not None:
+                        inner.body = inner.body[1:] or [ast.Pass()]
+                text = ast.unparse(node)
+                if len(text) <= longest and not text.endswith(":\n    pass"):
+                    result.append(BOS + text + "\n" + EOS)
+    return result
 
 
 def _class_pieces(text: str) -> list[str]:

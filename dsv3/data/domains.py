@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3.data.arithmetic import arithmetic_documents
-from dsv3.data.code import code_documents, read_modules, split_modules
+from dsv3.data.code import code_documents, plain_functions, read_modules, split_modules
 from dsv3.data.plays import documents, read_plays, split
 from dsv3.data.vocabulary import SPECIAL_TOKENS
 
@@ -43,6 +43,12 @@ def load_domains(plays: str | Path | None = None, code: str | Path | None = None
         Domain("plays", documents(play_train), documents(play_held_out, chats=False)),
         Domain("code", code_documents(code_train), code_documents(code_held_out)),
         Domain("arithmetic", arithmetic_documents(seed), arithmetic_documents(seed, held_out=True))]
+
+
+def with_functions(domains: list[Domain]) -> list[Domain]:
+    """The domains and one more, "functions": the training code as ``plain_functions`` gives it."""
+    code = next(domain for domain in domains if domain.name == "code")
+    return [*domains, Domain("functions", plain_functions(code.train), [])]
 
 
 def tokenizer_texts(domains: list[Domain]) -> list[str]:

@@ -13,8 +13,9 @@ class Recipe:
     """A run in two phases: pre-training, and an extension of the context with YaRN (TR 4.3).
 
     tokens, seq_len: of pre-training. extension_tokens, extension_seq_len, extension_batch,
-    extension_rate: of the second phase, at a constant learning rate as in the report (it is left
-    out for a model whose config has no YaRN). batch_first, batch_last: windows a step at the
+    extension_rate, extension_shares: of the second phase (it is left out for a model whose config
+    has no YaRN). Its learning rate falls on a straight line to a tenth, and it reads another mixture
+    of text, with plain functions in it; in the report both stay as they were. batch_first, batch_last: windows a step at the
     beginning and after the ramp; micro_batch: tokens that go through the model at once.
     learning_rate: the peak; warmup: steps. embedding_std: of the embedding's first values; all
     others start at the config's initializer_range. In a narrow model at a high rate the layers soon
@@ -34,10 +35,12 @@ class Recipe:
     learning_rate: float = 2.5e-3
     warmup: int = 100
     embedding_std: float = 0.3
-    extension_tokens: int = 400_000
+    extension_tokens: int = 1_000_000
     extension_seq_len: int = 1024
     extension_batch: int = 2
-    extension_rate: float = 2.5e-4
+    extension_rate: float = 8e-4
+    extension_shares: dict[str, float] = field(
+        default_factory=lambda: {"plays": 0.3, "functions": 0.5, "arithmetic": 0.2})
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float = 1.0

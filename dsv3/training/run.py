@@ -1,8 +1,8 @@
 """A training run from the first step to the exported model, stopped and resumed at any moment.
 
 The run has two phases, as in the report: pre-training on short windows, then a short extension on
-longer ones with YaRN switched on (TR 4.3). Between them only the config changes; weights and
-moments go on.
+longer ones with YaRN switched on (TR 4.3). Between them the config changes, and the mixture of
+text; weights and moments go on.
 
 Everything a step depends on follows from the recipe, the checkpoint and the number of tokens read,
 never from the clock. A run that is killed and resumed therefore gives the same weights, bit for
@@ -173,8 +173,10 @@ class Run:
     def _enter_phase(self) -> None:
         """Make text and model of this phase; weights and moments of the one before go on in it."""
         recipe = self.recipe
+        shares = recipe.extension_shares if self.extending else recipe.shares
+        domains = data.with_functions(self.domains) if "functions" in shares else self.domains
         self.stream = data.Stream(
-            self.tokenizer, self.domains, recipe.shares, length=self.seq_len,
+            self.tokenizer, domains, shares, length=self.seq_len,
             targets=1 + self.config.num_nextn_predict_layers, seed=recipe.seed + self.extending,
             fim_rate=recipe.fim_rate, position=self.tokens - self.phase_start)
         before, moments = self.model, {}
@@ -201,7 +203,8 @@ class Run:
         schedules = recipe.schedules
         rate, windows = schedules.learning_rate.at(self.step, tokens), schedules.batch.at(tokens)
         if self.extending:
-            rate, windows = recipe.extension_rate, recipe.extension_batch
+            done = (tokens - self.phase_start) / recipe.extension_tokens
+            rate, windows = recipe.extension_rate * (1 - 0.9 * done), recipe.extension_batch
         values = StepValues(
             learning_rate=rate, mtp_weight=schedules.mtp_weight.at(tokens),
             bias_speed=schedules.bias_speed.at(tokens), sequence_weight=recipe.sequence_weight,
