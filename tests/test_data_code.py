@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsv3 import data
+from dsv3.data import BOS, EOS
 from dsv3.errors import DSV3Error
 
 MODULE = '''"""What it is for.
@@ -147,3 +148,44 @@ def test_no_path_of_this_machine_is_in_the_text(modules):
     places = {str(Path(sysconfig.get_path("stdlib")).parent), sys.prefix, str(Path.home())}
     places -= {"/usr/lib", "/usr", "/usr/local", "/usr/local/lib", "/root"}
     assert not [name for name, text in modules.items() for place in places if place in text]
+
+
+# Plain functions ---------------------------------------------------------------------------------
+
+CLASS = BOS + '''class Cup:
+    """Holds tea."""
+    size = 3
+
+    @property
+    def full(self):
+        """Whether it is."""
+        # ask
+        return self.tea   ==  "much"
+
+    async def sip(self, *, n=1):
+        def inner():
+            """Only words."""
+        return inner, n
+''' + EOS
+
+
+def test_plain_functions_are_methods_and_functions_without_words():
+    assert data.plain_functions([CLASS]) == [
+        BOS + "@property\ndef full(self):\n    return self.tea == 'much'\n" + EOS,
+        BOS + "async def sip(self, *, n=1):\n\n    def inner():\n        pass\n"
+              "    return (inner, n)\n" + EOS]
+
+
+def test_plain_functions_are_short_and_not_empty():
+    empty = BOS + 'def nothing():\n    """Later."""\n' + EOS
+    other = BOS + "import os\nx = 1\n" + EOS
+    long = BOS + "def long():\n" + "    step()\n" * 200 + EOS
+    assert data.plain_functions([empty, other, long]) == []
+    assert data.plain_functions([long], longest=5000) == [long]
+
+
+def test_functions_are_a_domain_of_training_text_only():
+    domains = [data.Domain("plays", ["p"], ["q"]), data.Domain("code", [CLASS], [CLASS])]
+    *before, functions = data.with_functions(domains)
+    assert before == domains and functions.name == "functions"
+    assert functions.train == data.plain_functions([CLASS]) and functions.held_out == []
