@@ -116,7 +116,8 @@ def test_schedules_phases_and_loads_are_in_the_log(whole):
         done = (tokens * 14.8 / 300 - 10) / 4.3
         return 5e-4 + 4.5e-3 * (1 + math.cos(math.pi * done)) / 2
     assert [line["lr"] for line in lines] == pytest.approx(
-        [2.5e-3, 5e-3, 5e-3, 5e-3, cosine(224), cosine(288), 1e-3, 1e-3, 1e-3])
+        [2.5e-3, 5e-3, 5e-3, 5e-3, cosine(224), cosine(288),
+         1e-3, 1e-3 * (1 - 0.9 * 64 / 200), 1e-3 * (1 - 0.9 * 128 / 200)])
     assert [line["mtp_weight"] for line in lines] == [0.3] * 4 + [0.1] * 5
     assert [line["bias_speed"] for line in lines] == [0.001] * 6 + [0.0] * 3
     before = 0
@@ -204,21 +205,39 @@ def test_without_a_second_phase(texts, tmp_path, config, tokens):
     assert run.model.config == config == ModelConfig.from_pretrained(tmp_path)
 
 
-def test_each_phase_reads_another_text_from_its_beginning(texts, tmp_path, monkeypatch):
-    windows = []
-    step = run_module.train_step
+@pytest.fixture
+def batches(monkeypatch):
+    """What every step was given to read."""
+    seen, step = [], run_module.train_step
     monkeypatch.setattr(run_module, "train_step", lambda model, optimizer, batch, *rest: (
-        windows.append(batch), step(model, optimizer, batch, *rest))[1])
-    run = Run(TINY, tmp_path, RECIPE, **texts)
+        seen.append(batch), step(model, optimizer, batch, *rest))[1])
+    return seen
+
+
+def test_each_phase_reads_a_text_from_its_beginning(texts, tmp_path, batches):
+    same = replace(RECIPE, extension_shares=RECIPE.shares)
+    run = Run(TINY, tmp_path, same, **texts)
     first = run.stream
     run.go(progress=False)
-    assert [tuple(batch.shape) for batch in windows] == [
+    assert [tuple(batch.shape) for batch in batches] == [
         (2, 18), *[(4, 18)] * 5, *[(1, 66)] * 3]
     assert first.position == 352 and run.stream.position == 192
-    assert len({tuple(row.tolist()) for batch in windows for row in batch}) == 25
+    assert len({tuple(row.tolist()) for batch in batches for row in batch}) == 25
+    # Even with the same documents, the second does not begin as the first did.
     text = str(first._ids[:first._filled].tolist())
-    assert all(str(batch[0].tolist())[1:-1] not in text for batch in windows[6:])
-    assert all(str(row.tolist())[1:-1] in text for batch in windows[:6] for row in batch)
+    assert all(str(row.tolist())[1:-1] in text for batch in batches[:6] for row in batch)
+    assert all(str(batch[0].tolist())[1:-1] not in text for batch in batches[6:])
+
+
+def test_each_phase_has_its_own_mixture(texts, tmp_path, batches):
+    recipe = replace(RECIPE, shares={"plays": 1.0}, extension_shares={"functions": 1.0})
+    run = Run(TINY, tmp_path, recipe, **texts)
+    run.go(progress=False)
+    plays, functions = (" ".join(run.tokenizer.decode(row.tolist()) for batch in part
+                                 for row in batch) for part in (batches[:6], batches[6:]))
+    assert "sweet" in plays and "return" not in plays
+    assert "return x" in functions and "sweet" not in functions
+    assert set(run.held_out) == {"plays", "code", "arithmetic"}
 
 
 # Stopping and going on --------------------------------------------------------------------------
@@ -247,7 +266,7 @@ def test_resumed_run_is_bit_equal(whole, texts, tmp_path, saved, killed):
 
 
 def test_resumed_run_with_bfloat16_moments_in_fp8_is_bit_equal(texts, tmp_path):
-    recipe = replace(RECIPE, precision="fp8", moments="bf16")
+    recipe = replace(RECIPE, precision="fp8", moments="bf16", eval_every=1000)
     runs = [Run(TINY, tmp_path / name, recipe, **texts) for name in ("whole", "broken")]
     runs[0].go(progress=False)
     for stop in (2, 7):
