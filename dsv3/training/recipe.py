@@ -14,17 +14,18 @@ class Recipe:
 
     tokens, seq_len: of pre-training. extension_tokens, extension_seq_len, extension_batch,
     extension_rate, extension_shares: of the second phase (it is left out for a model whose config
-    has no YaRN). Its learning rate falls on a straight line to a tenth, and it reads another mixture
-    of text, with plain functions in it; in the report both stay as they were. batch_first, batch_last: windows a step at the
-    beginning and after the ramp; micro_batch: tokens that go through the model at once.
-    learning_rate: the peak; warmup: steps. embedding_std: of the embedding's first values; all
-    others start at the config's initializer_range. In a narrow model at a high rate the layers soon
-    add a thousand times what an embedding of 0.02 holds, and the token is drowned in the stream.
-    sequence_weight: alpha. shares: of the domains, by
-    tokens; fim_rate: of code with a hole to fill in. precision: "fp32", "bf16" or "fp8"; moments:
-    of AdamW, "fp32" or "bf16"; recompute: save memory by computing norms and up-projections
-    again in the backward pass. log_every, eval_every: steps; eval_windows: held-out windows of
-    each domain looked at during a run; save_minutes: time between checkpoints.
+    has no YaRN). Its learning rate falls on a straight line to a tenth, and it reads another
+    mixture of text, with plain functions in it; in the report both stay as they were.
+    batch_first, batch_last: windows a step at the beginning and after the ramp; micro_batch:
+    tokens that go through the model at once. learning_rate: the peak; warmup: steps.
+    embedding_std: of the embedding's first values; all others start at the config's
+    initializer_range. In a narrow model at a high rate the layers soon add a thousand times what
+    an embedding of 0.02 holds, and the token is drowned in the stream. sequence_weight: alpha.
+    shares: of the domains, by tokens; fim_rate: of code with a hole to fill in. precision:
+    "fp32", "bf16" or "fp8"; moments: of AdamW, "fp32" or "bf16"; recompute: save memory by
+    computing norms and up-projections again in the backward pass. log_every, eval_every: steps;
+    eval_windows: held-out windows of each domain looked at during a run; save_minutes: time
+    between checkpoints.
     """
 
     tokens: int = 5_200_000
