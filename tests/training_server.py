@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -59,6 +60,8 @@ def main(plays: str, code: str) -> None:
                     die_at(int(number), folder)
                 Run(TINY, Path(folder), RECIPE, plays=plays, code=code).go(progress=False)
                 status = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(status)
         if float(seconds):

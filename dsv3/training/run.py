@@ -31,6 +31,7 @@ from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
+from dsv3.safetensors_io import PARTIAL
 from dsv3.training.balance import RouterWatch, max_violation
 from dsv3.training.evaluation import evaluate
 from dsv3.training.optimizer import make_optimizer
@@ -255,6 +256,8 @@ class Run:
         bar.close()
         figures = self._validate(None)
         if self.writes:
+            for left in self.out_dir.glob("*" + PARTIAL):  # by an export that was killed
+                left.unlink()
             save_model(self.model, self.out_dir, tokenizer_dir=self.out_dir)
         self.watch.close()
         return figures
