@@ -36,7 +36,7 @@ from dsv3.training.balance import RouterWatch, max_violation
 from dsv3.training.evaluation import evaluate
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.recipe import Recipe
-from dsv3.training.state import latest_state, load_state, read_facts, save_state
+from dsv3.training.state import latest_state, load_state, read_facts, remove_old, save_state
 from dsv3.training.step import StepValues, train_step
 
 LOG_FILE = "log.jsonl"
@@ -329,9 +329,10 @@ class Run:
         self.step, self.tokens, self.phase_start = (
             facts[name] for name in ("step", "tokens", "phase_start"))
         self.seconds, self.cpu_seconds = facts["seconds"], facts["cpu_seconds"]
-        # What was logged after the checkpoint is now done again.
-        if self.writes and self._log_bytes() > facts["log_bytes"]:
-            os.truncate(self.out_dir / LOG_FILE, facts["log_bytes"])
+        if self.writes:
+            remove_old(self.checkpoints)
+            if self._log_bytes() > facts["log_bytes"]:  # what came after is now done again
+                os.truncate(self.out_dir / LOG_FILE, facts["log_bytes"])
 
     def _log_bytes(self) -> int:
         log = self.out_dir / LOG_FILE

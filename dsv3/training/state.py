@@ -57,9 +57,14 @@ def save_state(folder: Path, step: int, facts: dict, model: nn.Module,
         shutil.rmtree(beside, ignore_errors=True)
         raise DSV3Error("training checkpoint cannot be written", where=final, found=error,
                         fix="Make room or give another --out folder") from None
-    for old in _complete(folder)[:-_KEEP]:
-        shutil.rmtree(old)
+    remove_old(folder)
     return final
+
+
+def remove_old(folder: Path) -> None:
+    """Remove all checkpoints but the newest two, and what a kill has left half-written."""
+    for old in [*_complete(folder)[:-_KEEP], *folder.glob("*.partial")]:
+        shutil.rmtree(old)
 
 
 def latest_state(folder: Path) -> Path | None:
