@@ -282,9 +282,10 @@ def test_resumed_run_with_bfloat16_moments_in_fp8_is_bit_equal(texts, tmp_path):
 def test_a_finished_run_is_left_as_it_is(whole, texts, tmp_path):
     once = Run(TINY, tmp_path, RECIPE, **texts)
     once.go(progress=False)
-    # As if it had been killed during the export, and before while old checkpoints were removed.
+    # As if it had been killed during the export, and before among its checkpoints.
     (tmp_path / "model.safetensors").rename(tmp_path / "model.safetensors.partial")
     (once.checkpoints / "step-000007").mkdir()
+    (once.checkpoints / "step-000010.partial").mkdir()
     again = Run(TINY, tmp_path, RECIPE, **texts)
     assert len(list(once.checkpoints.iterdir())) == 2
     assert again.step == 9 and again.go(progress=False) == whole.figures
