@@ -461,6 +461,13 @@ def test_broken_checkpoint_is_one_clear_line(texts, tmp_path, file, content):
     assert Run(TINY, tmp_path, RECIPE, **texts).step == 1
 
 
+def test_a_log_that_cannot_be_written_is_named(texts, tmp_path):
+    run = Run(TINY, tmp_path, RECIPE, **texts)
+    (tmp_path / LOG_FILE).mkdir()
+    with pytest.raises(DSV3Error, match=LOG_FILE + ": cannot be written"):
+        run.go(progress=False)
+
+
 def test_state_of_another_model_is_refused(tmp_path):
     def parts(config):
         model = Transformer(config).init_weights(0)
