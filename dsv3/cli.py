@@ -256,11 +256,9 @@ def _train(commands) -> None:
             "precision", "tokens", "extension_tokens", "moments", "recompute", "seed")}
         recipe = Recipe(**{name: value for name, value in choices.items() if value is not None})
         group = TensorGroup.from_environment(args.device)
-        try:
-            train(ModelConfig.mini(), args.out, recipe, max_minutes=args.max_minutes,
-                  plays=args.plays, code=args.code, group=group)
-        finally:
-            group.close()
+        train(ModelConfig.mini(), args.out, recipe, max_minutes=args.max_minutes,
+              plays=args.plays, code=args.code, group=group)
+        group.close()
         return 0
 
     p = _command(commands, "train", run, "Train a small model; goes on where it was stopped. "

@@ -352,6 +352,15 @@ class Talk:
         os.close(self.terminal)
         wait_until(lambda: not any(map(alive, below)), 30)
 
+    def rest(self) -> str:
+        """What has appeared since, of a command that has ended."""
+        while select.select([self.terminal], [], [], 0.2)[0]:
+            try:
+                self.seen += os.read(self.terminal, 65536).decode(errors="replace")
+            except OSError:  # the other side has closed
+                break
+        return self.seen
+
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
@@ -391,7 +400,7 @@ def test_interactive_talk(tiny_checkpoint, tmp_path, ranks):
         talk.type("/clear\n")
         talk.until("\n> ")
         talk.type("/exit\n")
-        assert talk.process.wait(30) == 0
+        assert talk.process.wait(30) == 0, talk.rest()
 
 
 @linux

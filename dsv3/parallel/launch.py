@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from collections.abc import Mapping, Sequence
@@ -114,12 +114,16 @@ def begin_rank() -> None:
 
 
 def end_rank(exit_code: int) -> None:
-    """Called last by the same process: a failed rank of ``launch`` ends here, at once.
+    """Called last by the same process: a rank of ``launch`` ends here, at once.
 
-    An ordinary exit would take down connections that the others still hold, and torch would
-    complain about it on the terminal.
+    An ordinary exit takes down connections and threads one after the other. In a rank that failed,
+    others still hold those connections, and torch would complain on the terminal; in one that is
+    done, it now and then ended in an abort on a busy machine, after all work was finished.
     """
-    if exit_code and os.environ.get(_FOLDER):
+    if os.environ.get(_FOLDER):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
         os._exit(exit_code)
 
 

@@ -69,8 +69,9 @@ class TensorGroup:
         return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, kind)
 
     def close(self) -> None:
-        """Leave the group; call it last on every rank."""
+        """Leave the group together; to be called last on every rank, and not after a failure."""
         if self._process_group is not None and dist.is_initialized():
+            dist.barrier(group=self._process_group)  # nobody hangs up while another still listens
             dist.destroy_process_group()
 
     def split(self, count: int, what: str) -> int:
