@@ -35,6 +35,7 @@ from jaxtyping import Bool, Complex64, Float, Int
 from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
+from dsv3.costs import break_even_queries
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import QuantizedTensor
 from dsv3.fp8.training import fp8_linear
@@ -248,10 +249,7 @@ class MLA(nn.Module):
         Per head and key, expanding costs d_c (d_h + d_v) once, then d_h + d_h^R + d_v a query;
         absorbed costs 2 d_c + d_h^R a query. They meet at 171 queries for the released sizes.
         """
-        c = self.config
-        once = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
-        saved = 2 * c.kv_lora_rank - c.qk_nope_head_dim - c.v_head_dim
-        return queries * saved > once
+        return queries > break_even_queries(self.config)
 
     def expanded(self, q_nope: Float[Tensor, "b s heads d_h"],
                  q_rope: Float[Tensor, "b s heads d_r"], seen: Float[Tensor, "b t latent"],

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "dsv3"
 FLOORS = [
     ["errors"],
     ["config", "kernels", "tokenizer", "doctor"],
-    ["data", "layout", "rope", "fp8", "parallel", "safetensors_io"],
+    ["costs", "data", "layout", "rope", "fp8", "parallel", "safetensors_io"],
     ["precision", "recompute", "sampling", "shards", "terminal"],
     ["layers", "jobs"],
     ["mla", "moe", "convert", "cast"],
@@ -17,7 +17,9 @@ FLOORS = [
     ["mtp", "generate"],
     ["model"],
     ["checkpoint", "inspect"],
-    ["training", "diff", "bench", "generate_command", "viz"],
+    ["training", "diff", "bench", "generate_command"],
+    ["viz"],
+    ["book"],
     ["cli"],
     ["__main__", "__init__"],
 ]
