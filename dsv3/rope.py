@@ -25,13 +25,18 @@ from torch import Tensor
 from dsv3.config import ModelConfig
 
 
+def plain_frequencies(dim: int, theta: float) -> Float32[Tensor, "pairs"]:
+    """Angle per position of each pair of a dim-wide head, theta^(-2j / dim), in radians."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+
 def inverse_frequencies(config: ModelConfig) -> Float32[Tensor, "pairs"]:
     """Angle per position of each pair, theta_j = rope_theta^(-2j / d_h^R), after YaRN.
 
     In radians per position, for the qk_rope_head_dim / 2 pairs of a head.
     """
     dim = config.qk_rope_head_dim
-    frequency = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    frequency = plain_frequencies(dim, config.rope_theta)
     yarn = config.rope_scaling
     if yarn is None:
         return frequency

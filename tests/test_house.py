@@ -12,7 +12,7 @@ FLOORS = [
     ["costs", "data", "layout", "rope", "fp8", "parallel", "safetensors_io"],
     ["precision", "recompute", "sampling", "shards", "terminal"],
     ["layers", "jobs"],
-    ["mla", "moe", "convert", "cast"],
+    ["attention", "mla", "moe", "convert", "cast"],
     ["block", "speculative"],
     ["mtp", "generate"],
     ["model"],
