@@ -5,9 +5,13 @@ returns a matplotlib figure; ``show`` turns it into an image for a notebook, tog
 sentence that says what is to be seen in it. Nothing in the model's own code imports this package.
 """
 
+from dsv3.viz.attention import (attention_maps_figure, cache_bars_figure, cache_lines_figure,
+                                relative_figure, roofline_figure, rotation_figure, stream_figure)
 from dsv3.viz.figure import new_figure, show
 from dsv3.viz.memory import memory_per_rank_figure
 from dsv3.viz.model_map import PARTS, model_map
 from dsv3.viz.routing import routing_figure
 
-__all__ = ["PARTS", "memory_per_rank_figure", "model_map", "new_figure", "routing_figure", "show"]
+__all__ = ["PARTS", "attention_maps_figure", "cache_bars_figure", "cache_lines_figure",
+           "memory_per_rank_figure", "model_map", "new_figure", "relative_figure",
+           "roofline_figure", "rotation_figure", "routing_figure", "show", "stream_figure"]
