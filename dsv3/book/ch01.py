@@ -317,7 +317,7 @@ def bpe_encode(answer: Callable) -> Verdict:
              ("ot", "h"): 5, ("n", "o"): 6, ("no", "t"): 7, ("o", "th"): 8, ("oth", "er"): 9,
              ("i", "n"): 10, ("in", "g"): 11, ("t", "i"): 12, ("t", "ing"): 13}
     cases = [(piece, ranks) for piece in ("the", "there", "not", "other", "note", "x", "",
-                                          "hehe", "nothere", "noting")]
+                                          "hehe", "nothere", "noting", "ting")]
     return judge("bpe_encode", answer, right, cases, {
         "you take the longest known token from the left. BPE repeats the merges in the order in "
         "which they were learned, and can end with other tokens": longest,
