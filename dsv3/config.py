@@ -104,7 +104,7 @@ class ModelConfig:
     scoring_func: str = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
-    gate_bias: bool = True              # b_i of eq. 16; a property of the model, not of its size
+    gate_bias: bool = True              # b_i; a property of the model, not of its size
     num_nextn_predict_layers: int = 0   # D: MTP modules
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6

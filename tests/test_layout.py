@@ -16,6 +16,7 @@ def v3():
 
 
 def test_671b_dtype_totals_are_the_published_ones(v3):
+    # fact 4, 5
     count = Counter()
     for spec in v3:
         count[spec.dtype] += spec.numel
@@ -24,19 +25,23 @@ def test_671b_dtype_totals_are_the_published_ones(v3):
 
 
 def test_671b_tensor_count_and_bytes(v3):
+    # fact 6
     assert Counter(spec.part for spec in v3) == {"main": 90_427, "mtp": 1_564}
     assert sum(spec.nbytes for spec in v3) == 688_574_839_360
     assert len({spec.hf_name for spec in v3}) == len({spec.name for spec in v3}) == len(v3)
 
 
 def test_671b_parameters(v3):
+    # fact 1, 3
     weights = [spec for spec in v3 if not spec.scale_of]
     assert sum(s.numel for s in weights if s.part == "main") == 671_026_419_200
     assert sum(s.numel for s in weights if s.part == "mtp" and not s.copy_of) == 11_610_068_224
+    assert 11_610_068_224 - 7168 * 2 * 7168 == 11_507_307_776  # without eh_proj, as printed
     assert len(layout(ModelConfig.deepseek_v3(), mtp_copies=False)) == len(v3) - 2
 
 
 def test_ragged_scale_grid(v3):
+    # fact 42
     by_name = {spec.hf_name: spec for spec in v3}
     weight = by_name["model.layers.7.self_attn.kv_a_proj_with_mqa.weight"]
     assert weight.shape == (576, 7168) and weight.scale.shape == (5, 56)
@@ -70,6 +75,7 @@ def test_table_has_three_vocabularies_and_covers_the_layout(v3):
 
 
 def test_671b_divides_by_1_2_4_8_16_only():
+    # fact 43
     assert valid_sizes(ModelConfig.deepseek_v3()) == [1, 2, 4, 8, 16]
     with pytest.raises(DSV3Error) as error:
         check_sharding(ModelConfig.deepseek_v3(), 32)

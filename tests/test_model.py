@@ -58,6 +58,7 @@ def route_by_hand(config, logits: list[float], bias: list[float]) -> dict[int, f
     dict(gate_bias=False), dict(n_group=1, topk_group=1), dict(n_group=6, topk_group=5)])
 @torch.no_grad()
 def test_router_follows_the_equations(changes, bias_mean):
+    # fact 22, 23
     config = SMALL.but(**changes)
     router = random_router(config, bias_mean)
     u = torch.randn(50, config.hidden_size)
@@ -72,6 +73,7 @@ def test_router_follows_the_equations(changes, bias_mean):
 
 @torch.no_grad()
 def test_a_token_reaches_at_most_topk_group_groups():
+    # fact 24
     config = SMALL.but(n_routed_experts=32, n_group=8, topk_group=4, num_experts_per_tok=8)
     _, chosen = random_router(config, -5.0)(torch.randn(5000, config.hidden_size))
     visited = [len(set(row)) for row in (chosen // 4).tolist()]
@@ -114,6 +116,7 @@ def test_experts_equal_a_loop_over_tokens(tokens):
 @pytest.mark.parametrize("queries, past", [(5, 0), (5, 20), (1, 20), (2, 1100)])
 @torch.no_grad()
 def test_absorbed_equals_expanded(queries, past):
+    # fact 11
     config = SMALL.but(rope_scaling=YarnScaling(factor=4, original_max_position_embeddings=8,
                                                 mscale=1.0, mscale_all_dim=0.7))
     attention = Transformer(config).init_weights(0).layers[0].attn
@@ -144,11 +147,13 @@ def test_the_cheaper_form_is_chosen():
 
 
 def test_cache_of_the_released_model_takes_70272_bytes_a_token():
+    # fact 7
     cache = LatentCache(ModelConfig.deepseek_v3(), 61, 1, 1, torch.bfloat16, "cpu")
     assert cache.nbytes == 70272
 
 
 def test_scores_depend_on_the_distance_alone():
+    # fact 13
     config = ModelConfig.deepseek_v3()
     q, k = torch.randn(2, 64, dtype=torch.float64)
     frequencies = inverse_frequencies(config)

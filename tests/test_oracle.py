@@ -81,6 +81,7 @@ def gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def test_logits_equal_transformers(pair):
+    # fact 14
     theirs, ours = pair
     text = tokens(ours, 2, 96)
     assert gap(ours(text), theirs(text).logits) < BOUND
@@ -89,6 +90,7 @@ def test_logits_equal_transformers(pair):
 @torch.inference_mode()
 def test_chunks_and_single_steps_equal_transformers(pair):
     """Chunked prefill, then decoding, through both forms of attention."""
+    # fact 12
     theirs, ours = pair
     text = tokens(ours, 2, 80)
     cache = ours.new_cache(2, 80)
@@ -142,6 +144,7 @@ def test_bf16_is_as_near_to_fp32_as_transformers_bf16(tmp_path):
 
 def test_preset_and_new_spelling_give_transformers_frequencies():
     """YaRN at the released size: 32 frequencies, the ramp from pair 10 to 23, mscale^2."""
+    # fact 15
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import (DeepseekV3RotaryEmbedding,
                                                                       yarn_apply_mscale)
 

@@ -72,6 +72,7 @@ def texts(model) -> list[list[int]]:
 # Greedy ------------------------------------------------------------------------------------------
 
 def test_one_prompt_at_a_time(model, texts):
+    # fact 46
     rates = []
     for prompt, text in zip(prompts(), texts):
         run = complete(model, [prompt], max_new_tokens=24, speculative=True)

@@ -71,6 +71,7 @@ def gap(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_equal_one(folder, ranks):
+    # fact 52
     alone = answers(TensorGroup.single(), folder)
     together = run_ranks(answers, ranks, folder)
     for precision, bound in BOUNDS.items():

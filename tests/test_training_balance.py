@@ -194,6 +194,7 @@ def test_report_setting_random_against_collapsed():
     f of random scores differs from 1 by sampling only, and P by less; of collapsed ones whose
     favourites have affinity s and others r, the loss is alpha * 32 * 8 s / (8 s + 248 r).
     """
+    # fact 29
     random = torch.randn(4, 4096, 256, generator=torch.Generator().manual_seed(0)).sigmoid()
     assert 1e-4 * float(sequence_balance(random, config(256, 8))) == pytest.approx(1e-4, rel=0.02)
     favourites, others = 0.99, 0.0105
@@ -206,6 +207,7 @@ def test_report_setting_random_against_collapsed():
 
 def test_loss_is_per_sequence_and_not_per_batch():
     """Sorted by domain, each sequence crowds its own experts while the batch is balanced."""
+    # fact 30
     domains = torch.full((4, 20, 8), 0.01)
     for domain in range(4):
         domains[domain, :, 2 * domain:2 * domain + 2] = 0.9

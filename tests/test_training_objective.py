@@ -46,6 +46,7 @@ def shuffled_vocabulary() -> torch.Tensor:
 @pytest.mark.parametrize("depths", [0, 1, 2])
 def test_targets_are_the_tokens_the_paper_names(depths, as_in_use):
     """t_{i+1} for the model, t_{i+k+1} for depth k: any shift makes these losses large."""
+    # fact 44
     order = shuffled_vocabulary()
     text = order.repeat(2)[:17 + depths][None]
     main, extra = losses(Successor(order, depths), text)
@@ -64,6 +65,26 @@ def test_objective_is_the_papers_sum():
     main, extra = torch.tensor(2.0), [torch.tensor(3.0), torch.tensor(5.0)]
     assert float(objective(main, extra, 0.3)) == pytest.approx(2 + 0.3 / 2 * 8)
     assert float(objective(main, [], 0.3)) == 2
+
+
+# What is shared ----------------------------------------------------------------------------------
+
+def test_mtp_has_no_embedding_or_head_of_its_own_and_trains_the_models():
+    """The gradient of the sum is the sum of both losses' gradients, on the one tensor there is."""
+    # fact 45
+    model, text = Transformer(TINY).init_weights(0), window(1)
+    assert not any("embed" in name or "head" in name for name, _ in model.mtp.named_parameters())
+    shared = [model.embed.weight, model.head.weight]
+
+    def gradients(pick):
+        main, extra = losses(model, text)
+        return torch.autograd.grad(pick(main, extra[0]), shared)
+
+    alone, ahead, both = (gradients(pick) for pick in (
+        lambda main, mtp: main, lambda main, mtp: mtp, lambda main, mtp: main + mtp))
+    for a, b, total in zip(alone, ahead, both):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a + b, total)
 
 
 # Leaks ------------------------------------------------------------------------------------------

@@ -1,0 +1,220 @@
+"""Exercises that check themselves, and name the mistake instead of saying "wrong".
+
+An exercise is a cell with a gap and a call of its check at the end. Left open it says so, which
+is no error: the chapter runs from top to bottom before any exercise is done. A wrong answer is
+compared with the answers that common mistakes would give; where one fits, the check says which
+mistake it was. Only if none does, it says how far off the answer is and on which input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check says. state: "open" (nothing written yet), "wrong" or "right"."""
+
+    name: str
+    state: str
+    message: str
+
+    def __repr__(self) -> str:
+        return f"[{self.state}] {self.name}: {self.message}"
+
+
+def judge(name: str, answer: Callable, right: Callable, cases: Sequence[tuple],
+          mistakes: Mapping[str, Callable] | None = None, tolerance: float = 1e-5,
+          praise: str = "") -> Verdict:
+    """Compare the reader's function with ``right`` on every case.
+
+    cases: tuples of arguments; each call gets copies of its own. mistakes: what to say -> a
+    function that makes that mistake; the first one that agrees with the answer on all cases, and
+    differs from ``right`` on one, is named. tolerance: of the largest difference, relative to the
+    largest value where that is above 1. praise: what the reader now has, said after "right".
+
+    Results may be tensors, arrays, numbers, booleans, strings, and lists, tuples or dicts of them.
+    """
+    if not callable(answer):
+        return _open(name) if answer is None or answer is ... else Verdict(
+            name, "wrong", f"give the function itself, not {_kind(answer)}; leave out the ()")
+    found, wanted = [], []
+    for number, case in enumerate(cases, 1):
+        given = deepcopy(case)
+        try:
+            result = answer(*given)
+        except NotImplementedError:
+            return _open(name)
+        except Exception as error:
+            text = str(error).splitlines()[0] if str(error) else ""
+            return Verdict(name, "wrong", f"on {_input(number, case)} your function stops with "
+                                          f"{type(error).__name__}: {text}")
+        if result is None or result is ...:
+            if number == 1:
+                return _open(name)
+            return Verdict(name, "wrong", f"on {_input(number, case)} your function returns "
+                                          "nothing. Is a return missing?")
+        if _difference(given, case) != 0:
+            return Verdict(name, "wrong", "your function changes its input in place; whoever gave "
+                                          "it still needs it. Make a copy")
+        found.append(result)
+        wanted.append(right(*deepcopy(case)))
+    worst, where = 0.0, 0
+    for number, (result, target) in enumerate(zip(found, wanted)):
+        gap = _difference(result, target)
+        if isinstance(gap, str) or gap > worst or math.isnan(gap):
+            worst, where = gap, number
+            if isinstance(gap, str) or math.isnan(gap):
+                break
+    if not isinstance(worst, str) and worst <= tolerance:
+        return Verdict(name, "right", praise or f"equal on {_cases(len(cases))}")
+    for message, mistake in (mistakes or {}).items():
+        if _explains(mistake, cases, found, wanted, tolerance):
+            return Verdict(name, "wrong", message)
+    where = _input(where + 1, cases[where])
+    if isinstance(worst, str):
+        return Verdict(name, "wrong", f"on {where} {worst}")
+    if math.isnan(worst):
+        return Verdict(name, "wrong", f"on {where} the result holds NaN (not a number)")
+    return Verdict(name, "wrong", f"on {where} the result is off by up to {worst:.2g} "
+                                  "(relative to the largest value)")
+
+
+def judge_value(name: str, answer, right: float, mistakes: Mapping[float, str] | None = None,
+                tolerance: float = 1e-3, unit: str = "", praise: str = "") -> Verdict:
+    """Compare the reader's number; tolerance is relative. None is still open.
+
+    mistakes: the number a mistake gives -> what to say.
+    """
+    if answer is None or answer is ...:
+        return _open(name)
+    if isinstance(answer, torch.Tensor) and answer.numel() == 1:
+        answer = answer.item()
+    if isinstance(answer, bool) or not isinstance(answer, (int, float)):
+        return Verdict(name, "wrong", f"a number is asked for, and this is {_kind(answer)}")
+
+    def near(value: float) -> bool:
+        return math.isclose(answer, value, rel_tol=tolerance, abs_tol=1e-12)
+
+    if near(right):
+        shown = f"{right:,.6g}" if isinstance(right, float) else f"{right:,}"
+        return Verdict(name, "right", praise or f"{shown} {unit}".rstrip())
+    for value, message in (mistakes or {}).items():
+        if near(value):
+            return Verdict(name, "wrong", message)
+    if answer == 0 or right == 0 or (answer < 0) != (right < 0):
+        return Verdict(name, "wrong", "this is not near; go back to the formula")
+    ratio = answer / right
+    side = f"{ratio:.3g} times too large" if ratio > 1 else f"{1 / ratio:.3g} times too small"
+    return Verdict(name, "wrong", f"this is {side}")
+
+
+def judge_statements(name: str, answers: Mapping[str, bool | None], right: Mapping[str, bool],
+                     why: Mapping[str, str], praise: str = "") -> Verdict:
+    """Compare true and false with the truth; the first wrong one is explained by ``why``."""
+    if not isinstance(answers, Mapping):
+        return _open(name) if answers is None else Verdict(
+            name, "wrong", f"a dict of True and False is asked for, and this is {_kind(answers)}")
+    if set(answers) != set(right):
+        odd = sorted(map(str, set(answers) ^ set(right)))
+        return Verdict(name, "wrong", f"keep the keys as they were; these differ: {odd}")
+    if all(value is None for value in answers.values()):
+        return _open(name)
+    for key, truth in right.items():
+        if answers[key] is None:
+            return Verdict(name, "open", f'"{key}" has no answer yet')
+        if bool(answers[key]) != truth:
+            return Verdict(name, "wrong", f'look again at "{key}": {why[key]}')
+    return Verdict(name, "right", praise or f"all {len(right)} statements")
+
+
+def _open(name: str) -> Verdict:
+    return Verdict(name, "open", "nothing written yet; fill in the gap and run the cell again")
+
+
+def _cases(count: int) -> str:
+    return "the one input tried" if count == 1 else f"all {count} inputs tried"
+
+
+def _kind(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{value!r}" if isinstance(value, (bool, str)) else f"of type {type(value).__name__}"
+
+
+def _input(number: int, case: tuple) -> str:
+    """Case number, and what it was made of."""
+    parts = [f"shape {tuple(part.shape)}" if isinstance(part, torch.Tensor) else repr(part)
+             for part in case]
+    text = ", ".join(part if len(part) <= 40 else part[:37] + "..." for part in parts)
+    return f"input {number} ({text})"
+
+
+def _explains(mistake: Callable, cases, found, wanted, tolerance: float) -> bool:
+    """Whether a mistake's results are the reader's, and not right."""
+    differs = False
+    for case, result, target in zip(cases, found, wanted):
+        try:
+            other = mistake(*deepcopy(case))
+        except Exception:  # the mistake does not even run on this input, the reader's answer did
+            return False
+        gap = _difference(result, other)
+        if isinstance(gap, str) or not gap <= tolerance:
+            return False
+        apart = _difference(target, other)
+        differs = differs or isinstance(apart, str) or not apart <= tolerance
+    return differs
+
+
+def _difference(found, wanted) -> float | str:
+    """Largest difference, relative to the largest wanted value where that is above 1; NaN where
+    only one side is NaN; a sentence where type, shape or length is another."""
+    if isinstance(wanted, Mapping):
+        if not isinstance(found, Mapping) or set(found) != set(wanted):
+            return f"the result should be a dict with the keys {sorted(map(str, wanted))}"
+        return _largest([_difference(found[key], wanted[key]) for key in wanted])
+    if isinstance(wanted, (list, tuple)):
+        if not isinstance(found, (list, tuple)) or len(found) != len(wanted):
+            return f"the result should have {len(wanted)} parts"
+        return _largest([_difference(a, b) for a, b in zip(found, wanted)])
+    if isinstance(wanted, torch.Tensor) and wanted.dim():
+        if not isinstance(found, torch.Tensor):
+            return f"the result should be a tensor and is {_kind(found)}"
+        if found.shape != wanted.shape:
+            return f"the result has shape {tuple(found.shape)}, expected {tuple(wanted.shape)}"
+        if wanted.is_complex() != found.is_complex():
+            return f"the result has dtype {found.dtype}, expected {wanted.dtype}"
+        a, b = (t.detach().to(torch.complex128 if wanted.is_complex() else torch.float64)
+                for t in (found, wanted))
+        same = (a == b) | (a.isnan() & b.isnan())  # equal infinities, and NaN where it belongs
+        if same.all():
+            return 0.0
+        apart = (a - b).abs().where(~same, 0.0).max()
+        size = b.abs().where(b.abs().isfinite(), 0.0).max().clamp(min=1.0)
+        return float(apart / size)
+    if isinstance(wanted, torch.Tensor):
+        wanted = wanted.item()
+    if isinstance(found, torch.Tensor) and found.numel() == 1:
+        found = found.item()
+    if isinstance(wanted, (bool, str)) or wanted is None:
+        return 0.0 if found == wanted and type(found) is type(wanted) else (
+            f"the result is {found!r}, expected {wanted!r}")
+    if isinstance(wanted, (int, float)):
+        if isinstance(found, bool) or not isinstance(found, (int, float)):
+            return f"the result should be a number and is {_kind(found)}"
+        if found == wanted or (found != found and wanted != wanted):
+            return 0.0
+        return abs(found - wanted) / max(abs(wanted), 1.0)
+    return 0.0  # anything else is passed through and not compared
+
+
+def _largest(gaps: list) -> float | str:
+    for gap in gaps:
+        if isinstance(gap, str) or math.isnan(gap):
+            return gap
+    return max(gaps, default=0.0)
