@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -12,6 +13,8 @@ import nbformat
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from dsv3.book.notebook import WIDGET
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "chapters").rglob("*.ipynb")
@@ -45,9 +48,69 @@ def test_no_output_is_an_error_or_a_warning(notebook):
 def test_saved_clean(notebook):
     nbformat.validate(notebook)
     assert "widgets" not in notebook.metadata  # a site that shows notebooks refuses these
-    assert all("execution" not in cell.metadata for cell in notebook.cells)
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    views = [cell.id for cell in code_cells(notebook) for output in cell.outputs
+             if WIDGET in output.get("data", {})]
+    assert views == [], "a stored widget shows an error where its kernel is gone"
     ids = [cell.id for cell in notebook.cells]
     assert len(ids) == len(set(ids))
+
+
+def test_code_cells_fit_on_a_screen(notebook):
+    for cell in code_cells(notebook):
+        lines = cell.source.splitlines()
+        assert len(lines) <= 25, f"{cell.id}: {len(lines)} lines"
+        assert max(map(len, lines)) <= 79, f"{cell.id}: {max(map(len, lines))} columns"
+
+
+def test_small_enough_to_be_shown():
+    for path in NOTEBOOKS:
+        assert path.stat().st_size < 1 << 20, path.name
+
+
+def test_no_raw_tensor_and_no_address_is_printed(notebook):
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            texts = [output.get("text", ""), output.get("data", {}).get("text/plain", "")]
+            for text in texts:
+                assert not re.search(r"tensor\(|array\(| at 0x[0-9a-f]+", text), (cell.id, text)
+
+
+def test_every_picture_says_what_is_to_be_seen(notebook):
+    """In the metadata of the image and, for pages that do not read those, as plain text."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                alt = output.metadata["image/png"]["alt"]
+                assert len(alt.split()) >= 8, f"{cell.id}: {alt}"
+                assert output.data["text/plain"] == f"[Figure: {alt}]"
+        if cell.cell_type == "markdown":
+            assert not re.search(r"!\[\s*\]\(|<img(?![^>]*alt=)", cell.source), cell.id
+
+
+def anchors(notebook) -> set[str]:
+    """What #... can point at: headings, as JupyterLab and GitHub name them."""
+    titles = re.findall(r"^#+ (.*)$", "\n".join(cell.source for cell in notebook.cells
+                                                if cell.cell_type == "markdown"), re.MULTILINE)
+    return {title.replace(" ", "-") for title in titles} | {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    notebook = nbformat.read(path, as_version=4)
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    texts += ["".join(output.data["text/markdown"]) for cell in code_cells(notebook)
+              for output in cell.outputs if "text/markdown" in output.get("data", {})]
+    for text in texts:
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if "://" in link:
+                continue
+            file, _, anchor = link.partition("#")
+            target = (path.parent / file).resolve() if file else path
+            assert target.exists(), link
+            if anchor:
+                assert anchor in anchors(nbformat.read(target, as_version=4)), link
 
 
 def test_imports_come_with_the_book(notebook):

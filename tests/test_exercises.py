@@ -1,0 +1,223 @@
+"""Exercises: the gap is open, the solution is right, planted mistakes are caught and named.
+
+A chapter's notebook holds the gaps, its solutions notebook the answers, under the same cell ids;
+``dsv3/book/chNN.py`` holds the checks. ``tests/planted/chNN.py`` holds answers with mistakes that
+readers make. No kernel is started here: nbval runs the notebooks as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from dsv3.book.exercise import Verdict, judge, judge_statements, judge_value
+
+ROOT = Path(__file__).parents[1]
+CHAPTERS = {path.name[:2]: path for path in sorted((ROOT / "chapters").glob("0[1-3]_*.ipynb"))}
+KINDS = ("Warm-up", "Implement", "Explain", "Measure", "Transfer")
+
+
+def checks(number: str) -> dict:
+    """Name -> check of a chapter, in the order of the module."""
+    module = importlib.import_module(f"dsv3.book.ch{number}")
+    return {name: value for name, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__
+            and not name.startswith("_")}
+
+
+def cells(path: Path) -> dict:
+    return {cell.id: cell for cell in nbformat.read(path, as_version=4).cells}
+
+
+def cell_id(name: str) -> str:
+    return "ex-" + name.replace("_", "-")
+
+
+EXERCISES = [(number, name) for number in CHAPTERS for name in checks(number)]
+exercises = pytest.mark.parametrize("number, name", EXERCISES,
+                                    ids=[f"{n}-{name}" for n, name in EXERCISES])
+
+
+def test_there_are_exercises():
+    assert {number for number, _ in EXERCISES} == {"01", "02", "03"}
+
+
+@pytest.mark.parametrize("number", CHAPTERS)
+def test_at_least_five_a_chapter_of_rising_difficulty(number):
+    texts = [cell.source for id, cell in cells(CHAPTERS[number]).items()
+             if re.fullmatch(r"ex-.*-text", id)]
+    heads = [re.search(rf"^\*({'|'.join(KINDS)}) · ([★☆]{{3}}) · \d+ minutes?\*$", text,
+                       re.MULTILINE) for text in texts]
+    assert len(texts) == len(checks(number)) >= 5 and all(heads)
+    assert len({head[1] for head in heads}) >= 4
+    stars = [head[2].count("★") for head in heads]
+    assert stars == sorted(stars) and len(set(stars)) >= 2
+    numbers = [re.match(r"### Exercise (\d+) · ", text) for text in texts]
+    assert [int(match[1]) for match in numbers] == list(range(1, len(texts) + 1))
+
+
+@exercises
+def test_gap_help_and_solution_stand_where_they_should(number, name):
+    chapter = CHAPTERS[number]
+    book, solved = cells(chapter), cells(chapter.parent / "solutions" / chapter.name)
+    gap, text = book[cell_id(name)], book[cell_id(name) + "-text"]
+    assert f"check.{name}(" in gap.source.splitlines()[-1]
+    assert ("# your" in gap.source) or "None" in gap.source
+    folded = re.findall(r"<details><summary>(\w+)</summary>\n\n(.+?)</details>", text.source,
+                        re.DOTALL)
+    assert [title for title, _ in folded] == ["Help", "Hint", "Solution"]
+    assert all(len(inside.split()) >= 4 for _, inside in folded)
+    assert f"(solutions/{chapter.name})" in folded[-1][1]
+    said = gap.outputs[-1].data["text/plain"]
+    assert said.startswith("[open] "), said
+    said = solved[cell_id(name)].outputs[-1].data["text/plain"]
+    assert said.startswith("[right] "), said
+
+
+@pytest.mark.parametrize("number", CHAPTERS)
+def test_solutions_fill_the_readers_gaps(number, monkeypatch):
+    """Setup and exercise cells of the chapter, run in order: with gaps, then with solutions."""
+    chapter = CHAPTERS[number]
+    monkeypatch.chdir(chapter.parent)
+    book, solved = cells(chapter), cells(chapter.parent / "solutions" / chapter.name)
+    threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    try:
+        for filled, state in ((False, "open"), (True, "right")):
+            names: dict = {"__name__": "__main__"}
+            exec(book["setup"].source, names)
+            for name in checks(number):
+                cell = (solved if filled else book)[cell_id(name)]
+                *body, call = cell.source.rstrip().splitlines()
+                exec("\n".join(body), names)
+                verdict = eval(call, names)
+                assert verdict.state == state, verdict
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(grad)
+
+
+@exercises
+def test_planted_mistakes_are_caught_and_named(number, name):
+    planted = importlib.import_module(f"planted.ch{number}").PLANTED
+    wrong = planted[name]
+    assert len(wrong) >= 2
+    said = []
+    for answer, phrase in wrong:
+        verdict = checks(number)[name](answer)
+        assert verdict.state == "wrong", f"{phrase}: {verdict}"
+        assert phrase in verdict.message, verdict
+        said.append(verdict.message)
+    assert len(set(said)) >= 2, "two mistakes, two messages"
+
+
+@pytest.mark.parametrize("number", CHAPTERS)
+def test_no_planted_mistake_without_its_exercise(number):
+    assert set(importlib.import_module(f"planted.ch{number}").PLANTED) == set(checks(number))
+
+
+# --- the judges -------------------------------------------------------------------------------
+
+
+def halve(x):
+    return x / 2
+
+
+CASES = [(torch.tensor([2.0, 4.0]),), (torch.tensor([1e4, -6.0, 8.0]),)]
+
+
+def verdict(answer, **options) -> Verdict:
+    return judge("halve", answer, halve, CASES, **options)
+
+
+@pytest.mark.parametrize("answer, state, message", [
+    (halve, "right", "all 2 inputs"),
+    (lambda x: None, "open", "nothing written"),
+    (lambda x: ..., "open", "nothing written"),
+    (None, "open", "nothing written"),
+    (lambda x: 1 / 0, "wrong", "on input 1 (shape (2,)) your function stops with ZeroDivision"),
+    (lambda x: x / 2 if len(x) == 2 else None, "wrong", "on input 2 (shape (3,)) your function "
+                                                        "returns nothing"),
+    (lambda x: x.div_(2), "wrong", "changes its input"),
+    (lambda x: (x / 2)[:1], "wrong", "has shape (1,), expected (2,)"),
+    (lambda x: x * torch.nan, "wrong", "NaN"),
+    (lambda x: 1.0, "wrong", "should be a tensor and is of type float"),
+    (lambda x: x / 4, "wrong", "you halved twice"),
+    (lambda x: x / 2 + 1e-3, "wrong", "on input 1 (shape (2,)) the result is off by up to 0.0005"),
+    (halve(torch.ones(2)), "wrong", "give the function itself, not a tensor of shape (2,)"),
+])
+def test_judge_says_what_is_wrong(answer, state, message):
+    found = verdict(answer, mistakes={"you never halve": lambda x: x,
+                                      "you halved twice": lambda x: x / 4})
+    assert (found.state, found.name) == (state, "halve") and message in found.message
+    assert repr(found) == f"[{state}] halve: {found.message}"
+
+
+def test_not_implemented_is_an_open_gap():
+    def gap(x):
+        raise NotImplementedError
+    assert verdict(gap).state == "open"
+
+
+def test_a_mistake_must_explain_all_inputs():
+    """Right on the first input and wrong on the second is not "you never halve"."""
+    found = verdict(lambda x: x / 2 if len(x) == 2 else x,
+                    mistakes={"you never halve": lambda x: x})
+    assert found.state == "wrong" and "off by up to 0.5" not in found.message
+    assert "input 2" in found.message
+
+
+def test_a_mistake_that_is_right_on_the_cases_names_nobody():
+    found = verdict(lambda x: x / 3, mistakes={"innocent": halve, "guilty": lambda x: x / 3})
+    assert found.message == "guilty"
+
+
+def test_tolerance_is_relative_to_large_values_and_absolute_below_one():
+    assert judge("f", lambda: 1000.005, lambda: 1000.0, [()]).state == "right"
+    assert judge("f", lambda: 1.00002, lambda: 1.0, [()]).state == "wrong"
+    assert judge("f", lambda: 2e-5, lambda: 0.0, [()]).state == "wrong"
+
+
+@pytest.mark.parametrize("found, wanted, state", [
+    ([1, [2, "a"]], [1, [2, "a"]], "right"), ([1, [2, "b"]], [1, [2, "a"]], "wrong"),
+    ((1, 2), [1, 2], "right"), ([1], [1, 2], "wrong"), ({"a": 1}, {"a": 1}, "right"),
+    ({"b": 1}, {"a": 1}, "wrong"), (True, True, "right"), (1, True, "wrong"),
+    (True, 1, "wrong"), (torch.tensor(3), 3, "right"), (float("nan"), 1.0, "wrong"),
+    (torch.tensor([1 + 2j]), torch.tensor([1 + 2j]), "right"),
+    (torch.tensor([1.0]), torch.tensor([1 + 2j]), "wrong"),
+    (torch.tensor([-torch.inf, 1]), torch.tensor([-torch.inf, 1]), "right"),
+    (torch.tensor([0.0, 1]), torch.tensor([-torch.inf, 1]), "wrong"),
+    (torch.tensor([1, 2]), torch.tensor([1, 2]), "right"),
+    (torch.tensor([True]), torch.tensor([False]), "wrong"),
+])
+def test_results_of_every_kind(found, wanted, state):
+    assert judge("f", lambda: found, lambda: wanted, [()]).state == state
+
+
+@pytest.mark.parametrize("answer, state, message", [
+    (70272, "right", "70,272 bytes"), (70_273, "right", ""), (None, "open", ""),
+    (1152, "wrong", "one layer"), (35_136, "wrong", "2 times too small"),
+    (140_544.0, "wrong", "2 times too large"), (-70272, "wrong", "not near"),
+    (True, "wrong", "a number"), ("70272", "wrong", "a number"),
+    (torch.tensor(70272.0), "right", ""), (0, "wrong", "not near"),
+])
+def test_judge_value(answer, state, message):
+    found = judge_value("kv", answer, 70272, {1152: "that is one layer"}, unit="bytes")
+    assert found.state == state and message in found.message
+
+
+@pytest.mark.parametrize("answers, state, message", [
+    ({"a": True, "b": False}, "right", "all 2"), ({"a": None, "b": None}, "open", "nothing"),
+    ({"a": True, "b": None}, "open", '"b" has no answer'),
+    ({"a": True, "b": True}, "wrong", "b is false"), ({"a": True}, "wrong", "['b']"),
+    (3, "wrong", "a dict"), (None, "open", ""),
+])
+def test_judge_statements(answers, state, message):
+    found = judge_statements("s", answers, {"a": True, "b": False},
+                             {"a": "a is true", "b": "b is false"})
+    assert found.state == state and message in found.message
