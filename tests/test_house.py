@@ -24,7 +24,7 @@ FLOORS = [
     ["__main__", "__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-HEAVY = {"matplotlib", "ipywidgets", "jupyterlab", "IPython"}
+HEAVY = {"matplotlib", "ipywidgets", "anywidget", "jupyterlab", "IPython"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,12 @@
+"""Pictures that answer: sliders and a drawing, for JupyterLab.
+
+Each widget is built from ipywidgets' controls and a ``Drawing`` of a ``Scene``; ``still()`` is
+the same picture as a figure, and ``alt`` says what is to be seen. What a widget prints where no
+widgets are shown is a fixed text, so that a stored notebook compares equal when it is run again.
+"""
+
+from dsv3.viz.widgets.drawing import Drawing
+from dsv3.viz.widgets.explorer import RoutingExplorer
+from dsv3.viz.widgets.kv_calculator import KVCacheCalculator
+
+__all__ = ["Drawing", "KVCacheCalculator", "RoutingExplorer"]

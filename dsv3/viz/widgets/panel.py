@@ -1,0 +1,71 @@
+"""What the three widgets share: controls above a drawing, a line for messages, a still picture."""
+
+from __future__ import annotations
+
+import html
+
+import ipywidgets
+from matplotlib.figure import Figure
+
+from dsv3.viz.scene import Scene, still
+from dsv3.viz.widgets.drawing import Drawing
+
+_STYLE = {"description_width": "118px"}
+_LAYOUT = {"width": "440px"}
+
+
+class Panel(ipywidgets.VBox):
+    """Controls, a line of words about them, and a picture that follows them.
+
+    A subclass makes its controls, gives them to ``super().__init__``, and says in ``scene`` what
+    is to be drawn. ``message`` may be set at any time.
+    """
+
+    title = "Widget"
+
+    def __init__(self, controls: list[ipywidgets.Widget]):
+        self._note = ipywidgets.HTML()
+        self.drawing = Drawing(self.scene(), self.title)
+        rows = ipywidgets.HBox(controls, layout={"flex_flow": "row wrap"})
+        super().__init__([rows, self._note, self.drawing])
+        for control in controls:
+            control.observe(self._changed, "value")
+        self._say()
+
+    def scene(self) -> Scene:
+        """The picture at the controls' present values."""
+        raise NotImplementedError
+
+    def message(self) -> str:
+        """A sentence where a control asks for more than there is; "" where all is well."""
+        return ""
+
+    @property
+    def alt(self) -> str:
+        """What is to be seen, in words."""
+        return self.scene().alt
+
+    def still(self) -> Figure:
+        """The picture as a matplotlib figure, for pages on which nothing moves."""
+        return still(self.scene())
+
+    def refresh(self) -> None:
+        """Draw again."""
+        self.drawing.show(self.scene())
+        self._say()
+
+    def _changed(self, _) -> None:
+        self.refresh()
+
+    def _say(self) -> None:
+        text = self.message()
+        self._note.value = (f'<div role="status" style="min-height: 1.6em">'
+                            f'{"⚠ " if text else ""}{html.escape(text)}</div>')
+
+    def __repr__(self) -> str:
+        return f"[{self.title}: run this cell to use it]"
+
+
+def control(kind: type[ipywidgets.Widget], description: str, **more) -> ipywidgets.Widget:
+    """A control with its description, as wide as all others."""
+    return kind(description=description, style=_STYLE, layout=_LAYOUT, **more)
