@@ -175,11 +175,11 @@ class LatentUpProjection(nn.Module):
         if self.precision.fp8:
             kv = fp8_linear(latent, self.weight, self.precision.fp8)
         else:
-            kv = F.linear(latent, self.weight.to(latent.dtype))
+            kv = F.linear(latent, self.weight.to(latent.dtype))             # eq. 2, 5
         kv = kv.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         k_rope = k_rope[:, None].expand(-1, self.heads, -1, -1)
-        k = torch.cat([k_nope, k_rope], -1)
+        k = torch.cat([k_nope, k_rope], -1)                                 # eq. 4
         return k, F.pad(v, (0, max(k.shape[-1] - c.v_head_dim, 0)))
 
     def per_head(self) -> tuple[Float[Tensor, "heads d_h d_c"], Float[Tensor, "heads d_v d_c"]]:
@@ -223,7 +223,7 @@ class MLA(nn.Module):
         seen = new if cache is None else cache.append(layer, new, step)
         core = self.expanded if self.prefers_expanded(q_nope.shape[1]) else self.absorbed
         o = core(q_nope, q_rope, seen, step)
-        return self.wo(o.flatten(2).to(self.precision.dtype))
+        return self.wo(o.flatten(2).to(self.precision.dtype))               # eq. 11
 
     def queries(self, h: Float[Tensor, "b s d"] | QuantizedTensor, step: Step) -> tuple[
             Float[Tensor, "b s heads d_h"], Float[Tensor, "b s heads d_r"]]:
@@ -231,17 +231,17 @@ class MLA(nn.Module):
         if self.config.q_lora_rank is None:
             q = self.wq(h)
         else:
-            q = self.wq_b(self.q_norm(self.wq_a(h)))
+            q = self.wq_b(self.q_norm(self.wq_a(h)))                        # eq. 6, 7
         q = q.unflatten(-1, (self.heads, -1))
         q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
-        return q_nope, rotate(q_rope, step.rotation[:, :, None])
+        return q_nope, rotate(q_rope, step.rotation[:, :, None])            # eq. 8
 
     def latents(self, h: Float[Tensor, "b s d"] | QuantizedTensor,
                 step: Step) -> Float[Tensor, "b s latent"]:
         """[c^KV; k^R], d_c + d_h^R values: normalised latent, rotated shared key (eq. 1, 3)."""
         c, k_rope = self.wkv_a(h).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim],
-                                        -1)
-        return torch.cat([self.kv_norm(c), rotate(k_rope, step.rotation)], -1)
+                                        -1)                                 # eq. 1
+        return torch.cat([self.kv_norm(c), rotate(k_rope, step.rotation)], -1)  # eq. 3
 
     def prefers_expanded(self, queries: int) -> bool:
         """Whether so many queries take fewer multiplications in the expanded form.
@@ -256,9 +256,10 @@ class MLA(nn.Module):
                  step: Step) -> Float[Tensor, "b s heads d_v"]:
         """Keys and values of every head, then attention (eq. 10)."""
         k, v = self.wkv_b(seen.to(self.precision.core))                     # (b, heads, t, d_qk)
-        q = torch.cat([q_nope, q_rope], -1).to(k.dtype).transpose(1, 2)     # (b, heads, s, d_qk)
+        q = torch.cat([q_nope, q_rope], -1).to(k.dtype).transpose(1, 2)     # eq. 9
+        causal = step.mask is None and q.shape[2] > 1
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, scale=self.scale,
-                                           is_causal=step.mask is None and q.shape[2] > 1)
+                                           is_causal=causal)                # eq. 10
         return o[..., :self.config.v_head_dim].transpose(1, 2)
 
     def absorbed(self, q_nope: Float[Tensor, "b s heads d_h"],
@@ -278,7 +279,7 @@ class MLA(nn.Module):
             mask = scores.new_ones(s, step.total, dtype=torch.bool).tril()[None, None]
         if mask is not None:
             scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
-        weights = scores.softmax(-1).flatten(1, 2)                          # (b, s heads, t)
+        weights = scores.softmax(-1).flatten(1, 2)              # eq. 10; (b, s heads, t)
         o_latent = sum(weight @ part[..., :self.config.kv_lora_rank].to(q.dtype)
                        for weight, part in zip(weights.split(_KEYS_AT_ONCE, dim=-1), parts))
         return torch.einsum("bshc,hdc->bshd", o_latent.view(b, s, self.heads, -1), w_uv)

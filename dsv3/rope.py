@@ -87,7 +87,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
     The square does not show in eq. 10. It is 1.87385 for the released config.
     """
-    scale = config.qk_head_dim ** -0.5
+    scale = config.qk_head_dim ** -0.5  # eq. 10
     yarn = config.rope_scaling
     if yarn is not None and yarn.mscale_all_dim:
         scale *= yarn_temperature(yarn.factor, yarn.mscale_all_dim) ** 2
@@ -111,4 +111,4 @@ def rotate(x: Float[Tensor, "*lead d_r"],
     rotation is broadcast over x's leading dimensions. Computed in float32, returned in x's dtype.
     """
     pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)  # eq. 3, 8
