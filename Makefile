@@ -51,13 +51,17 @@ lab: $(VENV)/.stamp-lab
 	@$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/chapters $(LAB_ARGS)
 
 # Debugger notes on stderr would differ from the stored outputs, hence PYDEVD_...
+NBVAL := PYDEVD_DISABLE_FILE_VALIDATION=1 $(PY) -m pytest --nbval --nbval-current-env \
+  --nbval-cell-timeout=120 --nbval-sanitize-with chapters/nbval_sanitize.cfg \
+  -p dsv3.book.times -n $(JOBS) --dist loadscope chapters
+
 test: $(VENV)/.stamp-test
 	@echo "==> tests"
 	@$(PY) -m pytest tests
 	@echo "==> notebooks, each run from top to bottom and compared with its stored outputs"
-	@PYDEVD_DISABLE_FILE_VALIDATION=1 $(PY) -m pytest --nbval --nbval-current-env \
-	  --nbval-cell-timeout=120 --nbval-sanitize-with chapters/nbval_sanitize.cfg \
-	  -n $(JOBS) --dist loadscope chapters
+	@$(NBVAL)
+	@echo "==> the same on one thread and without this machine's vector units: outputs hold anywhere"
+	@OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(NBVAL)
 
 clean:
 	@echo "==> removing $(VENV), builds and caches"
