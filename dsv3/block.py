@@ -45,7 +45,7 @@ class Block(nn.Module):
             u = x + recomputed(ATTENTION, self.attend, x, step, cache, slot)
             return u + recomputed(PRODUCTS, self.feed_forward, u)
         u = x + self.attend(x, step, cache, slot)
-        return u + self.feed_forward(u)
+        return u + self.feed_forward(u)                                          # eq. 12
 
     def attend(self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None,
                slot: int) -> Float[Tensor, "b s d"]:

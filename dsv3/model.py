@@ -99,7 +99,7 @@ class Transformer(nn.Module):
         hidden = self.mtp[depth](hidden, self.embed(tokens), step, cache)
         if cache is not None:
             cache.advance(counts)
-        return self._answer(hidden, counts, last_only, return_hidden=True)
+        return self._answer(hidden, counts, last_only, return_hidden=True)        # eq. 23
 
     def _answer(self, hidden: Float[Tensor, "b s d"], counts: list[int], last_only: bool,
                 return_hidden: bool) -> Logits | tuple[Logits, Float[Tensor, "b s d"]]:

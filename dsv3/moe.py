@@ -65,12 +65,13 @@ class Router(nn.Module):
         """Affinities s_i,t of each token to all N_r experts (eq. 15)."""
         sums = self.precision.sums
         logits = F.linear(u.to(sums), self.weight.to(sums))
-        return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
+        return (logits.sigmoid() if self.config.scoring_func == "sigmoid"         # eq. 15
+                else logits.softmax(-1))
 
     def choose(self, scores: Float[Tensor, "n experts"]) -> Int[Tensor, "n k"]:
         """The K_r best experts of the M best groups, by biased score (eq. 16)."""
         c = self.config
-        biased = scores if self.bias is None else scores + self.bias
+        biased = scores if self.bias is None else scores + self.bias             # eq. 14, 16
         if c.n_group > 1:
             grouped = biased.unflatten(-1, (c.n_group, -1))                      # (n, G, N_r/G)
             best = grouped.topk(2, dim=-1).values.sum(-1).topk(c.topk_group, dim=-1).indices
@@ -258,5 +259,5 @@ class MoE(nn.Module):
         """Both sums share one all-reduce and one rounding."""
         flat = u.flatten(0, 1)
         weights, chosen = self.gate(flat)
-        out = self.experts(flat, weights, chosen) + self.shared_experts.partial_sum(flat)
+        out = self.experts(flat, weights, chosen) + self.shared_experts.partial_sum(flat)  # eq. 12
         return self.group.all_reduce(out).to(u.dtype).view(u.shape)

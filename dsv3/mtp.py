@@ -44,5 +44,5 @@ class MTPModule(Block):
                 step: Step, cache: LatentCache | None = None,
                 slot: int = 0) -> Float[Tensor, "b s d"]:
         """hidden h^{k-1}_i and embedded Emb(t_{i+k}) -> normed h^k_i."""
-        joined = torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1)
-        return self.norm(super().forward(self.eh_proj(joined), step, cache, slot))
+        joined = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1))  # eq. 21
+        return self.norm(super().forward(joined, step, cache, slot))                      # eq. 22

@@ -58,7 +58,7 @@ def route_by_hand(config, logits: list[float], bias: list[float]) -> dict[int, f
     dict(gate_bias=False), dict(n_group=1, topk_group=1), dict(n_group=6, topk_group=5)])
 @torch.no_grad()
 def test_router_follows_the_equations(changes, bias_mean):
-    # fact 22, 23
+    # eq. 13-16; fact 22, 23
     config = SMALL.but(**changes)
     router = random_router(config, bias_mean)
     u = torch.randn(50, config.hidden_size)
@@ -84,6 +84,7 @@ def test_a_token_reaches_at_most_topk_group_groups():
 @torch.no_grad()
 def test_experts_equal_a_loop_over_tokens(tokens):
     """Grouped, one by one, and eq. 12 token by token; some experts get no token."""
+    # eq. 12
     torch.manual_seed(1)
     config = SMALL
     moe = MoE(config, *precise(config))

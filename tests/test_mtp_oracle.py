@@ -74,6 +74,7 @@ def gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def test_logits_of_a_whole_text(folder, main, module):
+    # eq. 21-23
     ours = load_model(folder, "fp32")
     _, hidden = ours(TOKENS, return_hidden=True)
     states = main.model(TOKENS).last_hidden_state

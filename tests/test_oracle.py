@@ -81,7 +81,7 @@ def gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def test_logits_equal_transformers(pair):
-    # fact 14
+    # eq. 12-16; fact 14
     theirs, ours = pair
     text = tokens(ours, 2, 96)
     assert gap(ours(text), theirs(text).logits) < BOUND

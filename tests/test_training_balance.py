@@ -166,6 +166,7 @@ def config(experts: int, k: int):
 
 @pytest.mark.parametrize("experts, k", [(8, 2), (8, 1), (16, 4), (6, 3)])
 def test_loss_is_eq_17_to_20(experts, k):
+    # eq. 17-20
     scores = random_scores(3, 10, experts)
     assert float(sequence_balance(scores, config(experts, k))) == pytest.approx(
         by_definition(scores, k), rel=1e-5)

@@ -46,7 +46,7 @@ def shuffled_vocabulary() -> torch.Tensor:
 @pytest.mark.parametrize("depths", [0, 1, 2])
 def test_targets_are_the_tokens_the_paper_names(depths, as_in_use):
     """t_{i+1} for the model, t_{i+k+1} for depth k: any shift makes these losses large."""
-    # fact 44
+    # eq. 24; fact 44
     order = shuffled_vocabulary()
     text = order.repeat(2)[:17 + depths][None]
     main, extra = losses(Successor(order, depths), text)
@@ -54,6 +54,7 @@ def test_targets_are_the_tokens_the_paper_names(depths, as_in_use):
 
 
 def test_cross_entropy_is_the_mean_of_minus_log_p():
+    # eq. 24
     logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(10).view(2, 5) % 7
     p = logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)
@@ -62,6 +63,7 @@ def test_cross_entropy_is_the_mean_of_minus_log_p():
 
 
 def test_objective_is_the_papers_sum():
+    # eq. 25
     main, extra = torch.tensor(2.0), [torch.tensor(3.0), torch.tensor(5.0)]
     assert float(objective(main, extra, 0.3)) == pytest.approx(2 + 0.3 / 2 * 8)
     assert float(objective(main, [], 0.3)) == 2

@@ -82,7 +82,7 @@ def sequence_balance(scores: Float[Tensor, "b t experts"], config) -> Float[Tens
     experts, k = scores.shape[-1], config.num_experts_per_tok
     chosen = torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1.0)
     f = chosen.mean(1) * (experts / k)                                                   # eq. 18
-    p = (scores / scores.sum(-1, keepdim=True)).mean(1)                                  # 19, 20
+    p = (scores / scores.sum(-1, keepdim=True)).mean(1)                              # eq. 19, 20
     return (f * p).sum(-1).mean()                                                        # eq. 17
 
 

@@ -24,7 +24,7 @@ from dsv3.model import Transformer
 def cross_entropy(logits: Float[Tensor, "b s vocab"], targets: Int[Tensor, "b s"]
                   ) -> Float[Tensor, ""]:
     """Mean of -log p(target), in nats a token."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())              # eq. 24
 
 
 def mtp_logits(model: Transformer, hidden: Float[Tensor, "b s d"], window: Int[Tensor, "b w"]
@@ -55,4 +55,4 @@ def losses(model: Transformer, window: Int[Tensor, "b w"]
 def objective(main: Float[Tensor, ""], extra: list[Float[Tensor, ""]],
               mtp_weight: float) -> Float[Tensor, ""]:
     """main + (lambda / D) * sum of the MTP losses (eq. 25)."""
-    return main + mtp_weight * sum(extra) / len(extra) if extra else main
+    return main + mtp_weight * sum(extra) / len(extra) if extra else main        # eq. 25
