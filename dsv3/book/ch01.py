@@ -44,7 +44,7 @@ def kv_bytes(answer: float | None) -> Verdict:
         32_768: "two factors of 2 are missing: keys and values, and two bytes a number",
         4_096: "that is one layer; every layer has its own keys and values",
         2_048: "that is the count of numbers in one layer; count all layers, in bytes",
-        524_288: "that is 32 KV heads. Queries are not kept, and only 8 heads have keys and values",
+        524_288: "that is 32 KV heads. Queries are not kept, and only 8 heads have keys",
         262_144: "that is 32 heads and one factor of 2; only the 8 KV heads are kept, and each "
                  "number of K and of V has two bytes",
         16_384: "divide by nothing: keys and values of all 8 KV heads are kept",
@@ -142,8 +142,8 @@ def claims(answers: dict[str, bool | None]) -> Verdict:
         "c": "a rotated key has its angle from its own position alone, and that does not change",
         "d": "each pair turns at its own speed, and the weights were trained with it. Pair other "
              "values and they turn at speeds that they never met",
-        "e": "in prefill all queries of a pass share what is read, weights and keys alike; the one "
-             "query of a decoded token has nobody to share with",
+        "e": "in prefill all queries of a pass share what is read, weights and keys alike; the "
+             "one query of a decoded token has nobody to share with",
         "f": "each text has keys and values of its own: twice the texts are twice the bytes and "
              "twice the arithmetic. Only the weights are shared by a batch",
         "g": "n_h / n_kv queries use each key that was read, so there is that much more "

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from dsv3.viz.figure import (BLACK, BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, SKY, VERMILLION,
                              new_figure, styled)
 
-_LINES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
-_MARKS = ("o", "s", "D", "^", "v", "P")
+_LINES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK)
+_MARKS = ("o", "s", "D", "^", "v", "P", "X")
 
 
 @styled
@@ -60,7 +60,9 @@ def relative_figure(scores: Mapping[int, torch.Tensor]) -> Figure:
     axes.axhline(0, color=LIGHT, linewidth=1, zorder=0)
     axes.set(xlabel="distance m - n from query to key, in tokens", ylabel="score q · k",
              xlim=(0, max(map(len, scores.values())) - 1))
-    axes.legend(loc="upper right")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.3 * (high - low))
+    axes.legend(loc="upper right", ncols=len(scores))
     return figure
 
 
@@ -79,7 +81,7 @@ def stream_figure(sizes: torch.Tensor, labels: Sequence[str]) -> Figure:
                   label=f"first token ({label})" if first else
                   "the other tokens" if token == 1 else None)
     axes.set(yscale="log", xticks=range(len(sizes)), ylabel="rms of x (log scale)",
-             xlabel="behind")
+             xlabel="residual stream behind")
     axes.set_xticklabels(["embedding"] + [f"layer {i}" for i in range(len(sizes) - 1)])
     axes.legend(loc="lower right")
     return figure
@@ -100,8 +102,8 @@ def attention_maps_figure(weights: torch.Tensor, labels: Sequence[str]) -> Figur
         for head in range(heads):
             panel = axes[layer][head]
             panel.set_facecolor(LIGHT)
-            image = panel.imshow(weights[layer, head].masked_fill(ahead, math.nan), vmin=0,
-                                 vmax=1, cmap="cividis_r")
+            image = panel.imshow(weights[layer, head].masked_fill(ahead, math.nan).numpy(), vmin=0,
+                                 vmax=1, cmap="Blues")
             panel.set_title(f"layer {layer}, head {head}", fontsize=9)
             panel.set(xticks=range(tokens), yticks=range(tokens))
             panel.set_xticklabels(labels, rotation=90, fontsize=8)
@@ -116,17 +118,14 @@ def attention_maps_figure(weights: torch.Tensor, labels: Sequence[str]) -> Figur
 
 @styled
 def cache_bars_figure(kilobytes: Mapping[str, float], lit: str) -> Figure:
-    """Kilobytes (1000 bytes) of cache for a token, one bar a model; ``lit`` has its own colour.
-
-    The axis is logarithmic, and every bar has its number.
-    """
+    """Kilobytes (1000 bytes) of cache for a token, one bar a model; ``lit`` has its own colour."""
     figure, axes = new_figure(8, 0.9 + 0.36 * len(kilobytes))
     names = list(kilobytes)
     for place, name in enumerate(names):
         axes.barh(place, kilobytes[name], height=0.62, color=VERMILLION if name == lit else BLUE)
-        axes.text(kilobytes[name] * 1.08, place, f"{kilobytes[name]:,.1f} kB", va="center")
-    axes.set(xscale="log", yticks=range(len(names)), xlabel="cache for one token, kB (log scale)",
-             xlim=(10, 3.2 * max(kilobytes.values())))
+        axes.text(kilobytes[name], place, f"  {kilobytes[name]:,.1f} kB", va="center")
+    axes.set(yticks=range(len(names)), xlabel="cache for one token, kB",
+             xlim=(0, 1.15 * max(kilobytes.values())))
     axes.set_yticklabels(names)
     axes.invert_yaxis()
     return figure
@@ -147,7 +146,7 @@ def cache_lines_figure(bytes_per_token: Mapping[str, float], longest: int,
         axes.text(lengths[-1] * 1.12, line[-1], name, va="center", color=_LINES[number])
     for name, size in memory.items():
         axes.axhline(size, color=GREY, linestyle="--", linewidth=1)
-        axes.text(lengths[0], size * 1.1, f"{name}: {size:.0f} GB", va="bottom", fontsize=8)
+        axes.text(lengths[0] * 1.1, size * 1.1, f"{name}: {size:.0f} GB", va="bottom", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="tokens of one text (log scale)",
              ylabel="GB of cache (log scale)", xlim=(lengths[0], lengths[-1]))
     ticks = [4 ** power for power in range(5, 10) if 4 ** power <= longest]
@@ -172,7 +171,7 @@ def roofline_figure(points: Mapping[str, float], flops: float, memory: float) ->
     axes.text(ridge * 1.1, left * memory / 1e12 * 1.15, f"{ridge:.0f} FLOP/byte", fontsize=8)
     axes.text(left * 1.15, flops / 1e12 * 0.92, "waits for memory", fontsize=8, color=GREY,
               va="top")
-    axes.text(right / 1.15, flops / 1e12 * 1.12, "waits for arithmetic", fontsize=8, color=GREY,
+    axes.text(right / 1.15, flops / 1e12 * 1.5, "waits for arithmetic", fontsize=8, color=GREY,
               ha="right")
     for number, (name, intensity) in enumerate(points.items()):
         height = min(flops, intensity * memory) / 1e12
@@ -180,7 +179,7 @@ def roofline_figure(points: Mapping[str, float], flops: float, memory: float) ->
         axes.plot([intensity], [height], mark, color=colour, markersize=8, zorder=3,
                   label=f"{name}: {intensity:,.0f} FLOP/byte")
     axes.set(xscale="log", yscale="log", xlim=(left, right),
-             ylim=(left * memory / 1e12, 2.2 * flops / 1e12),
+             ylim=(left * memory / 1e12, 2.8 * flops / 1e12),
              xlabel="arithmetic intensity, FLOP per byte moved (log scale)",
              ylabel="attainable TFLOP/s (log scale)")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
