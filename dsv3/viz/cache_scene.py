@@ -91,9 +91,9 @@ def _row(scene: Scene, row: CacheRow, first: CacheRow, one: float, texts: int, i
     scene.text(0, y + 30, row.what, size=11, fill="soft")
     per_token = row.per_token(itemsize)
     scene.text(LEFT - 14, y + 14, f"{per_token:,.0f}", anchor="end", bold=is_first)
-    ratio = per_token / first.per_token(itemsize)
-    scene.text(LEFT - 14, y + 30, "" if is_first else f"× {ratio:.3g}", anchor="end", size=11,
-               fill="soft")
+    if not is_first:
+        ratio = per_token / first.per_token(itemsize)
+        scene.text(LEFT - 14, y + 30, f"× {ratio:.3g}", anchor="end", size=11, fill="soft")
     room, length = RIGHT - LEFT, total * scale
     scene.rect(LEFT, y + 8, max(1.0, min(length, room)), ROW - 18, fill=colour)
     if length > room:  # the bar goes on beyond the page

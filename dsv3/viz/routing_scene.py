@@ -89,8 +89,12 @@ def _listed(numbers: Sequence[int]) -> str:
 # Tokens ---------------------------------------------------------------------------------------
 
 
+def _short(text: str) -> str:
+    return text if columns(text) <= 24 else f"{text[:12]}…"
+
+
 def _chip_width(text: str) -> float:
-    return max(26, 14 + LETTER * columns(text))
+    return max(26, 14 + LETTER * columns(_short(text)))
 
 
 def _pages(texts: Sequence[str]) -> list[dict[int, tuple[int, float]]]:
@@ -122,8 +126,8 @@ def _chips(scene: Scene, routing: Routing, token: int, texts: Sequence[str], pag
                    key=f"token {each}", chosen=on,
                    label=f"token {each}: “{texts[each]}”\n"
                          f"experts {_listed(sorted(routing.chosen[each].tolist()))}")
-        scene.text(x + width / 2, y + CHIP / 2 - 3, texts[each], code=True, anchor="middle",
-                   fill="white" if on else "ink")
+        scene.text(x + width / 2, y + CHIP / 2 - 3, _short(texts[each]), code=True,
+                   anchor="middle", fill="white" if on else "ink")
     for go, there, y, word in ((number - 1, -1, 28, "◀ earlier"), (number + 1, 0, 58, "later ▶")):
         if 0 <= go < len(pages):
             goal = list(pages[go])[there]
@@ -135,9 +139,10 @@ def _chips(scene: Scene, routing: Routing, token: int, texts: Sequence[str], pag
 def _headline(scene: Scene, routing: Routing, token: int, texts: Sequence[str], layer: int,
               y: float) -> None:
     chosen = _winners(routing, token)
-    plural = "experts" if len(chosen) > 1 else "expert"
-    names = _listed([expert for expert, _ in chosen]) if len(chosen) <= 12 else str(len(chosen))
-    scene.text(0, y, f"Token {token} “{texts[token]}” in layer {layer} → {plural} {names}",
+    where = f"{len(chosen)} experts"
+    if len(chosen) <= 12:
+        where = f"expert{'s' * (len(chosen) > 1)} {_listed([expert for expert, _ in chosen])}"
+    scene.text(0, y, f"Token {token} “{_short(texts[token])}” in layer {layer} → {where}",
                bold=True, size=14)
     x = 0
     for colour, width, word in (("blue", 205, "score of a chosen expert"), ("grey", 150,
@@ -284,10 +289,11 @@ def _load(scene: Scene, routing: Routing, places: _Columns, y: float,
             scene.text(middle, bottom - tall - 8, str(count), anchor="middle", size=11)
     level = bottom - height * mean / most
     scene.line((LEFT - 5, level), (RIGHT, level), stroke="ink", dashed=True)
-    scene.text(LEFT - 9, level, "mean", anchor="end", size=11, fill="soft")
     scene.line((LEFT - 5, bottom), (RIGHT, bottom), stroke="line", stroke_width=1.2)
-    scene.text(LEFT - 9, bottom, "0", anchor="end", size=11, fill="soft")
-    scene.text(LEFT - 9, top, f"{most}", anchor="end", size=11, fill="soft")
+    scene.text(LEFT - 9, level, "mean", anchor="end", size=11, fill="soft")
+    for place, word in ((bottom, "0"), (top, str(most))):
+        if abs(place - level) > 12:
+            scene.text(LEFT - 9, place, word, anchor="end", size=11, fill="soft")
 
 
 def _experts(scene: Scene, routing: Routing, token: int, places: _Columns, top: float,

@@ -5,8 +5,9 @@ the same picture as a figure, and ``alt`` says what is to be seen. What a widget
 widgets are shown is a fixed text, so that a stored notebook compares equal when it is run again.
 """
 
+from dsv3.viz.widgets.balance import LoadBalanceSimulator
 from dsv3.viz.widgets.drawing import Drawing
 from dsv3.viz.widgets.explorer import RoutingExplorer
 from dsv3.viz.widgets.kv_calculator import KVCacheCalculator
 
-__all__ = ["Drawing", "KVCacheCalculator", "RoutingExplorer"]
+__all__ = ["Drawing", "KVCacheCalculator", "LoadBalanceSimulator", "RoutingExplorer"]

@@ -73,7 +73,10 @@ function render({ model, el }) {
   tip.className = "tip";
   tip.hidden = true;
   tip.setAttribute("aria-hidden", "true"); // screen readers have the label
-  root.append(svg, tip);
+  const spoken = document.createElement("div");
+  spoken.className = "spoken";
+  spoken.setAttribute("aria-live", "polite");
+  root.append(svg, tip, spoken);
   el.append(root);
 
   const marks = () => [...svg.querySelectorAll(".says")];
@@ -150,9 +153,13 @@ function render({ model, el }) {
       next.focus();
     }
   });
-  model.on("change:scene", draw);
+  const change = () => {
+    draw();
+    spoken.textContent = model.get("scene").alt;
+  };
+  model.on("change:scene", change);
   draw();
-  return () => model.off("change:scene", draw);
+  return () => model.off("change:scene", change);
 }
 
 export default { render };

@@ -55,7 +55,7 @@ def router_scores(model: Transformer, ids: list[int]) -> dict[int, Float[Tensor,
 
     def watch(layer: int):
         def hook(router, inputs):
-            kept[layer] = router.scores(inputs[0]).float().cpu()
+            kept[layer] = router.scores(inputs[0]).cpu()
         return hook
 
     hooks = [router.register_forward_pre_hook(watch(layer))
@@ -163,7 +163,7 @@ class RoutingExplorer(Panel):
             try:
                 self._read(self.text.value)
             except DSV3Error as error:
-                self._refusal = f"{error}. The picture still shows the text before."
+                self._refusal = f"{str(error).rstrip('.')}. The picture still shows the text before."
             else:
                 self.token.max = len(self.ids) - 1
         self.refresh()
