@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.style
 from IPython.display import Image
 from matplotlib.figure import Figure
+from PIL import Image as Raster  # matplotlib writes its PNG files with it
 
 STYLE = Path(__file__).with_name("book.mplstyle")
 
@@ -50,11 +51,14 @@ def show(figure: Figure, alt: str) -> Picture:
 
     The image is as wide on the page as the figure in inches times 80 pixels. The text goes into
     the image's metadata and, since not every page that shows a notebook reads those, also stands
-    for the image as plain text.
+    for the image as plain text. It is stored with 256 colours, the drawing's own and shades of its
+    edges: a third of the bytes, and a notebook stays small enough to be shown.
     """
     if not alt.strip():
         raise ValueError("a figure needs its alt text")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", metadata={"Software": None})
+    Raster.open(drawn).convert("RGB").quantize(256, dither=Raster.Dither.NONE).save(
+        buffer, format="png", optimize=True)
     return Picture(buffer.getvalue(), format="png", alt=alt,
                    width=round(80 * figure.get_figwidth()))
