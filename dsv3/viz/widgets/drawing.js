@@ -115,8 +115,9 @@ function render({ model, el }) {
     });
     svg.replaceChildren(pattern, ...nodes);
     const all = marks();
-    const again = all.find((node) => identity(node) === place) ||
-      all.find((node) => node.getAttribute("aria-pressed") === "true") || all[0];
+    const pressed = all.find((node) => node.getAttribute("aria-pressed") === "true");
+    const same = focused && all.find((node) => identity(node) === place);
+    const again = same || pressed || all[0];
     if (!again) return show(null);
     stop(again);
     if (focused) again.focus({ preventScroll: true });

@@ -1,0 +1,193 @@
+"""What a reader sees and does: a real JupyterLab in a real browser, moved by the keyboard.
+
+Needs Chromium. Without one these tests are skipped, except where DSV3_NEED_BROWSER is set (as
+.ci/run does): there a missing browser is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from lab import JupyterLab, Notebook, open_browser
+
+from dsv3 import doctor, load_model, load_tokenizer
+from dsv3.viz.scene import Scene, Text
+from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer
+
+ROOT = Path(__file__).parents[1]
+TEXT = "To be, or not to be"
+
+CELLS = [f"""\
+from dsv3 import load_model, load_tokenizer
+from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer
+model = load_model("../assets/dsv3-mini", precision="fp32")
+tokenizer = load_tokenizer("../assets/dsv3-mini")
+RoutingExplorer(model, tokenizer, {TEXT!r})""", "KVCacheCalculator()", "LoadBalanceSimulator()"]
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory) -> Path:
+    """A copy of the book's folder, so that nothing stored is touched, with one more notebook."""
+    if doctor.browser() is None:
+        reason = f"no browser found, looked for {', '.join(doctor.BROWSERS)}"
+        (pytest.fail if os.environ.get("DSV3_NEED_BROWSER") else pytest.skip)(reason)
+    folder = tmp_path_factory.mktemp("book")
+    shutil.copytree(ROOT / "chapters", folder / "chapters",
+                    ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (folder / "assets").symlink_to(ROOT / "assets")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3",
+                                    "language": "python"}
+    nbformat.write(notebook, folder / "chapters" / "widgets.ipynb")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(book):
+    with JupyterLab(book) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser(book):
+    with open_browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture(scope="module")
+def page(lab, browser):
+    """The three widgets in one notebook, on a light page."""
+    notebook = Notebook(browser, lab, "chapters/widgets.ipynb", height=2400)
+    notebook.run_all()
+    yield notebook
+    assert notebook.complaints == []
+
+
+@pytest.fixture(scope="module")
+def explorer():
+    """The same widget on this side, to say what the page has to show."""
+    model = load_model(ROOT / "assets" / "dsv3-mini", precision="fp32")
+    return RoutingExplorer(model, load_tokenizer(ROOT / "assets" / "dsv3-mini"), TEXT)
+
+
+def words(scene: Scene) -> list[str]:
+    return [mark.text for mark in scene.marks if isinstance(mark, Text)]
+
+
+def check_shown(page: Notebook, title: str, scene: Scene) -> None:
+    """The drawing shows this scene, word by word and mark by mark (waits for it)."""
+    page.wait_for_words(title, words(scene))
+    drawing = page.panel(title).locator(".dsv3-drawing svg")
+    kinds = drawing.evaluate("svg => [...svg.children].slice(1).map(node => node.tagName)")
+    assert kinds == [{"Line": "polyline"}.get(type(mark).__name__, type(mark).__name__.lower())
+                     for mark in scene.marks]
+    assert scene.alt in drawing.get_attribute("aria-label")
+
+
+def test_first_pictures_are_those_of_the_still_ones(page, explorer, tmp_path):
+    for widget in (explorer, KVCacheCalculator(), LoadBalanceSimulator()):
+        check_shown(page, widget.title, widget.scene())
+        page.panel(widget.title).screenshot(path=tmp_path / f"{widget.title}.png")
+        assert (tmp_path / f"{widget.title}.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("description, control, key, times", [
+    ("Bias strength", "strength", "ArrowLeft", 4), ("Groups allowed", "groups", "ArrowRight", 1),
+    ("Experts (top-k)", "top_k", "ArrowUp", 2), ("Layer", "layer", "ArrowRight", 1),
+    ("Token", "token", "ArrowLeft", 3)])
+def test_a_slider_moved_by_keys_changes_picture_and_numbers(page, explorer, description, control,
+                                                           key, times):
+    before = page.words(explorer.title)
+    page.press_slider(explorer.title, description, key, times)
+    ours = getattr(explorer, control)
+    step = times * (1 if key in ("ArrowRight", "ArrowUp") else -1)
+    if control == "layer":
+        ours.index += step
+    else:
+        ours.value += step * getattr(ours, "step", 1)
+    check_shown(page, explorer.title, explorer.scene())
+    assert page.words(explorer.title) != before
+
+
+def test_a_slider_dragged_by_the_pointer(page):
+    calculator = KVCacheCalculator()
+    track = page.slider(calculator.title, "Tokens a text").locator(".noUi-base")
+    box = track.bounding_box()
+    track.click(position={"x": box["width"] - 1, "y": box["height"] / 2})
+    calculator.tokens.value = 163_840
+    check_shown(page, calculator.title, calculator.scene())
+
+
+def test_the_other_widgets_follow_their_sliders(page):
+    calculator, simulator = KVCacheCalculator(), LoadBalanceSimulator()
+    calculator.tokens.value = 163_840
+    page.press_slider(calculator.title, "Bytes a value", "ArrowRight", 1)
+    calculator.itemsize.value = 1
+    check_shown(page, calculator.title, calculator.scene())
+    page.press_slider(simulator.title, "Bias speed γ", "ArrowRight", 2)
+    simulator.gamma.value = 0.01
+    check_shown(page, simulator.title, simulator.scene())
+
+
+def test_a_token_is_chosen_with_the_keyboard(page, explorer):
+    """Tab into the drawing, arrows between its marks, Enter; the focus stays where it was."""
+    page.slider(explorer.title, "Experts (top-k)").locator("[role='slider']").focus()
+    page.page.keyboard.press("Tab")
+    while page.focused()["key"] is None:  # past the slider's number, which can be edited
+        page.page.keyboard.press("Tab")
+    assert page.focused()["key"] == f"token {explorer.token.value}"
+    page.page.keyboard.press("Home")
+    for _ in range(2):
+        page.page.keyboard.press("ArrowRight")
+    page.page.keyboard.press("Enter")
+    explorer.token.value = 2
+    check_shown(page, explorer.title, explorer.scene())
+    assert page.focused() == {"key": "token 2", "pressed": "true"}
+    page.page.keyboard.press("ArrowDown")  # on to the groups and experts, which only say numbers
+    assert page.focused()["key"] is None
+    assert re.search(r"group \d", page.panel(explorer.title).locator(".tip").inner_text())
+    assert "jp-mod-editMode" not in page.page.locator(".jp-Notebook").first.get_attribute("class")
+
+
+def test_a_token_is_chosen_with_the_pointer_and_hover_shows_numbers(page, explorer):
+    panel = page.panel(explorer.title)
+    panel.locator("[data-key='token 5']").click()
+    explorer.token.value = 5
+    check_shown(page, explorer.title, explorer.scene())
+    expert = next(label for label in explorer.scene().labels() if label.startswith("expert 9 "))
+    panel.locator("[aria-label^='expert 9 ']").hover()
+    assert panel.locator(".tip").inner_text() == expert
+    page.page.mouse.move(5, 5)
+    assert panel.locator(".tip").is_hidden()
+
+
+def test_a_text_is_typed_and_one_that_cannot_be_read_is_refused(page, explorer):
+    field = page.panel(explorer.title).locator("input[type='text']").first
+    field.fill("O Romeo, Romeo!")
+    field.press("Enter")
+    explorer.text.value = "O Romeo, Romeo!"
+    check_shown(page, explorer.title, explorer.scene())
+    field.fill("")
+    field.press("Enter")
+    page.panel(explorer.title).get_by_text("there is no text").wait_for()
+    check_shown(page, explorer.title, explorer.scene())
+
+
+def test_on_a_dark_page(lab, browser, tmp_path):
+    """Words are light there, and nothing else is different."""
+    lab.use_theme("JupyterLab Dark")
+    page = Notebook(browser, lab, "chapters/widgets.ipynb", height=2400)
+    page.run_all()
+    calculator = KVCacheCalculator()
+    check_shown(page, calculator.title, calculator.scene())
+    word = page.panel(calculator.title).locator("svg text").first
+    colour = word.evaluate("node => getComputedStyle(node).fill")
+    assert min(map(int, re.findall(r"\d+", colour)[:3])) > 150, colour
+    page.panel(calculator.title).screenshot(path=tmp_path / "dark.png")
+    assert page.complaints == []
+    lab.use_theme("JupyterLab Light")
