@@ -117,6 +117,7 @@ def test_experts_equal_a_loop_over_tokens(tokens):
 @pytest.mark.parametrize("queries, past", [(5, 0), (5, 20), (1, 20), (2, 1100)])
 @torch.no_grad()
 def test_absorbed_equals_expanded(queries, past):
+    # eq. 2, 4, 5, 9, 10; fact 11
     # fact 11
     config = SMALL.but(rope_scaling=YarnScaling(factor=4, original_max_position_embeddings=8,
                                                 mscale=1.0, mscale_all_dim=0.7))
@@ -149,11 +150,13 @@ def test_the_cheaper_form_is_chosen():
 
 def test_cache_of_the_released_model_takes_70272_bytes_a_token():
     # fact 7
+    # fact 7
     cache = LatentCache(ModelConfig.deepseek_v3(), 61, 1, 1, torch.bfloat16, "cpu")
     assert cache.nbytes == 70272
 
 
 def test_scores_depend_on_the_distance_alone():
+    # eq. 3, 8; fact 13
     # fact 13
     config = ModelConfig.deepseek_v3()
     q, k = torch.randn(2, 64, dtype=torch.float64)

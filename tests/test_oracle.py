@@ -81,6 +81,7 @@ def gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def test_logits_equal_transformers(pair):
+    # eq. 1-11; fact 14
     # eq. 12-16; fact 14
     theirs, ours = pair
     text = tokens(ours, 2, 96)
@@ -90,6 +91,7 @@ def test_logits_equal_transformers(pair):
 @torch.inference_mode()
 def test_chunks_and_single_steps_equal_transformers(pair):
     """Chunked prefill, then decoding, through both forms of attention."""
+    # fact 12
     # fact 12
     theirs, ours = pair
     text = tokens(ours, 2, 80)
@@ -145,10 +147,12 @@ def test_bf16_is_as_near_to_fp32_as_transformers_bf16(tmp_path):
 def test_preset_and_new_spelling_give_transformers_frequencies():
     """YaRN at the released size: 32 frequencies, the ramp from pair 10 to 23, mscale^2."""
     # fact 15
+    # fact 15
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import (DeepseekV3RotaryEmbedding,
                                                                       yarn_apply_mscale)
 
-    from dsv3.rope import inverse_frequencies, rotation_scale, softmax_scale, yarn_range
+    from dsv3.rope import (inverse_frequencies, rotation_scale, softmax_scale, yarn_range,
+                           yarn_temperature)
     config = ModelConfig.deepseek_v3()
     theirs = transformers.DeepseekV3Config(**config.to_dict())
     rotary = DeepseekV3RotaryEmbedding(theirs)
@@ -158,5 +162,6 @@ def test_preset_and_new_spelling_give_transformers_frequencies():
         yarn_apply_mscale(theirs.rope_parameters, 192 ** -0.5), rel=1e-7)
     assert softmax_scale(config) * 192 ** 0.5 == pytest.approx(1.87385, rel=1e-5)
     assert yarn_range(config) == (10, 23)
+    assert yarn_temperature(40, 1.0) == pytest.approx(1.36889, abs=5e-6)
     assert ModelConfig.from_dict(theirs.to_dict()).but(
         quantization_config=config.quantization_config) == config

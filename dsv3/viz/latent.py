@@ -24,7 +24,7 @@ def rank_error_figure(kept: Sequence[int], errors: Mapping[str, Sequence[float]]
     figure, axes = new_figure(8, 3.2)
     for number, (name, line) in enumerate(errors.items()):
         axes.plot(kept, line, color=_LINES[number], marker=_MARKS[number], markersize=4.5,
-                  label=name)
+                  clip_on=False, label=name)
     axes.set(xlabel="numbers stored for one token", ylabel="relative error", ylim=(0, 1),
              xlim=(0, max(kept)))
     axes.legend(loc="upper right")
@@ -41,7 +41,7 @@ def rotation_in_between_figure(distances: Sequence[int],
     figure, axes = new_figure(8, 3.0)
     for number, (name, line) in enumerate(changes.items()):
         axes.plot(distances, line, color=_LINES[number], linewidth=2 - 0.4 * number, label=name)
-    axes.set(xlabel="distance from query to key, in tokens", ylim=(-0.05, 2.0),
+    axes.set(xlabel="distance from query to key, in tokens", ylim=(-0.03, 1.1),
              ylabel="relative change of\nthe absorbed matrix", xlim=(0, max(distances)))
     axes.legend(loc="upper left", ncols=2)
     return figure
@@ -58,7 +58,7 @@ def forms_figure(queries: Sequence[int], flops: Mapping[str, Sequence[float]],
     for panel, lines, unit, label in ((left, flops, 1e9, "GFLOP"), (right, moved, 1e6, "MB moved")):
         for number, (name, line) in enumerate(lines.items()):
             panel.plot(queries, [value / unit for value in line], color=_LINES[number],
-                       marker=_MARKS[number], markersize=3.5, label=name)
+                       marker=_MARKS[number], markersize=3.5, clip_on=False, label=name)
         panel.set(xscale="log", yscale="log", xlabel="new tokens s (log scale)",
                   ylabel=f"{label} a layer (log scale)", xlim=(min(queries), max(queries)))
     left.axvline(meet, color=GREY, linestyle="--", linewidth=1)
@@ -128,7 +128,7 @@ def loss_by_position_figure(losses: Mapping[str, torch.Tensor], width: int,
         line = loss[:whole].view(-1, width).mean(1)
         middle = [width * (place + 0.5) for place in range(len(line))]
         axes.plot(middle, line, color=_LINES[number], marker=_MARKS[number], markersize=4.5,
-                  label=name)
+                  zorder=9 - number, label=name)
     axes.axvline(original, color=GREY, linestyle="--", linewidth=1)
     axes.text(original * 1.02, axes.get_ylim()[1], "original length", va="top", fontsize=8)
     axes.set(xlabel="position in the text, tokens", ylabel="loss, nats a token",
@@ -142,13 +142,13 @@ def energy_figure(panels: Mapping[str, Mapping[str, torch.Tensor]]) -> Figure:
     """Share of a matrix's energy in its largest directions, a panel for each kind of matrix.
 
     panels: title -> name of a matrix -> its singular values, largest first. Energy is the sum of
-    their squares. A name that begins with "random" is drawn dashed.
+    their squares. A name that begins with "untrained" is drawn dashed.
     """
     figure, axes = new_figure(9.4, 3.3, ncols=len(panels), sharey=True, squeeze=False)
     for panel, (title, matrices) in zip(axes[0], panels.items()):
         for number, (name, values) in enumerate(matrices.items()):
             energy = (values.double() ** 2).cumsum(0) / (values.double() ** 2).sum()
-            dashed = name.startswith("random")
+            dashed = name.startswith("untrained")
             panel.plot(range(len(values) + 1), [0.0, *energy.tolist()],
                        color=GREY if dashed else _LINES[number],
                        linestyle="--" if dashed else "-", linewidth=1.8, label=name)
@@ -174,6 +174,6 @@ def kept_directions_figure(kept: Sequence[int], losses: Mapping[str, Sequence[fl
              ylabel="loss, nats a token")
     axes.set_xticks(list(kept), labels=[str(number) for number in kept])
     axes.minorticks_off()
-    axes.text(max(kept), whole, "all kept", ha="right", va="bottom", fontsize=8)
+    axes.text(min(kept), whole, "all kept", va="bottom", fontsize=8)
     axes.legend(loc="upper right")
     return figure
