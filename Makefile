@@ -24,6 +24,8 @@ TOKENS ?= 150
 JOBS ?= 2
 # more arguments for JupyterLab, for example LAB_ARGS=--no-browser
 LAB_ARGS ?=
+# JupyterLab refuses to run as root, which in a container one often is, unless it is told to
+AS_ROOT := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
 
 export PROMPT
 PY := $(VENV)/bin/python
@@ -48,7 +50,7 @@ run: $(VENV)/.stamp-run
 
 lab: $(VENV)/.stamp-lab
 	@echo "==> JupyterLab on chapters/ (end it with Ctrl-C)"
-	@$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/chapters $(LAB_ARGS)
+	@$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/chapters/00_start_here.ipynb $(AS_ROOT) $(LAB_ARGS)
 
 # Debugger notes on stderr would differ from the stored outputs, hence PYDEVD_...
 NBVAL := PYDEVD_DISABLE_FILE_VALIDATION=1 $(PY) -m pytest --nbval --nbval-current-env \
