@@ -237,15 +237,17 @@ def write(path: Path, *sources: str) -> Path:
 
 def test_a_run_stores_outputs_and_budget_and_nothing_else(tmp_path):
     path = write(tmp_path / "a b.ipynb", "x = bytearray(300_000_000)\nlen(x)", "",
-                 "import ipywidgets\nipywidgets.IntSlider(3)")
+                 "import ipywidgets\nipywidgets.IntSlider(3)",
+                 "import time\nfor i in range(3):\n    print(i, flush=True)\n    time.sleep(0.5)")
     budget = run(path)
     notebook = nbformat.read(path, as_version=4)
     assert 0.3e9 < budget.memory < 2e9 and 0 < budget.seconds < 60
     assert re.search(r"^\| Budget \| \d+ s on .*CPU cores?, \d\.\d GB of memory, no download "
                      r"\(measured\) \|$", notebook.cells[0].source, re.MULTILINE)
-    assert [cell.get("execution_count") for cell in notebook.cells] == [None, 1, None, 2]
+    assert [cell.get("execution_count") for cell in notebook.cells] == [None, 1, None, 2, 3]
     assert notebook.cells[1].outputs[0].data["text/plain"] == "300000000"
     assert set(notebook.cells[3].outputs[0].data) == {"text/plain"}
+    assert [output.text for output in notebook.cells[4].outputs] == ["0\n1\n2\n"]
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     before = path.read_text()
     clean(notebook)

@@ -12,6 +12,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,11 +94,28 @@ def clean(notebook) -> None:
             continue
         count += bool(cell.source.strip())
         cell.execution_count = count if cell.source.strip() else None
+        cell.outputs = list(_joined(cell.outputs))
         for output in cell.outputs:
             if "data" in output:
                 output.data.pop(WIDGET, None)
             if output.output_type == "execute_result":
                 output.execution_count = count
+
+
+def _joined(outputs) -> Iterator:
+    """Outputs, with neighbouring pieces of one stream made one: where a stream is cut depends on
+    how busy the machine was."""
+    last = None
+    for output in outputs:
+        if (last is not None and output.output_type == last.output_type == "stream"
+                and output.name == last.name):
+            last.text += output.text
+            continue
+        if last is not None:
+            yield last
+        last = output
+    if last is not None:
+        yield last
 
 
 class _peak_of_children:
