@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dsv3.data import DOMAINS, load_domains
+from dsv3.data import DOMAINS, HELD_OUT, documents, load_domains, read_plays, split
 from dsv3.errors import DSV3Error
 from dsv3.tokenizer import Tokenizer
 
@@ -54,8 +54,11 @@ def write(path: Path = PATH) -> None:
     """Make the file from the held-out documents of ``dsv3.data``."""
     texts = {domain.name: choose(domain.held_out, CHARACTERS[domain.name])
              for domain in load_domains()}
+    scenes = {name: "".join(documents([play], chats=False))
+              for name, play in zip(HELD_OUT, split(read_plays())[1], strict=True)}
+    plays = [next(name for name in HELD_OUT if text in scenes[name]) for text in texts["plays"]]
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"sources": SOURCES, "texts": texts}, indent=1,
+    path.write_text(json.dumps({"sources": SOURCES, "texts": texts, "play": plays}, indent=1,
                                ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -75,6 +78,12 @@ def read(tokenizer: Tokenizer, tokens: int, path: Path = PATH
             rows.append(ids[:tokens])
             labels.append(label)
     return torch.tensor(rows), torch.tensor(labels)
+
+
+def play_labels(path: Path = PATH) -> Int[Tensor, "n"]:
+    """Number of the play that each window of the plays is from, in their order in ``read``."""
+    names = json.loads(path.read_text(encoding="utf-8"))["play"]
+    return torch.tensor([HELD_OUT.index(name) for name in names])
 
 
 if __name__ == "__main__":
