@@ -1,4 +1,4 @@
-"""Checks of chapter 1's exercises, and what they measure."""
+"""Checks of chapter 1's exercises."""
 
 from __future__ import annotations
 
@@ -9,28 +9,6 @@ import torch
 from torch import Tensor
 
 from dsv3.book.exercise import Verdict, judge, judge_statements, judge_value
-from dsv3.mla import Step
-from dsv3.model import Transformer
-
-
-def attention_maps(model: Transformer, ids: list[int]) -> Tensor:
-    """Softmax weights of every head of a model for one text: (layers, heads, s, s), float32.
-
-    The model does not keep them. They are made anew from queries and keys in the expanded form,
-    with the model's own mask and scale; ids: token ids of the text.
-    """
-    tokens = torch.tensor([ids])
-    step = Step.make(model.config, [0], [len(ids)], len(ids), tokens.device)
-    hidden = torch.ones(len(ids), len(ids)).triu(1).bool()
-    maps, x = [], model.embed(tokens)
-    for layer in model.layers:
-        h = layer.attn_norm(x)
-        q = torch.cat(layer.attn.queries(h, step), -1).transpose(1, 2)
-        k, _ = layer.attn.wkv_b(layer.attn.latents(h, step).to(model.precision.core))
-        scores = q.to(k.dtype) @ k.transpose(-1, -2) * layer.attn.scale
-        maps.append(scores.masked_fill(hidden, -math.inf).softmax(-1)[0].float())  # eq. 10
-        x = layer(x, step)
-    return torch.stack(maps)
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
