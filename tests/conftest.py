@@ -11,7 +11,7 @@ import torch
 # the hook rewrites these modules when they are imported, so it must come before any of dsv3.
 SHAPED = ["dsv3.rope", "dsv3.precision", "dsv3.layers", "dsv3.attention", "dsv3.mla", "dsv3.moe",
           "dsv3.block", "dsv3.mtp", "dsv3.model", "dsv3.sampling", "dsv3.fp8", "dsv3.data",
-          "dsv3.training"]
+          "dsv3.training", "dsv3.book.held_out", "dsv3.viz.widgets"]
 jaxtyping.install_import_hook(SHAPED, "annotations.check")
 
 # The models here are too small for two threads to help, and on busy cores threads that wait for
