@@ -140,6 +140,11 @@ class Notebook:
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_text("Run All Cells", exact=True).click()
 
+    def select(self, number: int) -> None:
+        """Select a code cell, counted from 0, with the kernel at rest."""
+        self.page.get_by_text("| Idle").wait_for()
+        self.page.locator(".jp-CodeCell .jp-InputPrompt").nth(number).click()
+
     def panel(self, title: str) -> Locator:
         """The widget whose drawing has this title, scrolled into view."""
         panel = self.page.locator(".widget-vbox", has=self.page.locator(

@@ -63,7 +63,7 @@ def routing_scene(routing: Routing, token: int, texts: Sequence[str], layer: int
     _scores(scene, routing, token, places, top + 106)
     _numbers(scene, routing, token, places, top + 280)
     _load(scene, routing, places, top + 380)
-    _experts(scene, routing, token, places, top + 102, top + 372)
+    _experts(scene, routing, token, places, top + 102, top + 366)
     return scene
 
 
@@ -287,6 +287,9 @@ def _load(scene: Scene, routing: Routing, places: _Columns, y: float,
         scene.rect(middle - width / 2, bottom - tall, width, tall, fill="sky")
         if places.width >= MEDIUM:
             scene.text(middle, bottom - tall - 8, str(count), anchor="middle", size=11)
+        scene.rect(places.left(expert), top - 14, places.width, height + 16, rounded=2, label=(
+            f"load of expert {expert}: {count} of {tokens} tokens\n"
+            f"the mean is {mean:.2f}"))
     level = bottom - height * mean / most
     scene.line((LEFT - 5, level), (RIGHT, level), stroke="ink", dashed=True)
     scene.line((LEFT - 5, bottom), (RIGHT, bottom), stroke="line", stroke_width=1.2)

@@ -12,11 +12,11 @@ from dsv3.viz.scene import Scene
 from dsv3.viz.widgets.panel import Panel, control
 
 EXPERTS, TOP_K = 16, 4                    # as in the small model
-STEPS = 300
+STEPS = 200
 GAMMAS = [0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 TOKENS = [64, 128, 256, 512]
 # Steps of the runs that only a mean is taken of.
-_FEW = 40
+_FEW = 20
 
 
 @lru_cache(maxsize=64)
@@ -34,9 +34,9 @@ class LoadBalanceSimulator(Panel):
         slider = ipywidgets.SelectionSlider
         self.gamma = control(slider, "Bias speed γ", value=1e-3,
                              options=[(f"{gamma:g}", gamma) for gamma in GAMMAS])
-        self.skew = control(ipywidgets.FloatSlider, "Skew of experts", value=1.0, max=2.0,
+        self.skew = control(ipywidgets.FloatSlider, "Skew of experts", value=0.5, max=2.0,
                             step=0.25)
-        self.tokens = control(slider, "Tokens a step", value=512,
+        self.tokens = control(slider, "Tokens a step", value=256,
                               options=[(str(tokens), tokens) for tokens in TOKENS])
         self.steps = control(ipywidgets.IntSlider, "Steps", value=STEPS, min=20, max=STEPS,
                              step=20)
