@@ -41,7 +41,8 @@ def test_forms_and_their_meeting_point():
     lambda: viz.rank_error_figure([8, 16], {"joint": [0.5, 0.2]}),
     lambda: viz.rotation_in_between_figure([0, 1], {"RoPE": [0.0, 0.1]}),
     lambda: viz.break_even_figure([1, 10, 1000], [1, 9, 146], 171),
-    lambda: viz.yarn_figure({"ramp": torch.tensor([0, 0.5, 1])}, {"plain": torch.tensor([100, 1, 0.1])}),
+    lambda: viz.yarn_figure({"ramp": torch.tensor([0, 0.5, 1])},
+                            {"plain": torch.tensor([100, 1, 0.1])}),
     lambda: viz.kept_directions_figure([4, 8], {"main": [5.0, 4.0]}, 3.9),
 ])
 def test_every_axis_says_what_it_is(figure):
