@@ -152,6 +152,19 @@ class Notebook:
         panel.scroll_into_view_if_needed()
         return panel
 
+    def scroll_to(self, title: str, seconds: float = 90) -> None:
+        """Down the notebook until a widget appears: cells far from the window are not drawn, and
+        the kernel may not have come to it yet."""
+        end, window = time.monotonic() + seconds, self.page.locator(".jp-WindowedPanel-outer")
+        drawing = self.page.locator(f".dsv3-drawing svg[aria-label^='{title}']")
+        while not drawing.count():
+            assert time.monotonic() < end, f"no {title} in the notebook"
+            window.evaluate("""node => node.scrollTo(0,
+                node.scrollTop + node.clientHeight + 2 > node.scrollHeight ? 0
+                : node.scrollTop + node.clientHeight / 2)""")
+            self.page.wait_for_timeout(200)
+        self.page.get_by_text("| Idle").wait_for(timeout=1000 * seconds)  # sliders wait for it
+
     def words(self, title: str) -> list[str]:
         """All texts of a drawing."""
         return self.panel(title).locator(".dsv3-drawing svg text").all_text_contents()

@@ -70,6 +70,10 @@ def page(lab, browser):
 
 @pytest.fixture(scope="module")
 def explorer():
+    return new_explorer()
+
+
+def new_explorer() -> RoutingExplorer:
     """The same widget on this side, to say what the page has to show."""
     model = load_model(ROOT / "assets" / "dsv3-mini", precision="fp32")
     return RoutingExplorer(model, load_tokenizer(ROOT / "assets" / "dsv3-mini"), TEXT)
@@ -178,16 +182,19 @@ def test_a_text_is_typed_and_one_that_cannot_be_read_is_refused(page, explorer):
     check_shown(page, explorer.title, explorer.scene())
 
 
-def test_on_a_dark_page(lab, browser, tmp_path):
-    """Words are light there, and nothing else is different."""
+def test_the_explorer_in_its_chapter_on_a_dark_page(lab, browser, tmp_path):
+    """Chapter 3 from top to bottom; words are light there."""
+    explorer = new_explorer()
     lab.use_theme("JupyterLab Dark")
-    page = Notebook(browser, lab, "chapters/widgets.ipynb", height=2400)
+    page = Notebook(browser, lab, "chapters/03_moe_gating.ipynb")
     page.run_all()
-    calculator = KVCacheCalculator()
-    check_shown(page, calculator.title, calculator.scene())
-    word = page.panel(calculator.title).locator("svg text").first
+    page.scroll_to(explorer.title)
+    check_shown(page, explorer.title, explorer.scene())
+    page.press_slider(explorer.title, "Bias strength", "ArrowRight", 2)
+    explorer.strength.value = 1.5
+    check_shown(page, explorer.title, explorer.scene())
+    word = page.panel(explorer.title).locator("svg text").first
     colour = word.evaluate("node => getComputedStyle(node).fill")
     assert min(map(int, re.findall(r"\d+", colour)[:3])) > 150, colour
-    page.panel(calculator.title).screenshot(path=tmp_path / "dark.png")
+    page.panel(explorer.title).screenshot(path=tmp_path / "dark.png")
     assert page.complaints == []
-    lab.use_theme("JupyterLab Light")

@@ -1,10 +1,19 @@
-"""``python -m dsv3.viz FOLDER``: draw the figures that the README shows."""
+"""``python -m dsv3.viz FOLDER MODEL``: draw the figures that the README shows.
+
+MODEL: the folder of the small model, whose routing one of them shows.
+"""
 
 import sys
 from pathlib import Path
 
+from dsv3 import load_model, load_tokenizer
 from dsv3.config import ModelConfig
 from dsv3.viz import model_map
+from dsv3.viz.widgets import RoutingExplorer
 
-model_map(ModelConfig.deepseek_v3()).savefig(
-    Path(sys.argv[1]) / "model_map.png", dpi=110, metadata={"Software": None})
+folder, model = map(Path, sys.argv[1:])
+explorer = RoutingExplorer(load_model(model, precision="fp32"), load_tokenizer(model),
+                           "To be, or not to be")
+for name, figure in (("model_map", model_map(ModelConfig.deepseek_v3())),
+                     ("routing_explorer", explorer.still())):
+    figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})

@@ -24,14 +24,15 @@ def balance_scene(run: BalanceRun, without: BalanceRun, floor: float, steps: int
     start, late = _start_and_late(run, steps)
     scene.text(0, 12, f"γ = {gamma:g}: MaxVio {start:.2f} in step 1, {late:.2f} in the last "
                f"{min(WINDOW, steps)} steps on average", bold=True, size=14)
-    x = 0
-    for colour, dashed, words, width in (("blue", False, "MaxVio of each step", 172),
-                                         ("vermillion", True, "without a bias, on average", 215),
-                                         ("green", True, "equal experts: chance alone", 0)):
+    unhelped, x = float(without.max_violation.mean()), 0
+    for colour, dashed, words, width in (
+            ("blue", False, "MaxVio of each step", 180),
+            ("vermillion", True, f"without a bias, on average: {unhelped:.2f}", 255),
+            ("green", True, f"equal experts, chance alone: {floor:.2f}", 0)):
         scene.line((x, 36), (x + 27, 36), stroke=colour, stroke_width=2.5, dashed=dashed)
         scene.text(x + 33, 36, words, fill="soft")
         x += width
-    _curve(scene, run, float(without.max_violation.mean()), floor, steps, k)
+    _curve(scene, run, unhelped, floor, steps, k)
     _bars(scene, run, without, steps)
     return scene
 

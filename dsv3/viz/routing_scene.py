@@ -69,7 +69,7 @@ def routing_scene(routing: Routing, token: int, texts: Sequence[str], layer: int
 
 def _alt(routing: Routing, token: int, texts: Sequence[str], layer: int) -> str:
     chosen = _winners(routing, token)
-    winners = ", ".join(f"{expert} with weight {weight:.2f}" for expert, weight in chosen)
+    winners = ", ".join(f"{expert} with weight {weight:.1f}" for expert, weight in chosen)
     groups = routing.open[token].nonzero().flatten().tolist()
     return (f"Routing of token {token}, “{texts[token]}”, in layer {layer}: bars of the scores of "
             f"{routing.scores.shape[1]} experts with the bias on top; open groups "
