@@ -77,7 +77,7 @@ class JupyterLab:
         return f"{self.url}/doc/tree/{notebook}?token={self.token}&reset"
 
     def _environment(self, home: Path) -> dict[str, str]:
-        return {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"), "HOME": str(home),
+        return {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"),
                 "JUPYTER_DATA_DIR": str(home / "data"), "JUPYTER_RUNTIME_DIR": str(home / "run"),
                 "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
                 "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
@@ -108,10 +108,9 @@ class JupyterLab:
 @contextmanager
 def open_browser() -> Iterator[Browser]:
     """Chromium without a window."""
-    flags = FLAGS + (["--no-sandbox"] if AS_ROOT else [])
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=doctor.browser(), args=flags,
-                                             headless=True, timeout=60_000)
+        browser = playwright.chromium.launch(executable_path=doctor.browser(), args=FLAGS,
+                                             chromium_sandbox=not AS_ROOT, timeout=60_000)
         try:
             yield browser
         finally:
@@ -152,7 +151,7 @@ class Notebook:
         panel.scroll_into_view_if_needed()
         return panel
 
-    def scroll_to(self, title: str, seconds: float = 90) -> None:
+    def scroll_to(self, title: str, seconds: float = 200) -> None:
         """Down the notebook until a widget appears: cells far from the window are not drawn, and
         the kernel may not have come to it yet."""
         end, window = time.monotonic() + seconds, self.page.locator(".jp-WindowedPanel-outer")
@@ -163,7 +162,15 @@ class Notebook:
                 node.scrollTop + node.clientHeight + 2 > node.scrollHeight ? 0
                 : node.scrollTop + node.clientHeight / 2)""")
             self.page.wait_for_timeout(200)
-        self.page.get_by_text("| Idle").wait_for(timeout=1000 * seconds)  # sliders wait for it
+        self.rest(seconds)
+
+    def rest(self, seconds: float) -> None:
+        """Until the kernel has been idle for a second: between two cells it is so for a moment."""
+        end, quiet = time.monotonic() + seconds, 0
+        while quiet < 10:
+            assert time.monotonic() < end, "the kernel is still at work"
+            quiet = quiet + 1 if self.page.get_by_text("| Idle").count() else 0
+            self.page.wait_for_timeout(100)
 
     def words(self, title: str) -> list[str]:
         """All texts of a drawing."""

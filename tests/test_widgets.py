@@ -379,7 +379,6 @@ def test_each_control_of_the_calculator_changes_the_picture(control):
         if option[1] != slider.value:
             slider.value = option[1]
             assert calculator.drawing.scene != before
-        calculator.still()
 
 
 def test_bars_are_as_long_as_their_bytes():

@@ -17,13 +17,13 @@ from dsv3.viz.widgets.panel import Panel, control
 
 
 class Replay(Router):
-    """A router that is given scores instead of tokens; all that follows is the router's own."""
+    """A router that is given scores (on the CPU) instead of tokens; the rest is the router's."""
 
     def __init__(self, router: Router, strength: float, groups: int, top_k: int):
         config = router.config.but(topk_group=groups, num_experts_per_tok=top_k)
         super().__init__(config, router.precision, device="meta")
         if router.bias is not None:
-            self.bias = nn.Parameter(strength * router.bias, requires_grad=False)
+            self.bias = nn.Parameter(strength * router.bias.cpu(), requires_grad=False)
 
     def scores(self, u: Float[Tensor, "n experts"]) -> Float[Tensor, "n experts"]:
         return u
