@@ -30,7 +30,8 @@ def test_nodes_has_bars_for_every_count():
 
 
 def test_dispatch_parts_the_runs():
-    figure = viz.dispatch_figure([2, 0, 0, 1], [1, 2, 3, 0], 3, 2)
+    figure = viz.dispatch_figure([2, 0, 0, 1], [1, 2, 3, 0], ["To", " be"])
+    assert texts(figure).count("To\n") == 4
     assert len(figure.axes[0].patches) == 8 and len(figure.axes[0].lines) == 2
 
 

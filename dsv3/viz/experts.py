@@ -67,20 +67,22 @@ def nodes_figure(shares: Mapping[str, torch.Tensor], mean: Mapping[str, float]) 
 
 
 @styled
-def dispatch_figure(before: Sequence[int], after: Sequence[int], experts: int, k: int) -> Figure:
+def dispatch_figure(before: Sequence[int], after: Sequence[int], tokens: Sequence[str]) -> Figure:
     """The choices of a few tokens as a row of cells: as they come, and sorted by expert.
 
-    before: expert of each choice, token after token, k each; after: the order that sorts them.
+    before: expert of each choice, token after token, as many each; after: the order that sorts
+    them; tokens: what to call the tokens.
     """
     figure, axes = new_figure(10, 2.5)
-    colours = [_LINES[expert % len(_LINES)] for expert in range(experts)]
+    k = len(before) // len(tokens)
     for row, order in ((1, range(len(before))), (0, after)):
         for place, choice in enumerate(order):
             expert = before[choice]
+            colour = _LINES[expert % len(_LINES)]
             axes.add_patch(Rectangle((place + 0.06, row * 2 + 0.1), 0.88, 1.0,
-                                     facecolor=colours[expert] + "55",
-                                     edgecolor=colours[expert], linewidth=1.2))
-            axes.text(place + 0.5, row * 2 + 0.6, f"t{choice // k}\n→ {expert}", ha="center",
+                                     facecolor=colour + "55",
+                                     edgecolor=colour, linewidth=1.2))
+            axes.text(place + 0.5, row * 2 + 0.6, f"{tokens[choice // k]}\n→ {expert}", ha="center",
                       va="center", fontsize=8)
     starts = [place for place in range(1, len(after))
               if before[after[place]] != before[after[place - 1]]]
@@ -141,8 +143,7 @@ def violation_figure(runs: Mapping[str, torch.Tensor], floor: float, smooth: int
         axes.plot([smooth * (place + 0.5) for place in range(len(line))],
                   line.tolist(), color=_LINES[number], linewidth=1.4, label=name)
     axes.axhline(floor, color=GREY, linestyle="--", linewidth=1)
-    axes.text(axes.get_xlim()[1], floor * 0.93, f"chance alone: {floor:.2f}", fontsize=8,
-              ha="right", va="top")
+    axes.text(1, floor * 0.93, f"chance alone: {floor:.2f}", fontsize=8, va="top")
     axes.set(yscale="log", xlabel="step", ylabel="MaxVio (log scale)", xlim=(0, None),
              ylim=(floor * 0.6, None))
     axes.set_yticks([0.2, 0.5, 1, 2, 5, 10], labels=["0.2", "0.5", "1", "2", "5", "10"])
@@ -180,8 +181,7 @@ def overlap_figure(overlaps: Mapping[str, Sequence[float]], titles: Sequence[str
     for number, (name, line) in enumerate(overlaps.items()):
         places = [place + (number - (len(overlaps) - 1) / 2) * width for place in range(len(line))]
         axes.bar(places, line, width=width * 0.92, color=_LINES[number], label=name)
-    axes.axhline(chance, color=BLACK, linestyle="--", linewidth=1)
-    axes.text(len(titles) - 0.5, chance + 0.05, "two random choices", fontsize=8, ha="right")
+    axes.axhline(chance, color=BLACK, linestyle="--", linewidth=1, label="two random choices")
     axes.set(xticks=range(len(titles)), ylim=(0, most), ylabel=f"experts in common, of {most}")
     axes.set_xticklabels(titles)
     axes.legend(loc="upper right")
