@@ -12,7 +12,7 @@ from dsv3.viz.scene import Scene
 from dsv3.viz.widgets.panel import Panel, control
 
 EXPERTS, TOP_K = 16, 4                    # as in the small model
-STEPS = 200
+STEPS = 160
 GAMMAS = [0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 TOKENS = [64, 128, 256, 512]
 # Steps of the runs that only a mean is taken of.
