@@ -28,6 +28,18 @@ from dsv3 import doctor
 # No update checks, no first-run pages: nothing is asked of the network.
 FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+
+# JupyterLab, ended when its standard input is: also when the test is killed and cleans up nothing.
+SERVER = """
+import os, signal, sys, threading
+def end():
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=end, daemon=True).start()
+from jupyterlab.labapp import main
+main()
+"""
+
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
@@ -46,7 +58,7 @@ class JupyterLab:
         self.use_theme("JupyterLab Light")
         self._set("notification", fetchNews="false", checkForUpdates=False)
         self._log = open(home / "log", "w+")
-        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ServerApp.ip=127.0.0.1",
+        command = [sys.executable, "-c", SERVER, "--no-browser", "--ServerApp.ip=127.0.0.1",
                    f"--ServerApp.port={self.url.rpartition(':')[2]}",
                    "--ServerApp.port_retries=0", f"--IdentityProvider.token={self.token}",
                    f"--ServerApp.root_dir={self.folder}", "--LabApp.news_url=",
@@ -54,7 +66,7 @@ class JupyterLab:
                    *(["--allow-root"] if AS_ROOT else [])]
         self._server = subprocess.Popen(command, cwd=self.folder, start_new_session=True,
                                         env=self._environment(home), stdout=self._log,
-                                        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+                                        stderr=subprocess.STDOUT, stdin=subprocess.PIPE)
         try:
             self._wait(60)
         except BaseException:
@@ -69,6 +81,7 @@ class JupyterLab:
                 self._server.wait(10)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 pass
+        self._server.stdin.close()
         self._log.close()
         self._home.cleanup()
 

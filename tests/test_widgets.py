@@ -130,6 +130,10 @@ def test_a_widget_prints_as_a_fixed_text(widget):
     assert repr(widget.drawing) == repr(widget)
 
 
+def test_the_line_above_the_picture_says_how_to_use_it(widget):
+    assert widget.hint in widget._note.value and "arrow keys" in widget.hint
+
+
 def test_every_control_says_what_it_is(widget):
     controls = widget.children[0].children
     assert all(control.description for control in controls)

@@ -116,9 +116,7 @@ def _pages(texts: Sequence[str]) -> list[dict[int, tuple[int, float]]]:
 def _chips(scene: Scene, routing: Routing, token: int, texts: Sequence[str], pages) -> None:
     number = next(number for number, page in enumerate(pages) if token in page)
     page = pages[number]
-    scene.text(0, 12, "Tokens", bold=True, size=13)
-    scene.text(56, 12, "choose one: click it, or Tab and the arrow keys, then Enter",
-               fill="soft", size=12)
+    scene.text(0, 12, f"The text's {len(texts)} tokens", bold=True, size=13)
     for each, (line, x) in page.items():
         y, width, on = 28 + CHIP * line, _chip_width(texts[each]), each == token
         scene.rect(x, y, width, CHIP - 6, rounded=4, fill="blue" if on else "pale",

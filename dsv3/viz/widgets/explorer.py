@@ -95,6 +95,8 @@ class RoutingExplorer(Panel):
     """
 
     title = "Routing explorer"
+    hint = ("Click a token to choose it, point at a bar to read its numbers; or Tab into the "
+            "picture, use the arrow keys, and choose with Enter.")
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, text: str):
         self.model, self.tokenizer = model, tokenizer

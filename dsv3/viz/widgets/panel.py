@@ -18,10 +18,11 @@ class Panel(ipywidgets.VBox):
     """Controls, a line of words about them, and a picture that follows them.
 
     A subclass makes its controls, gives them to ``super().__init__``, and says in ``scene`` what
-    is to be drawn. ``message`` may be set at any time.
+    is to be drawn.
     """
 
     title = "Widget"
+    hint = "Point at a bar to read its numbers, or Tab into the picture and use the arrow keys."
 
     def __init__(self, controls: list[ipywidgets.Widget]):
         self._note = ipywidgets.HTML()
@@ -58,9 +59,11 @@ class Panel(ipywidgets.VBox):
         self.refresh()
 
     def _say(self) -> None:
-        text = self.message()
-        self._note.value = (f'<div role="status" style="min-height: 1.6em">'
-                            f'{"⚠ " if text else ""}{html.escape(text)}</div>')
+        text, style = self.message(), "line-height: 1.5"
+        words = f"⚠ {text}" if text else self.hint
+        if not text:
+            style += "; opacity: 0.75"
+        self._note.value = f'<div role="status" style="{style}">{html.escape(words)}</div>'
 
     def __repr__(self) -> str:
         return f"[{self.title}: run this cell to use it]"
