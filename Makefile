@@ -20,7 +20,7 @@ But soft, what light through yonder window breaks?
 endef
 endif
 TOKENS ?= 150
-# notebooks tested at a time
+# test files, and notebooks, run at a time
 JOBS ?= 2
 # more arguments for JupyterLab, for example LAB_ARGS=--no-browser
 LAB_ARGS ?=
@@ -59,7 +59,7 @@ NBVAL := PYDEVD_DISABLE_FILE_VALIDATION=1 $(PY) -m pytest --nbval --nbval-curren
 
 test: $(VENV)/.stamp-test
 	@echo "==> tests"
-	@$(PY) -m pytest tests
+	@$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	@echo "==> notebooks, each run from top to bottom and compared with its stored outputs"
 	@$(NBVAL)
 	@echo "==> the same on one thread and without this machine's vector units: outputs hold anywhere"
