@@ -101,15 +101,21 @@ $(VENV)/.stamp-run: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	@touch $@
 
 # matplotlib's list of fonts is made here: made in a notebook, it would leave a note among the
-# outputs.
+# outputs. And JupyterLab is kept from asking each new reader whether to fetch news.
+define PREPARE_BOOK
+@$(PY) -c 'import matplotlib.font_manager'
+@$(VENV)/bin/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" \
+  >/dev/null 2>&1 || echo "==> JupyterLab may ask whether to fetch news; either answer will do"
+endef
+
 $(VENV)/.stamp-lab: $(VENV)/.stamp-run
 	@echo "==> installing JupyterLab and what the notebooks import"
 	@$(INSTALL) --no-build-isolation --editable '.[book]'
-	@$(PY) -c 'import matplotlib.font_manager'
+	$(PREPARE_BOOK)
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
 	@echo "==> installing what the tests and the notebooks need"
 	@$(INSTALL) --no-build-isolation --editable '.[book,train,test]'
-	@$(PY) -c 'import matplotlib.font_manager'
+	$(PREPARE_BOOK)
 	@touch $(VENV)/.stamp-lab $@
