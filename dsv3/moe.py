@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float8e4m3fn, Float32, Int
+from jaxtyping import Bool, Float, Float8e4m3fn, Float32, Int
 from torch import Tensor, nn
 
 from dsv3 import fp8
@@ -73,11 +73,19 @@ class Router(nn.Module):
         c = self.config
         biased = scores if self.bias is None else scores + self.bias             # eq. 14, 16
         if c.n_group > 1:
-            grouped = biased.unflatten(-1, (c.n_group, -1))                      # (n, G, N_r/G)
-            best = grouped.topk(2, dim=-1).values.sum(-1).topk(c.topk_group, dim=-1).indices
-            closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
-            biased = grouped.masked_fill(closed[..., None], float("-inf")).flatten(-2)
+            closed = ~self.open_groups(biased)[1].repeat_interleave(biased.shape[-1] // c.n_group,
+                                                                    dim=-1)
+            biased = biased.masked_fill(closed, float("-inf"))
         return biased.topk(c.num_experts_per_tok, dim=-1).indices
+
+    def open_groups(self, biased: Float[Tensor, "n experts"]) -> tuple[
+            Float[Tensor, "n groups"], Bool[Tensor, "n groups"]]:
+        """What each group counts as, its two best biased scores together, and whether it is one
+        of the M best (TR 2.1.2)."""
+        grouped = biased.unflatten(-1, (self.config.n_group, -1))               # (n, G, N_r/G)
+        strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        best = strength.topk(self.config.topk_group, dim=-1).indices
+        return strength, torch.zeros_like(strength, dtype=torch.bool).scatter(-1, best, True)
 
     def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
         if name.endswith("bias") and self.bias is None:

@@ -26,9 +26,9 @@ from matplotlib.text import Text as TextArtist
 from dsv3.viz import figure as book
 
 COLOURS = {"ink": book.BLACK, "soft": "#5c5c5c", "line": "#b5b5b5", "pale": "#f1f1f1",
-           "paper": "#ffffff", "white": "#ffffff", "grey": "#9d9d9d", "blue": book.BLUE, "orange": book.ORANGE,
-           "sky": book.SKY, "green": book.GREEN, "vermillion": book.VERMILLION,
-           "purple": book.PURPLE, "yellow": book.YELLOW}
+           "paper": "#ffffff", "white": "#ffffff", "grey": "#9d9d9d", "blue": book.BLUE,
+           "orange": book.ORANGE, "sky": book.SKY, "green": book.GREEN,
+           "vermillion": book.VERMILLION, "purple": book.PURPLE, "yellow": book.YELLOW}
 
 # Pixels of the live picture in one inch of the still one, as in ``dsv3.viz.show``.
 _PIXELS = 80

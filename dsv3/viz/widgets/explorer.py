@@ -41,10 +41,7 @@ def reroute(router: Router, scores: Float[Tensor, "n experts"], strength: float 
     replay = Replay(router, strength, groups or c.topk_group, top_k or c.num_experts_per_tok)
     weights, chosen = replay(scores)
     bias = torch.zeros_like(scores[0]) if replay.bias is None else replay.bias
-    grouped = (scores + bias).unflatten(-1, (c.n_group, -1))
-    sums = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-    best = sums.topk(replay.config.topk_group, dim=-1).indices
-    is_open = torch.zeros_like(sums, dtype=torch.bool).scatter(-1, best, True)
+    sums, is_open = replay.open_groups(scores + bias)
     return Routing(scores, bias, sums, is_open, chosen, weights)
 
 
