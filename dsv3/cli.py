@@ -220,6 +220,8 @@ def _show_plan(plan: dict, dry_run: bool) -> int:
 
 
 def _inspect(commands) -> None:
+    from dsv3.config import PRESETS
+
     def run(args, _):
         from dsv3.inspect import inspect
 
@@ -230,7 +232,7 @@ def _inspect(commands) -> None:
                  "Parameters, bytes and tensors of a model, and what each rank holds.")
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("model", metavar="MODEL_DIR", nargs="?")
-    which.add_argument("--preset", choices=("deepseek-v3", "mini"), help="no files needed")
+    which.add_argument("--preset", choices=tuple(PRESETS), help="no files needed")
     p.add_argument("--tp", type=_count, metavar="N", help="show what each of N ranks holds")
     p.add_argument("--json", action="store_true")
 

@@ -1,9 +1,8 @@
 """What the model is, as data: the fields of the released ``config.json``.
 
 Everything else in the house reads its sizes here and nowhere else. Field names are those of the
-released file (TR 4.2 gives the numbers), so a reader can lay the two side by side. Two spellings
-of the position fields are in use, ``rope_scaling`` beside ``rope_theta`` (released) and
-``rope_parameters`` (newer tools); both are read, the released one is written.
+released file (TR 4.2 gives the numbers), so a reader can lay the two side by side. Files of other
+families, and newer spellings of the same fields, are translated by ``dsv3.families``.
 
 A config that asks for something the model does not do is refused by the name of the field.
 Silently building another model than the one that was trained is the worst answer.
@@ -12,24 +11,26 @@ Silently building another model than the one that was trained is the worst answe
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from dsv3.errors import DSV3Error
+from dsv3.families import FAMILIES, NEVER_GUESSED, WRITTEN, quoted, spell, translate
 
 CONFIG_FILE = "config.json"
 
-# Fields that other tools write and that this model supports with one value only.
-_ONLY = {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "topk_method": "noaux_tc",
-    "moe_layer_freq": 1,
-    "rope_interleave": True,
+# The largest sizes that are believed, each several times those of any published model. A damaged
+# file may say 2^32 layers, and whoever lists their tensors first runs out of memory.
+_MOST = {
+    "vocab_size": 2**24, "hidden_size": 2**17, "intermediate_size": 2**20,
+    "moe_intermediate_size": 2**20, "num_hidden_layers": 1024, "num_attention_heads": 4096,
+    "n_routed_experts": 2**14, "num_experts_per_tok": 2**14, "kv_lora_rank": 2**16,
+    "q_lora_rank": 2**16, "qk_nope_head_dim": 2**13, "qk_rope_head_dim": 2**13,
+    "v_head_dim": 2**13, "n_shared_experts": 1024, "n_group": 2**14, "topk_group": 2**14,
+    "first_k_dense_replace": 1024, "num_nextn_predict_layers": 64,
+    "max_position_embeddings": 2**24,  # float32 tells positions apart up to here
 }
-_DISTILLED = {"qwen2", "llama"}
+_MOST_EXPERTS = 2**16  # of all layers together; Kimi K2 has 23,040
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +51,16 @@ class YarnScaling:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self):
-        for name in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-            object.__setattr__(self, name, _number(f"rope_scaling.{name}", getattr(self, name)))
-        _positive_int("rope_scaling.original_max_position_embeddings",
-                      self.original_max_position_embeddings)
-        if self.factor < 1:
-            raise _bad("rope_scaling.factor", self.factor, "a number of at least 1")
-        if not self.beta_fast > self.beta_slow > 0:
+        for name, least, most in (("factor", 1, 2**24), ("beta_fast", 1e-3, 1e6),
+                                  ("beta_slow", 1e-3, 1e6), ("mscale", 0, 1e3),
+                                  ("mscale_all_dim", 0, 1e3)):
+            object.__setattr__(self, name, _number(f"rope_scaling.{name}", getattr(self, name),
+                                                   least, most))
+        _whole("rope_scaling.original_max_position_embeddings",
+               self.original_max_position_embeddings, 1, _MOST["max_position_embeddings"])
+        if self.beta_fast < self.beta_slow:
             raise _bad("rope_scaling.beta_fast", self.beta_fast,
-                       f"more than beta_slow ({self.beta_slow}), both positive")
+                       f"at least beta_slow ({self.beta_slow})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +68,27 @@ class QuantizationConfig:
     """How the checkpoint's weights are stored: E4M3 with one scale per 128x128 block (TR 3.3).
 
     scale_fmt: "float32" for any scale (V3), "ue8m0" for powers of two (V3.1). It also decides how
-    activations are scaled at run time.
+    activations are scaled at run time. modules_to_not_convert: parts of the model that a tool left
+    in plain numbers, by name; what is really there is seen in the files.
     """
 
     scale_fmt: str = "float32"
+    modules_to_not_convert: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.scale_fmt not in ("float32", "ue8m0"):
             raise _bad("quantization_config.scale_fmt", self.scale_fmt, '"float32" or "ue8m0"')
+        names = self.modules_to_not_convert
+        if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+            raise _bad("quantization_config.modules_to_not_convert", names, "a list of names")
+        object.__setattr__(self, "modules_to_not_convert", tuple(names))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and choices of one DeepSeek-V3 model. The paper's symbol follows each field.
+
+    model_type: the family under whose name it is published, a key of ``families.FAMILIES``.
 
     Raises DSV3Error, naming the field, for a value that is of the wrong type, out of range, at
     odds with another field, or not supported.
@@ -113,31 +123,30 @@ class ModelConfig:
     rope_scaling: YarnScaling | None = None
     quantization_config: QuantizationConfig | None = None
     tie_word_embeddings: bool = False
+    model_type: str = "deepseek_v3"
     bos_token_id: int | None = 0
     eos_token_id: int | tuple[int, ...] | None = 1
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size",
-                     "num_hidden_layers", "num_attention_heads", "n_routed_experts",
-                     "num_experts_per_tok", "kv_lora_rank", "qk_nope_head_dim",
-                     "qk_rope_head_dim", "v_head_dim", "n_shared_experts", "n_group",
-                     "topk_group", "max_position_embeddings"):
-            _positive_int(name, getattr(self, name))
-        if self.q_lora_rank is not None:
-            _positive_int("q_lora_rank", self.q_lora_rank)
-        for name in ("first_k_dense_replace", "num_nextn_predict_layers"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
-                raise _bad(name, getattr(self, name), "a whole number, 0 or more")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if name != "q_lora_rank" or value is not None:
+                _whole(name, value, 0 if name in ("first_k_dense_replace",
+                                                  "num_nextn_predict_layers") else 1, most)
         for name in ("norm_topk_prob", "gate_bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "true or false")
-        for name in ("routed_scaling_factor", "rms_norm_eps", "initializer_range", "rope_theta"):
-            value = _number(name, getattr(self, name))
-            object.__setattr__(self, name, value)
-            if value <= 0:
-                raise _bad(name, value, "a number above 0")
+        for name, least, most in (("routed_scaling_factor", 1e-6, 1e6), ("rms_norm_eps", 1e-30, 1),
+                                  ("initializer_range", 1e-30, 1e3), ("rope_theta", 1.001, 1e12)):
+            object.__setattr__(self, name, _number(name, getattr(self, name), least, most))
         if self.scoring_func not in ("sigmoid", "softmax"):
             raise _bad("scoring_func", self.scoring_func, '"sigmoid" or "softmax"')
+        if self.model_type not in list(FAMILIES):
+            raise _bad("model_type", self.model_type, "one of " + ", ".join(FAMILIES))
+        for name, kind in (("rope_scaling", YarnScaling),
+                           ("quantization_config", QuantizationConfig)):
+            if not isinstance(getattr(self, name), (kind, type(None))):
+                raise _bad(name, getattr(self, name), f"a {kind.__name__} or None")
         if self.qk_rope_head_dim % 2:
             raise _bad("qk_rope_head_dim", self.qk_rope_head_dim,
                        "an even number, since RoPE turns pairs")
@@ -151,12 +160,16 @@ class ModelConfig:
         if self.topk_group > self.n_group:
             raise _bad("topk_group", self.topk_group, f"at most n_group ({self.n_group})")
         per_group = self.n_routed_experts // self.n_group
-        if self.n_group > 1 and per_group < 2:
+        if self.n_group > 1 and per_group < 2 and self.gate_bias:
             raise _bad("n_group", self.n_group,
                        "groups of at least 2 experts, since a group is ranked by its two best")
         if self.num_experts_per_tok > self.topk_group * per_group:
             raise _bad("num_experts_per_tok", self.num_experts_per_tok,
                        f"at most the {self.topk_group * per_group} experts of topk_group groups")
+        layers = self.num_hidden_layers + self.num_nextn_predict_layers
+        if (layers - self.first_k_dense_replace) * self.n_routed_experts > _MOST_EXPERTS:
+            raise _bad("n_routed_experts", self.n_routed_experts,
+                       f"at most {_MOST_EXPERTS:,} experts in all {layers} layers together")
 
     def _check_tokens(self) -> None:
         eos = self.eos_token_id
@@ -211,7 +224,7 @@ class ModelConfig:
                             "checkpoint in the released layout") from None
         except (OSError, UnicodeDecodeError) as error:
             raise DSV3Error("cannot be read", where=file, found=error) from None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DSV3Error("is not JSON", where=file, found=error) from None
         try:
             return cls.from_dict(data)
@@ -222,40 +235,25 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: dict) -> ModelConfig:
-        """Build a config from the contents of a ``config.json``, old or new spelling."""
-        if not isinstance(data, dict):
-            raise DSV3Error("is not a JSON object", where="config", found=type(data).__name__)
-        model_type = data.get("model_type")
-        if model_type != "deepseek_v3":
-            raise DSV3Error("unsupported model", where="model_type", found=model_type,
-                            expected="deepseek_v3", fix=_model_type_hint(model_type))
-        for name, value in _ONLY.items():
-            if name in data and data[name] is not None and data[name] != value:
-                raise DSV3Error("unsupported value", where=name, found=data[name], expected=value)
-        heads, kv_heads = data.get("num_attention_heads"), data.get("num_key_value_heads")
-        if kv_heads is not None and kv_heads != heads:
-            raise DSV3Error("unsupported value", where="num_key_value_heads", found=kv_heads,
-                            expected=f"num_attention_heads ({heads}); all heads read one latent")
-        known = {f.name for f in fields(cls)}
-        values = {k: v for k, v in data.items() if k in known}
-        for name, value in list(values.items()):
-            # null stands for "not set", except where it says something of its own
-            if value is None and name not in ("q_lora_rank", "bos_token_id", "eos_token_id"):
-                del values[name]
-        values.setdefault("q_lora_rank", None)
-        values.update(_rope_fields(data))
-        values["quantization_config"] = _quantization(data.get("quantization_config"))
-        missing = [f.name for f in fields(cls)
-                   if f.name not in values and f.default is f.default_factory]
+        """Build a config from the contents of a ``config.json`` of any family."""
+        data = translate(data)
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        for name in ("q_lora_rank", "bos_token_id", "eos_token_id"):
+            values.setdefault(name, None)  # absent, as null, says something of its own here
+        for name, kind in (("rope_scaling", YarnScaling),
+                           ("quantization_config", QuantizationConfig)):
+            if values[name] is not None:
+                values[name] = kind(**values[name])
+        missing = [f.name for f in fields(cls) if f.name not in values
+                   and (f.default is f.default_factory or f.name in NEVER_GUESSED)]
         if missing:
-            raise DSV3Error("missing field", where=", ".join(missing))
+            raise DSV3Error("missing field", where=", ".join(missing), fix="Tools take different "
+                            "values for an absent field: write down what the model was made with")
         return cls(**values)
 
     def to_dict(self) -> dict:
-        """The contents of a ``config.json`` in the released spelling."""
-        data: dict = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
-                      **_ONLY, "num_key_value_heads": self.num_attention_heads}
-        del data["rope_interleave"]  # only newer tools write it
+        """The contents of a ``config.json``: the released spelling, as the family has it."""
+        data: dict = {**WRITTEN, "num_key_value_heads": self.num_attention_heads}
         for field in fields(self):
             data[field.name] = getattr(self, field.name)
         if self.gate_bias:
@@ -272,8 +270,10 @@ class ModelConfig:
                 "weight_block_size": [128, 128]}
             if self.scale_fmt != "float32":
                 data["quantization_config"]["scale_fmt"] = self.scale_fmt
+            if kept := self.quantization_config.modules_to_not_convert:
+                data["quantization_config"]["modules_to_not_convert"] = list(kept)
         data["torch_dtype"] = "bfloat16"
-        return dict(sorted(data.items()))
+        return dict(sorted(spell(data).items()))
 
     def to_json(self) -> str:
         """``to_dict`` as the text of the file."""
@@ -294,6 +294,40 @@ class ModelConfig:
             rope_scaling=YarnScaling(factor=40, original_max_position_embeddings=4096,
                                      mscale=1.0, mscale_all_dim=1.0),
             quantization_config=QuantizationConfig())
+
+    @classmethod
+    def kimi_k2(cls) -> ModelConfig:
+        """Kimi K2 Instruct, 1.03T parameters: its config.json, field for field."""
+        return cls.deepseek_v3().but(
+            model_type="kimi_k2", vocab_size=163840, num_attention_heads=64, n_routed_experts=384,
+            n_group=1, topk_group=1, first_k_dense_replace=1, routed_scaling_factor=2.827,
+            num_nextn_predict_layers=0, max_position_embeddings=131072, rope_theta=50000.0,
+            rope_scaling=YarnScaling(factor=32, original_max_position_embeddings=4096,
+                                     beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
+            bos_token_id=163584, eos_token_id=163585)
+
+    @classmethod
+    def moonlight(cls) -> ModelConfig:
+        """Moonlight 16B-A3B: its config.json, field for field. Not quantised."""
+        return cls(
+            vocab_size=163840, hidden_size=2048, intermediate_size=11264,
+            moe_intermediate_size=1408, num_hidden_layers=27, num_attention_heads=16,
+            n_routed_experts=64, num_experts_per_tok=6, kv_lora_rank=512, q_lora_rank=None,
+            qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_shared_experts=2,
+            first_k_dense_replace=1, routed_scaling_factor=2.446, max_position_embeddings=8192,
+            rms_norm_eps=1e-5, rope_theta=50000.0, bos_token_id=163584, eos_token_id=163585)
+
+    @classmethod
+    def glm_4_7_flash(cls) -> ModelConfig:
+        """GLM-4.7-Flash, 30B-A3B: its config.json, field for field. Not quantised."""
+        return cls(
+            model_type="glm4_moe_lite", vocab_size=154880, hidden_size=2048,
+            intermediate_size=10240, moe_intermediate_size=1536, num_hidden_layers=47,
+            num_attention_heads=20, n_routed_experts=64, num_experts_per_tok=4, kv_lora_rank=512,
+            q_lora_rank=768, qk_nope_head_dim=192, qk_rope_head_dim=64, v_head_dim=256,
+            first_k_dense_replace=1, routed_scaling_factor=1.8, num_nextn_predict_layers=1,
+            max_position_embeddings=202752, rms_norm_eps=1e-5, rope_theta=1e6, bos_token_id=None,
+            eos_token_id=(154820, 154827, 154829))
 
     @classmethod
     def mini(cls) -> ModelConfig:
@@ -317,71 +351,28 @@ class ModelConfig:
         return replace(self, **changes)
 
 
+PRESETS = {"deepseek-v3": ModelConfig.deepseek_v3, "kimi-k2": ModelConfig.kimi_k2,
+           "moonlight": ModelConfig.moonlight, "glm-4.7-flash": ModelConfig.glm_4_7_flash,
+           "mini": ModelConfig.mini}
+
+
 def _bad(name: str, found, expected: str) -> DSV3Error:
-    return DSV3Error("bad value", where=name, found=repr(found), expected=expected)
+    return DSV3Error("bad value", where=name, found=quoted(found), expected=expected)
 
 
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _positive_int(name: str, value) -> None:
-    if not _is_int(value) or value < 1:
-        raise _bad(name, value, "a whole number, 1 or more")
+def _whole(name: str, value, least: int, most: int) -> None:
+    if not _is_int(value) or not least <= value <= most:
+        raise _bad(name, value, f"a whole number, {least} or more" if not _is_int(value)
+                   or value < least else f"at most {most}")
 
 
-def _number(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+def _number(name: str, value, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise _bad(name, value, "a finite number")
+    if not least <= value <= most:
+        raise _bad(name, value, f"a finite number from {least:g} to {most:g}")
     return float(value)
-
-
-def _model_type_hint(model_type) -> str:
-    if model_type in _DISTILLED:
-        return ("This is the config of a distilled model: its architecture is that of "
-                f"{model_type}, not DeepSeek-V3; load it with a tool for {model_type}")
-    return "Only DeepSeek-V3, V3.1 and R1 share this architecture"
-
-
-def _rope_fields(data: dict) -> dict:
-    """rope_theta and rope_scaling from either spelling."""
-    rope = data.get("rope_parameters") or data.get("rope_scaling")
-    result = {}
-    if data.get("rope_theta") is not None:
-        result["rope_theta"] = data["rope_theta"]
-    if rope is None:
-        return {**result, "rope_scaling": None}
-    if not isinstance(rope, dict):
-        raise _bad("rope_scaling", rope, "an object or null")
-    if rope.get("rope_theta") is not None:
-        result["rope_theta"] = rope["rope_theta"]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {**result, "rope_scaling": None}
-    if kind != "yarn":
-        raise DSV3Error("unsupported value", where="rope_scaling.type", found=kind,
-                        expected="yarn or default")
-    for name, only in (("attention_factor", None), ("truncate", True)):
-        if rope.get(name, only) not in (None, only):
-            raise DSV3Error("unsupported value", where=f"rope_scaling.{name}", found=rope[name],
-                            expected="no such field" if only is None else only)
-    names = {f.name for f in fields(YarnScaling)}
-    given = {k: v for k, v in rope.items() if k in names and v is not None}
-    for name in ("factor", "original_max_position_embeddings"):
-        if name not in given:
-            raise DSV3Error("missing field", where=f"rope_scaling.{name}")
-    return {**result, "rope_scaling": YarnScaling(**given)}
-
-
-def _quantization(data) -> QuantizationConfig | None:
-    if data is None:
-        return None
-    if not isinstance(data, dict):
-        raise _bad("quantization_config", data, "an object or null")
-    expected = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
-                "activation_scheme": "dynamic"}
-    for name, value in expected.items():
-        if data.get(name, value) != value:
-            raise DSV3Error("unsupported value", where=f"quantization_config.{name}",
-                            found=data[name], expected=value)
-    return QuantizationConfig(scale_fmt=data.get("scale_fmt") or "float32")

@@ -1,4 +1,4 @@
-"""Where does our model depart from transformers' DeepSeek-V3? Layer by layer, on one text.
+"""Where does our model depart from transformers'? Layer by layer, on one text.
 
 Two programs that read the same weights must give the same numbers up to rounding. When the logits
 differ, the question is which part did it first: whatever follows a wrong layer is wrong as well.
@@ -14,7 +14,8 @@ to look.
 The two must not share a mistake, so they share little: ours is loaded by ``load_model``; theirs
 gets its tensors straight from the files, by their released names, with FP8 blocks multiplied out.
 transformers' own FP8 loader is not used: in 5.23 it refuses a ragged last block (576 rows) or
-takes it for another block size.
+takes it for another block size. Its class is that of the checkpoint's family, so GLM-4.7-Flash
+meets transformers' Glm4MoeLite.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import nn
 from dsv3.checkpoint import load_model
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
+from dsv3.families import FAMILIES
 from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale
 from dsv3.layout import layout
 from dsv3.shards import open_checkpoint
@@ -186,27 +188,34 @@ def record(modules: dict[str, nn.Module], experts: int, run: Callable[[], None])
 # transformers' side -------------------------------------------------------------------------------
 
 class TheirModel:
-    """transformers' DeepSeek-V3 and its MTP modules, in float32."""
+    """transformers' model of this family and its MTP modules, in float32."""
 
     def __init__(self, config: ModelConfig, state: Outputs):
         """state: plain tensors under released names. Raises DSV3Error for what cannot be run."""
         try:
-            from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+            import transformers
             from transformers.modeling_layers import MtpModel
-        except ImportError:
+            model_class = getattr(transformers, FAMILIES[config.model_type].architecture)
+        except (ImportError, AttributeError):
             raise DSV3Error("cannot be compared without transformers, version 5.23 or later",
                             where="dsv3 diff", fix="pip install 'transformers>=5.23'") from None
         if config.scoring_func != "sigmoid":
             raise DSV3Error("transformers does not know this router", where="scoring_func",
                             found=config.scoring_func, expected="sigmoid")
+        if not config.gate_bias and config.n_group > 1:
+            raise DSV3Error("transformers ranks groups by their two best experts, the released "
+                            "code a router without a bias by its best", where="gate_bias",
+                            found="false", expected="true, or n_group 1")
         self.config, depth = config, config.num_nextn_predict_layers
         if depth and not config.is_moe(config.num_hidden_layers):
             raise DSV3Error("transformers' MTP modules always have experts",
                             where="first_k_dense_replace", found=config.first_k_dense_replace,
                             expected=f"at most num_hidden_layers ({config.num_hidden_layers})")
-        fields = {**config.to_dict(), "torch_dtype": "float32"}
-        fields.pop("quantization_config", None)
-        self.main = DeepseekV3ForCausalLM(DeepseekV3Config(
+        fields = {**config.to_dict(), "torch_dtype": "float32", "num_mtp_layers": depth,
+                  "mtp_mlp_layer_types": ["sparse"] * depth}
+        for name in ("quantization_config", "num_nextn_predict_layers"):
+            fields.pop(name, None)
+        self.main = model_class(model_class.config_class(
             **fields, attn_implementation="eager", experts_implementation="eager")).eval()
         self.mtp = MtpModel(self.main, depth).eval() if depth else None
         main, mtp = their_names(config, state)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3.config import ModelConfig
+from dsv3.config import PRESETS, ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.layout import TensorSpec, check_sharding, layout, valid_sizes
 from dsv3.model import Transformer
@@ -26,9 +26,11 @@ from dsv3.parallel.tensor import TensorGroup
 from dsv3.safetensors_io import DTYPES
 from dsv3.shards import open_checkpoint
 
-PRESETS = {"deepseek-v3": ModelConfig.deepseek_v3, "mini": ModelConfig.mini}
-# Memory of common GPUs in GB. A tenth is left for activations and the libraries' own needs.
-GPUS = {"A100, H100": 80, "H20": 96, "H200": 141, "B200": 180, "MI300X": 192}
+# Memory of common GPUs in GB of 10^9 bytes, rounded down from what nvidia-smi and rocm-smi report:
+# 81,559 MiB (H100; an A100 has 81,920), 97,871, 143,771, 183,359 and 196,592 MiB. The gigabytes in
+# their names, 80, 96, 141, 180 and 192, are another unit, close to GiB. A tenth is left for
+# activations and the libraries' own needs.
+GPUS = {"A100, H100": 85.5, "H20": 102.6, "H200": 150.7, "B200": 192.2, "MI300X": 206.1}
 _USABLE = 0.9
 
 
@@ -46,7 +48,7 @@ def inspect(model_dir: str | Path | None = None, *, preset: str | None = None,
 
 def report(model_dir: str | Path | None = None, *, preset: str | None = None,
            ranks: int | None = None) -> dict:
-    """Sizes of a checkpoint in the released layout, or of a preset ("deepseek-v3", "mini").
+    """Sizes of a checkpoint in the released layout, or of a preset (a key of ``PRESETS``).
 
     ranks: cut over so many (default 1). Returns
     {"parameters": {"main", "activated", "mtp", "by_dtype": {dtype: values}, "total"}, "bytes",
@@ -141,12 +143,13 @@ def table(result: dict, config: ModelConfig) -> str:
               "",
               f"A rank's weights, and tokens of cache (thousands) that fit beside them in "
               f"{_USABLE:.0%} of a GPU",
+              "(GB of 10^9 bytes, of GPUs too: more than their names say, which count in GiB)",
               f"{'ranks':>5} {'files GB':>9} {precision + ' GB':>9}"
-              + "".join(f"{f'{name} {gb}':>15}" for name, gb in GPUS.items())]
+              + "".join(f"{f'{name} {gb}':>16}" for name, gb in GPUS.items())]
     tensors = [(spec, spec.dtype) for spec in layout(config)]
     asked = len(result["per_rank"])
     held = held_bytes(Transformer(config, precision, TensorGroup(0, asked), device="meta"))
-    lines[-3:-3] = ["", f"in the memory of GPU 0 of {asked}, {precision}"] + [
+    lines[-4:-4] = ["", f"in the memory of GPU 0 of {asked}, {precision}"] + [
         f"  {kind + ', bytes':<23}{count:>19,}" for kind, count in held.items()]
     for size in valid_sizes(config):
         if size != asked and size & (size - 1):
@@ -158,7 +161,7 @@ def table(result: dict, config: ModelConfig) -> str:
             room = (gb * 1e9 * _USABLE - memory) / cache_bytes_per_token(config)
             cells.append(f"{room / 1e3:,.0f}" if room > 0 else "-")
         lines.append(f"{size:>5} {stored / 1e9:>9.3f} {memory / 1e9:>9.3f}"
-                     + "".join(f"{cell:>15}" for cell in cells))
+                     + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -12,8 +12,9 @@ Experts stand in groups, one per node in training. A token may reach ``topk_grou
 ranked by the sum of their two best biased scores; the other groups' experts are out, by -inf and
 not by 0, since a strongly negative bias makes 0 the winner.
 
-Two things stand in the released code and not in the equations: groups are ranked by *biased*
-scores, and the weights are multiplied by ``routed_scaling_factor`` (2.5).
+Three things stand in the released code and not in the equations: groups are ranked by *biased*
+scores; a router without a bias ranks them by their single best expert; and the weights are
+multiplied by ``routed_scaling_factor`` (2.5).
 """
 
 from __future__ import annotations
@@ -80,10 +81,13 @@ class Router(nn.Module):
 
     def open_groups(self, biased: Float[Tensor, "n experts"]) -> tuple[
             Float[Tensor, "n groups"], Bool[Tensor, "n groups"]]:
-        """What each group counts as, its two best biased scores together, and whether it is one
-        of the M best (TR 2.1.2)."""
+        """What each group counts as, its two best biased scores together (without a bias: its
+        best score), and whether it is one of the M best (TR 2.1.2)."""
         grouped = biased.unflatten(-1, (self.config.n_group, -1))               # (n, G, N_r/G)
-        strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        if self.bias is None:
+            strength = grouped.amax(-1)
+        else:
+            strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
         best = strength.topk(self.config.topk_group, dim=-1).indices
         return strength, torch.zeros_like(strength, dtype=torch.bool).scatter(-1, best, True)
 

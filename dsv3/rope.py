@@ -41,7 +41,7 @@ def inverse_frequencies(config: ModelConfig) -> Float32[Tensor, "pairs"]:
     if yarn is None:
         return frequency
     low, high = yarn_range(config)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low or 1e-3)
     slowed = ramp.clamp(0, 1)  # 0: fast pair, left alone; 1: slow pair, divided by factor
     return frequency / yarn.factor * slowed + frequency * (1 - slowed)
 
@@ -50,7 +50,10 @@ def yarn_range(config: ModelConfig) -> tuple[int, int]:
     """First and last pair of YaRN's ramp: (10, 23) for the released config.
 
     A pair with angle theta turns L theta / 2 pi times within the original context of L tokens.
-    The ramp starts at the pair that turns beta_fast times and ends at that of beta_slow.
+    The ramp starts at the pair that turns beta_fast times and ends at that of beta_slow. Equal
+    betas (Kimi K2) leave a ramp of one pair. In a context below 2 pi beta_slow tokens not even
+    the fastest pair turns so often; the end then lies before the start, and no pair is slowed:
+    strange, but what the released code does, and a model trained with it needs.
     """
     yarn, dim = config.rope_scaling, config.qk_rope_head_dim
 

@@ -58,8 +58,15 @@ CASES = {
     "FP8 with ragged blocks": CONFIG.but(
         hidden_size=192, kv_lora_rank=160, quantization_config=QuantizationConfig()),
     "YaRN, no router bias": CONFIG.but(
-        gate_bias=False, rope_scaling=YarnScaling(
+        gate_bias=False, n_group=1, topk_group=1, rope_scaling=YarnScaling(
             factor=4.0, original_max_position_embeddings=32, mscale=0.7, mscale_all_dim=1.0)),
+    "Kimi K2's name and ramp": CONFIG.but(
+        model_type="kimi_k2", n_group=1, topk_group=1, num_nextn_predict_layers=0,
+        rope_scaling=YarnScaling(factor=4.0, original_max_position_embeddings=32, beta_fast=1.0,
+                                 beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)),
+    "GLM-4.7-Flash's name and heads": CONFIG.but(
+        model_type="glm4_moe_lite", n_group=1, topk_group=1, qk_nope_head_dim=24, v_head_dim=32,
+        first_k_dense_replace=2),
 }
 
 
@@ -123,7 +130,9 @@ def test_without_transformers(folder, monkeypatch):
         diff(folder)
 
 
-def test_a_router_that_transformers_does_not_have(tmp_path):
-    save_random(tmp_path, CONFIG.but(scoring_func="softmax"))
-    with pytest.raises(DSV3Error, match="scoring_func"):
+@pytest.mark.parametrize("changes, field", [
+    (dict(scoring_func="softmax"), "scoring_func"), (dict(gate_bias=False), "gate_bias")])
+def test_a_router_that_transformers_does_not_have(tmp_path, changes, field):
+    save_random(tmp_path, CONFIG.but(**changes))
+    with pytest.raises(DSV3Error, match=field):
         diff(tmp_path)

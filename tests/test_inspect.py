@@ -36,6 +36,42 @@ def test_671b_without_embedding_and_cache():
     assert cache_bytes_per_token(config) == 70_272
 
 
+def test_kimi_k2():
+    """1,026,408,232,448 weights, as counted from the published shards' headers; as the hub counts
+    moonshotai/Kimi-K2-Instruct, in 139,644 tensors of 1,029,173,256,720 bytes, with 61 leftover
+    rotary buffers (56 values of BF16 each) that no config asks for. Its card says 1T and 32B; the
+    1.04T and 32.6B of its technical report do not follow from its config.json."""
+    kimi = report(preset="kimi-k2")
+    assert kimi["parameters"]["main"] == 1_026_408_232_448 and kimi["parameters"]["mtp"] == 0
+    assert kimi["tensors"] + 61 == 139_644
+    assert kimi["parameters"]["total"] + 61 * 56 == 1_026_470_731_056
+    assert kimi["bytes"] + 61 * 56 * 2 == 1_029_173_256_720
+    without_embedding = activated_parameters(ModelConfig.kimi_k2(), embedding=False)
+    assert round(without_embedding / 1e9) == 32
+
+
+def test_moonlight():
+    """The hub counts 15,960,111,936 values, with 27 rotary buffers of 64; the card says 2.24B
+    activated and 15.29B in all without embedding and head, and 16B and 3B with them."""
+    moonlight, config = report(preset="moonlight")["parameters"], ModelConfig.moonlight()
+    assert moonlight["total"] + 27 * 64 == 15_960_111_936
+    both = 2 * config.vocab_size * config.hidden_size
+    assert f"{(moonlight['main'] - both) / 1e9:.2f}" == "15.29"
+    assert f"{(moonlight['activated'] - both) / 1e9:.2f}" == "2.24"
+    assert f"{moonlight['main'] / 1e9:.0f} {moonlight['activated'] / 1e9:.0f}" == "16 3"
+
+
+def test_glm_4_7_flash():
+    """zai-org/GLM-4.7-Flash on the hub: 31,221,488,576 values in 9,703 tensors (revision
+    7dd20894), 62,442,983,168 bytes by its dtypes; the card says 30B-A3B."""
+    glm, config = report(preset="glm-4.7-flash"), ModelConfig.glm_4_7_flash()
+    assert glm["parameters"]["total"] == 31_221_488_576
+    assert glm["tensors"] == 9_703 and glm["bytes"] == 62_442_983_168
+    both = 2 * config.vocab_size * config.hidden_size
+    assert round(glm["parameters"]["main"] / 1e9) == 30
+    assert round((glm["parameters"]["activated"] - both) / 1e9) == 3
+
+
 def test_671b_per_rank(v3):
     """Replicated tensors, counted by hand, are what 16 ranks hold beyond one copy."""
     ranks = v3["per_rank"]
@@ -57,6 +93,11 @@ def test_671b_memory_and_what_fits(v3):
     assert set(rows) == {1, 2, 4, 8, 16}
     assert rows[8][3] == "-" and rows[8][5] != "-"    # eight 80 GB cards are too small, H200 fit
     assert rows[16][3] != "-"
+    assert rows[4][6] == "-" and rows[4][7] != "-"    # four of 192 GiB hold it, four of 183 do not
+    # 81,559 MiB, a tenth left free, less the weights, over 70,272 bytes a token
+    held = memory_per_rank(ModelConfig.deepseek_v3(), 16)
+    room = (81_559 * 2**20 * 0.9 - held) / 70_272
+    assert float(rows[16][3]) == pytest.approx(room / 1000, abs=1)
     stored = v3["per_rank"][0]["bytes"]
     assert stored < memory_per_rank(ModelConfig.deepseek_v3(), 16) < 1.02 * stored
 

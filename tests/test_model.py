@@ -36,7 +36,8 @@ def random_router(config, bias_mean=0.0, seed=0):
 
 
 def route_by_hand(config, logits: list[float], bias: list[float]) -> dict[int, float]:
-    """Eq. 13-16 and TR 2.1.2 for one token, in Python numbers: expert -> weight."""
+    """Eq. 13-16 and TR 2.1.2 for one token, in Python numbers: expert -> weight. Without a bias
+    the released code ranks a group by its best expert alone."""
     if config.scoring_func == "sigmoid":
         score = [1 / (1 + math.exp(-z)) for z in logits]
     else:
@@ -45,7 +46,8 @@ def route_by_hand(config, logits: list[float], bias: list[float]) -> dict[int, f
     biased = [s + b for s, b in zip(score, bias)]
     size = len(logits) // config.n_group
     groups = [range(g * size, (g + 1) * size) for g in range(config.n_group)]
-    rank = sorted(groups, key=lambda g: -sum(sorted((biased[i] for i in g), reverse=True)[:2]))
+    count = 2 if config.gate_bias else 1
+    rank = sorted(groups, key=lambda g: -sum(sorted((biased[i] for i in g), reverse=True)[:count]))
     open_experts = [i for group in rank[:config.topk_group] for i in group]
     chosen = sorted(open_experts, key=lambda i: -biased[i])[:config.num_experts_per_tok]
     whole = sum(score[i] for i in chosen) if config.norm_topk_prob else 1.0

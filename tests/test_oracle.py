@@ -2,9 +2,11 @@
 
 transformers writes its random model to disk under the released names; ours reads that folder. So
 each case also tests names, spellings of the config and the loader. Bound: the largest logit
-difference is under 2e-5 of the largest logit.
+difference is under 2e-5 of the largest logit. The other families meet their own class, and their
+config.json is spelled as it is published.
 """
 
+import json
 import math
 
 import pytest
@@ -25,6 +27,11 @@ BASE = dict(
     num_nextn_predict_layers=0)
 YARN = dict(type="yarn", factor=8, original_max_position_embeddings=16, beta_fast=32, beta_slow=1)
 
+EQUAL_BETAS = dict(YARN, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
+ONE_GROUP = dict(n_group=1, topk_group=1)
+GLM = dict(architecture="Glm4MoeLiteForCausalLM", qk_nope_head_dim=24, v_head_dim=40,
+           routed_scaling_factor=1.8, mlp_layer_types=["dense", "dense", "sparse"])
+
 CASES = {
     "strongly negative bias": dict(bias=(-6.0, 1.0)),
     "bias larger than the scores": dict(bias=(0.0, 3.0)),
@@ -43,16 +50,43 @@ CASES = {
     "values wider than keys, two shared experts": dict(v_head_dim=40, n_shared_experts=2,
                                                        rms_norm_eps=1e-3),
     "dense only": dict(first_k_dense_replace=3),
+    "yarn over 6 tokens, fewer than 2 pi": dict(rope_scaling=dict(
+        YARN, original_max_position_embeddings=6, beta_fast=1, mscale=1.0, mscale_all_dim=1.0)),
+    "yarn over 2 tokens": dict(rope_theta=50.0, rope_scaling=dict(
+        YARN, original_max_position_embeddings=2)),
+    "kimi_k2": dict(
+        ONE_GROUP, n_routed_experts=24, num_attention_heads=2, num_key_value_heads=2,
+        routed_scaling_factor=2.827, rope_theta=50000.0, rope_scaling=EQUAL_BETAS,
+        published=dict(model_type="kimi_k2", rope_parameters=None, rope_theta=50000.0,
+                       rope_scaling=EQUAL_BETAS, num_nextn_predict_layers=0, scoring_func="sigmoid",
+                       topk_method="noaux_tc", seq_aux=True, aux_loss_alpha=0.001)),
+    "moonlight": dict(
+        ONE_GROUP, q_lora_rank=None, n_shared_experts=2, num_experts_per_tok=6, rms_norm_eps=1e-5,
+        routed_scaling_factor=2.446, rope_theta=50000.0,
+        published=dict(rope_parameters=None, rope_theta=50000.0, rope_scaling=None)),
+    "glm4_moe_lite": dict(
+        ONE_GROUP | GLM, rope_theta=1e6,
+        published=dict(mlp_layer_types=None, first_k_dense_replace=2, rope_parameters=None,
+                       rope_theta=1000000, rope_scaling=None, partial_rotary_factor=1.0,
+                       topk_method="noaux_tc", bos_token_id=None, eos_token_id=[2, 3])),
+    "glm4_moe_lite as transformers writes it": dict(
+        ONE_GROUP | GLM, q_lora_rank=None, mlp_layer_types=["dense", "sparse", "sparse"],
+        rope_scaling=dict(YARN, mscale=0.7, mscale_all_dim=1.2)),
 }
 
 
 def random_pair(folder, changes: dict, seed: int = 0):
-    """transformers' random model, and ours read from what it wrote."""
+    """transformers' random model, and ours read from what it wrote.
+
+    changes: of BASE; and bias, mean and spread of the routers' biases; architecture, the class;
+    published, what config.json says instead (None: nothing)."""
     changes = dict(changes)
     mean, spread = changes.pop("bias", (0.0, 0.5))
+    published = changes.pop("published", {})
+    model_class = getattr(transformers, changes.pop("architecture", "DeepseekV3ForCausalLM"))
     torch.manual_seed(seed)
-    config = transformers.DeepseekV3Config(**(BASE | changes), attn_implementation="eager")
-    theirs = transformers.DeepseekV3ForCausalLM(config).eval()
+    config = model_class.config_class(**(BASE | changes), attn_implementation="eager")
+    theirs = model_class(config).eval()
     with torch.no_grad():
         for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]:
             if name.endswith("e_score_correction_bias"):
@@ -62,6 +96,11 @@ def random_pair(folder, changes: dict, seed: int = 0):
             elif "inv_freq" not in name:
                 tensor.normal_(0.0, 1.0 / math.sqrt(tensor.shape[-1]))
     theirs.save_pretrained(folder)
+    if published:
+        file = folder / "config.json"
+        fields = json.loads(file.read_text()) | published
+        file.write_text(json.dumps({k: v for k, v in fields.items() if v is not None
+                                    or k in ("q_lora_rank", "rope_scaling")}))
     return theirs, load_model(folder, precision="fp32")
 
 
@@ -120,7 +159,7 @@ def test_ragged_rows_equal_transformers_row_by_row(pair):
 
 
 @pytest.mark.parametrize("case", ["strongly negative bias", "yarn past the original length",
-                                  "queries not compressed"])
+                                  "queries not compressed", "kimi_k2", "glm4_moe_lite"])
 def test_greedy_ids_equal_transformers_over_64_tokens(tmp_path, case):
     theirs, ours = random_pair(tmp_path, CASES[case], seed=3)
     prompt = tokens(ours, 1, 7)
@@ -165,3 +204,40 @@ def test_preset_and_new_spelling_give_transformers_frequencies():
     assert yarn_temperature(40, 1.0) == pytest.approx(1.36889, abs=5e-6)
     assert ModelConfig.from_dict(theirs.to_dict()).but(
         quantization_config=config.quantization_config) == config
+
+
+@pytest.mark.parametrize("original", [1, 2, 5, 6, 7, 32, 150, 201, 202, 4096])
+@pytest.mark.parametrize("betas", [(1.0, 1.0), (32.0, 1.0), (4.0, 4.0), (0.5, 0.25)])
+@pytest.mark.parametrize("dim, theta", [(64, 50000.0), (8, 30.0)])
+def test_every_ramp_is_transformers(original, betas, dim, theta):
+    """Equal betas, and contexts in which no pair turns beta_slow times, or none beta_fast."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+
+    from dsv3.config import YarnScaling
+    from dsv3.rope import inverse_frequencies
+    config = ModelConfig.kimi_k2().but(qk_rope_head_dim=dim, rope_theta=theta,
+                                       rope_scaling=YarnScaling(
+        factor=32, original_max_position_embeddings=original, beta_fast=betas[0],
+        beta_slow=betas[1], mscale=1.0, mscale_all_dim=1.0))
+    rotary = DeepseekV3RotaryEmbedding(transformers.DeepseekV3Config(**config.to_dict()))
+    torch.testing.assert_close(inverse_frequencies(config), rotary.inv_freq, rtol=1e-6, atol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("case", ["kimi_k2", "glm4_moe_lite"])
+def test_transformers_reads_a_family_that_we_write(tmp_path, case):
+    """save_model keeps the published name; and transformers' own class loads the folder. It does
+    not know the name kimi_k2, so there it is told deepseek_v3, as Kimi K2's card says."""
+    from dsv3.checkpoint import save_model
+    _, ours = random_pair(tmp_path / "theirs", CASES[case])
+    save_model(ours, tmp_path / "ours")
+    fields = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert fields.pop("model_type") == case
+    model_class = getattr(transformers, CASES[case].get("architecture", "DeepseekV3ForCausalLM"))
+    theirs = model_class.from_pretrained(
+        tmp_path / "ours", config=model_class.config_class(**fields), dtype=torch.float32,
+        attn_implementation="eager").eval()
+    again = load_model(tmp_path / "ours", precision="fp32")
+    assert again.config == ours.config
+    text = tokens(ours, 1, 40)
+    assert gap(again(text), theirs(text).logits) < BOUND
