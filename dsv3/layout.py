@@ -281,8 +281,9 @@ def _sharding_problem(c: ModelConfig, size: int, blocks: bool) -> DSV3Error | No
         if getattr(c, field) % size:
             return DSV3Error(f"cannot be split over {size} ranks", where=field,
                              found=getattr(c, field), expected=f"a multiple of {size}")
-    # One layer of each kind stands for all.
+    # One layer of each kind stands for all, and its routed experts stay whole.
     few = c.but(num_hidden_layers=min(c.num_hidden_layers, c.first_k_dense_replace + 1),
+                n_routed_experts=1, num_experts_per_tok=1, n_group=1, topk_group=1,
                 quantization_config=QuantizationConfig() if blocks else None)
     for spec in layout(few, scales=False, mtp=False):
         if spec.shard_dim is None:

@@ -149,7 +149,8 @@ def block_scale(amax: Float32[Tensor, "*shape"], scale_format: str,
 
     "float32": amax / 448, at least 1e-12. "ue8m0": the smallest power of two not below that.
     A block with an infinity or a NaN in it gets the scale NaN, so that nothing computed from it
-    can look like a number.
+    can look like a number. The floor only keeps a division by zero away, on purpose: the released
+    kernel takes every maximum for 1e-4 at least, which costs tiles of small values their precision.
     """
     scale = (amax / largest).clamp(min=SMALLEST_SCALE)
     if scale_format == "ue8m0":

@@ -16,7 +16,9 @@ rows of wkv_a are 4.5 blocks) counts as padded with zeros: it has its own scale,
 ceil(rows / 128) of them.
 
 How scales were made is a property of the tensor, not an argument that someone can forget: a layer
-whose weights have power-of-two scales ("ue8m0") quantises its activations the same way.
+whose weights have power-of-two scales ("ue8m0") quantises its activations the same way. Here we
+differ on purpose from the released code, whose column- and row-parallel layers forget the format
+and scale their activations by any float32.
 
 A block with an infinity or a NaN gets the scale NaN: all of it, and all that is computed from it,
 is NaN.
