@@ -55,8 +55,8 @@ FAMILIES: Mapping[str, Family] = {
 _OTHERS: Mapping[str, str] = {
     "axk1": "post_mlp_layernorm, a norm behind the experts",
     "axk2": "index_topk, an indexer that picks the tokens attention sees, and gated norms",
-    "deepseek_v2": "a router with softmax scores, no bias and another choice (scoring_func, "
-                   "topk_method)",
+    "deepseek_v2": "its choice of experts (topk_method greedy or group_limited_greedy, with "
+                   "scoring_func softmax)",
     "deepseek_v32": "index_topk, an indexer that picks the tokens attention sees",
     "deepseek_v4": "hyper-connections and compressed attention (hc_mult, compress_rates)",
     "glm4_moe": "grouped-query attention (num_key_value_heads)",
@@ -99,7 +99,7 @@ FIXED: Mapping[str, tuple] = {
 }
 # transformers' second names.
 _ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
-# Absent, they are one thing to one tool and another to the next; none shows in a tensor's shape.
+# Absent, they are one thing to one tool and another to the next.
 NEVER_GUESSED = ("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob",
                   "first_k_dense_replace", "rms_norm_eps", "rope_theta")
 
@@ -108,8 +108,7 @@ _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
 # Also met in rope_scaling, with the only value that changes nothing (None: absent).
 _ROPE_FIXED = {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1}
 _QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-                 "weight_block_size": [128, 128]}
-_QUANTIZATION_FIXED = {"modules_to_convert": None, "expert_dtype": "fp8"}
+                 "weight_block_size": [128, 128], "expert_dtype": "fp8"}
 
 
 def translate(data: dict) -> dict:
@@ -161,9 +160,9 @@ def _check_model(data: dict) -> None:
     if model_type is None:
         raise DSV3Error("missing field", where="model_type", expected=f"one of {known}")
     if isinstance(data.get("text_config"), dict):
-        raise DSV3Error("unsupported model", where="model_type", found=quoted(model_type),
-                        expected=f"one of {known}", fix="text_config: the language model lies "
-                        "inside another one, which this package does not take apart")
+        raise DSV3Error("unsupported model", where="text_config",
+                        found=f"a model inside another, of type {quoted(model_type)}",
+                        expected=f"a language model by itself, of type {known.replace(', ', ' or ')}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise DSV3Error("unsupported model", where="model_type", found=quoted(model_type),
                         expected=f"one of {known}", fix=_hint(model_type))
@@ -183,8 +182,8 @@ def _hint(model_type) -> str:
     if model_type in _DISTILLED:
         return (f"Models distilled from R1 have the architecture of {model_type}, not "
                 f"DeepSeek-V3's; load them with a tool for {model_type}")
-    if isinstance(model_type, str) and model_type in _OTHERS:
-        return f"What it has and this package does not: {_OTHERS[model_type]}"
+    if isinstance(model_type, str) and model_type.lower() in _OTHERS:
+        return f"What it has and this package does not: {_OTHERS[model_type.lower()]}"
     return "This name is not in the package's table of families (dsv3/families.py)"
 
 
@@ -228,7 +227,9 @@ def _rope(data: dict) -> dict:
         if rope.get("rope_theta") is not None:
             _set(found, "rope_theta", rope["rope_theta"], f"{name}.rope_theta")
         if rope:
-            _set(found, "rope_scaling", _yarn(rope, name), name)
+            yarn = _yarn(rope, name)
+            if found.setdefault("rope_scaling", yarn) != yarn:
+                raise DSV3Error("contradicts rope_scaling", where=name, found=quoted(rope))
     return {"rope_scaling": None, **found}
 
 
@@ -282,7 +283,7 @@ def _quantization(data) -> dict | None:
         if value is None or key in ("scale_fmt", "modules_to_not_convert", "ignored_layers",
                                     "dequantize"):
             continue
-        only = _QUANTIZATION.get(key, _QUANTIZATION_FIXED.get(key))
+        only = _QUANTIZATION.get(key)
         if not _one_of(value, (only,)):
             raise _unsupported(f"{name}.{key}", value, only)
     result = {}
@@ -304,11 +305,12 @@ def _quantization(data) -> dict | None:
 
 
 def quoted(value) -> str:
-    """A value as Python writes it, so that "1" is not taken for 1."""
+    """A value as Python writes it, so that "1" is not taken for 1; at most 80 characters."""
     try:
-        return repr(value)
+        text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, a deep nest
         return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 80 else f"{text[:52]} ... {text[-22:]}"
 
 
 def _set(values: dict, name: str, value, source: str) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from dsv3.config import PRESETS, ModelConfig
 from dsv3.errors import DSV3Error
+from dsv3.families import FAMILIES
 from dsv3.layout import TensorSpec, check_sharding, layout, valid_sizes
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
@@ -129,7 +130,9 @@ def table(result: dict, config: ModelConfig) -> str:
     """A report as text, with what fits on which GPUs."""
     p = result["parameters"]
     precision = "fp8" if config.quantization_config else "bf16"
-    lines = ["parameters",
+    family = FAMILIES[config.model_type]
+    lines = [f"{config.model_type} ({family.models})", f"  {family.adds}",
+             "parameters",
              f"  main model             {p['main']:>19,}",
              f"  activated per token    {p['activated']:>19,}",
              f"    without embedding    {activated_parameters(config, embedding=False):>19,}",

@@ -12,6 +12,7 @@ from dsv3.checkpoint import load_model, save_model
 from dsv3.config import ModelConfig, QuantizationConfig, YarnScaling
 from dsv3.diff import TheirModel, compare, diff
 from dsv3.errors import DSV3Error
+from dsv3.families import FAMILIES
 from dsv3.model import Transformer
 
 pytest.importorskip("transformers")
@@ -74,6 +75,8 @@ CASES = {
 def test_a_sound_checkpoint_agrees_in_every_part(tmp_path, capsys, case):
     save_random(tmp_path, CASES[case])
     assert diff(tmp_path) == 0
+    theirs = TheirModel.from_folder(tmp_path).main
+    assert type(theirs).__name__ == FAMILIES[CASES[case].model_type].architecture
     shown = capsys.readouterr().out
     assert "layers.2.ffn.gate choices" in shown and "departs" not in shown
     assert ("mtp.0.head" in shown) == (CASES[case].num_nextn_predict_layers > 0)

@@ -140,6 +140,8 @@ def test_prints_json_or_a_table(capsys):
     assert json.loads(capsys.readouterr().out) == report(preset="mini", ranks=2)
     inspect(preset="mini")
     assert "activated per token" in capsys.readouterr().out
+    inspect(preset="glm-4.7-flash")
+    assert "glm4_moe_lite (GLM-4.7-Flash)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, message", [

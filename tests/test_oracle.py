@@ -159,7 +159,7 @@ def test_ragged_rows_equal_transformers_row_by_row(pair):
 
 
 @pytest.mark.parametrize("case", ["strongly negative bias", "yarn past the original length",
-                                  "queries not compressed", "kimi_k2", "glm4_moe_lite"])
+                                  "queries not compressed", "glm4_moe_lite"])
 def test_greedy_ids_equal_transformers_over_64_tokens(tmp_path, case):
     theirs, ours = random_pair(tmp_path, CASES[case], seed=3)
     prompt = tokens(ours, 1, 7)
