@@ -18,11 +18,12 @@ import torch
 
 from dsv3.config import CONFIG_FILE, ModelConfig
 from dsv3.errors import DSV3Error
+from dsv3.folder import claim
 from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale, quantize_weight
 from dsv3.layout import TensorSpec, check_sharding, layout
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.safetensors_io import DTYPES, StreamWriter, unwritable, write_text
+from dsv3.safetensors_io import DTYPES, PARTIAL, StreamWriter, remove, write_text
 from dsv3.shards import (INDEX_FILE, SINGLE_FILE, CheckpointReader, check_tensors,
                          converted_ranks, copy_companions, index_text, open_checkpoint)
 
@@ -111,8 +112,17 @@ def save_model(model: Transformer, folder: str | Path, tokenizer_dir: str | Path
     Weights become FP8 with scales where the released ones are, if the config has a
     quantization_config, and bfloat16 otherwise. The MTP modules leave out their copies of
     embedding and head. tokenizer_dir: where to copy the tokenizer's files from. config.json comes
-    last, so that an unfinished folder is not taken for a checkpoint.
+    last, so that an unfinished folder is not taken for a checkpoint. Raises DSV3Error when the
+    model cannot be saved, and when another job writes into the folder or it holds another
+    checkpoint.
     """
+    with claim(folder, "saving a model"):
+        write_model(model, folder, tokenizer_dir, max_shard_bytes)
+
+
+def write_model(model: Transformer, folder: str | Path, tokenizer_dir: str | Path | None = None,
+                max_shard_bytes: int = 5 * 10**9) -> None:
+    """``save_model`` for a caller that holds the folder already (``dsv3.folder.claim``)."""
     folder = Path(folder)
     if model.group.size > 1:
         raise DSV3Error("a model cut over several ranks cannot be saved", found=model.group.size,
@@ -121,16 +131,14 @@ def save_model(model: Transformer, folder: str | Path, tokenizer_dir: str | Path
         raise DSV3Error("an FP8 model is not saved again", expected="a model in bf16 or fp32",
                         fix="Use the checkpoint that it was loaded from")
     shards = split_shards(layout(model.config, mtp_copies=False), max_shard_bytes)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from None
-    others = {path.name for path in folder.glob("*.safetensors*")} - {*shards, INDEX_FILE}
+    others = {path.name.removesuffix(PARTIAL)  # what a kill left of these very files is ours
+              for path in folder.glob("*.safetensors*")} - {*shards, INDEX_FILE}
     if others:
         raise DSV3Error("the folder holds another checkpoint", where=folder,
                         found=sorted(others)[0], fix="Name an empty or new folder")
     files = {name: [(s.hf_name, s.dtype, s.shape) for s in specs]
              for name, specs in shards.items()}
+    remove(folder / CONFIG_FILE)  # from here on the folder is unfinished
     for file_name, specs in shards.items():
         with StreamWriter(folder / file_name, files[file_name]) as out:
             for name, value in _stored_forms(model, specs):
@@ -138,7 +146,7 @@ def save_model(model: Transformer, folder: str | Path, tokenizer_dir: str | Path
     if len(shards) > 1:
         write_text(folder / INDEX_FILE, index_text(files))
     else:
-        (folder / INDEX_FILE).unlink(missing_ok=True)
+        remove(folder / INDEX_FILE)
     if tokenizer_dir is not None:
         copy_companions(Path(tokenizer_dir), folder)
     write_text(folder / CONFIG_FILE, model.config.to_json())

@@ -8,11 +8,13 @@ A job of 689 GB is likely to be interrupted. Each file appears under its name on
 and a record in the output folder says which job is under way and from which input. When the same
 job is started again, files whose headers and sizes are as planned are skipped, and the one that
 was being written starts anew. config.json comes last, then the record goes: a folder without
-config.json is unfinished, and nothing takes it for a checkpoint.
+config.json is unfinished, and nothing takes it for a checkpoint. While a job runs it claims its
+folder (``dsv3.folder``), so that no second one touches what it writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -25,9 +27,11 @@ import torch
 from tqdm import tqdm
 
 from dsv3.config import CONFIG_FILE
-from dsv3.errors import DSV3Error
-from dsv3.safetensors_io import (Planned, SafetensorsFile, StreamWriter, build_header,
-                                 stored_bytes, unwritable, write_text)
+from dsv3.errors import DSV3Error, shown
+from dsv3.files import read_json, read_text
+from dsv3.folder import LOCK_FILE, claim
+from dsv3.safetensors_io import (PARTIAL, Planned, SafetensorsFile, StreamWriter, build_header,
+                                 remove, stored_bytes, write_text)
 from dsv3.shards import INDEX_FILE, CheckpointReader, copy_companions, index_text
 
 RECORD_FILE = ".dsv3-unfinished.json"
@@ -59,29 +63,30 @@ def run_job(task: str, reader: CheckpointReader, out_dir: str | Path, outputs: l
     DSV3Error when the folder is in use for something else, or the disk too small or not writable.
     """
     out = Path(out_dir)
-    record = {"task": task, "source": _fingerprint(reader)}
-    resumed = _check_folder(out, record)
-    done = {o.name for o in outputs if resumed and _is_complete(out / o.name, o.tensors)}
-    plan = _plan(task, reader, out, outputs, done)
-    if progress:
-        print(plan_text(plan), file=sys.stderr)
-    if dry_run:
-        return plan
-    if plan["bytes_to_write"] > plan["bytes_free"]:
-        raise DSV3Error("not enough space on the disk", where=out,
-                        found=f"{plan['bytes_free'] / 1e9:.1f} GB free",
-                        expected=f"{plan['bytes_to_write'] / 1e9:.1f} GB",
-                        fix="Free some disk space, or name another folder")
-    created = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(out, error) from None
+    with contextlib.nullcontext() if dry_run else claim(out, task):
+        record = _record(task, reader)
+        resumed = _check_folder(out, record)
+        done = {o.name for o in outputs if resumed and _is_complete(out / o.name, o.tensors)}
+        leftovers = [path for o in outputs if resumed and o.name not in done
+                     for path in (out / o.name, out / (o.name + PARTIAL)) if path.is_file()]
+        plan = _plan(task, reader, out, outputs, done, leftovers)
+        if progress:
+            print(plan_text(plan), file=sys.stderr)
+        if not dry_run:
+            _check_space(plan)
+            for path in leftovers:
+                remove(path)
+            _write(reader, out, outputs, done, plan, record, config_text, index, progress)
+    return plan
+
+
+def _write(reader: CheckpointReader, out: Path, outputs: list[Output], done: set[str], plan: dict,
+           record: dict, config_text: str, index: bool, progress: bool) -> None:
     finished = len(done)
     try:
         write_text(out / RECORD_FILE, json.dumps(record) + "\n")
         with tqdm(total=plan["bytes"], initial=plan["bytes"] - plan["bytes_to_write"], unit="B",
-                  unit_scale=True, desc=task, file=sys.stderr,
+                  unit_scale=True, desc=plan["task"], file=sys.stderr,
                   disable=None if progress else True) as bar:  # None: off where there is no tty
             for output in outputs:
                 if output.name in done:
@@ -98,11 +103,8 @@ def run_job(task: str, reader: CheckpointReader, out_dir: str | Path, outputs: l
         (out / RECORD_FILE).unlink()
     except BaseException:
         if not finished:  # nothing worth resuming
-            (out / RECORD_FILE).unlink(missing_ok=True)
-            if created:
-                out.rmdir()
+            remove(out / RECORD_FILE)
         raise
-    return plan
 
 
 def row_bands(reader: CheckpointReader, name: str, part: tuple[range, ...] | None = None, *,
@@ -125,13 +127,13 @@ def row_bands(reader: CheckpointReader, name: str, part: tuple[range, ...] | Non
 def plan_text(plan: dict) -> str:
     """The plan as a few lines for people."""
     files = plan["files"]
-    lines = [f"{plan['task']} -> {plan['out_dir']}"]
-    shown = files if len(files) <= 8 else files[:4] + files[-3:]
-    for file in shown:
-        lines.append(f"  {file['name']}: {file['tensors']} tensors, {file['bytes'] / 1e9:.3f} GB"
+    lines = [f"{plan['task']} -> {shown(plan['out_dir'])}"]
+    listed = files if len(files) <= 8 else files[:4] + files[-3:]
+    for file in listed:
+        lines.append(f"  {shown(file['name'])}: {file['tensors']} tensors, {file['bytes'] / 1e9:.3f} GB"
                      + (", done" if file["done"] else ""))
-    if len(shown) < len(files):
-        lines.insert(5, f"  ... {len(files) - len(shown)} more files ...")
+    if len(listed) < len(files):
+        lines.insert(5, f"  ... {len(files) - len(listed)} more files ...")
     lines.append(f"  to write: {plan['bytes_to_write'] / 1e9:.3f} GB of {plan['bytes'] / 1e9:.3f}; "
                  f"free on the disk: {plan['bytes_free'] / 1e9:.3f} GB; "
                  f"largest tensor: {plan['largest_tensor'] / 1e9:.3f} GB")
@@ -139,7 +141,7 @@ def plan_text(plan: dict) -> str:
 
 
 def _plan(task: str, reader: CheckpointReader, out: Path, outputs: list[Output],
-          done: set[str]) -> dict:
+          done: set[str], leftovers: list[Path]) -> dict:
     files = [{"name": o.name, "tensors": len(o.tensors), "bytes": o.nbytes,
               "done": o.name in done} for o in outputs]
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
@@ -147,10 +149,20 @@ def _plan(task: str, reader: CheckpointReader, out: Path, outputs: list[Output],
         "task": task, "out_dir": str(out), "files": files,
         "bytes": sum(f["bytes"] for f in files),
         "bytes_to_write": sum(f["bytes"] for f in files if not f["done"]),
-        "bytes_free": shutil.disk_usage(place).free,
+        # What a killed job left of its unfinished file takes room that is about to be free.
+        "bytes_free": shutil.disk_usage(place).free
+        + sum(path.stat().st_blocks * 512 for path in leftovers),
         "largest_tensor": max(*(stored_bytes(t) for o in outputs for t in o.tensors),
                               *(reader.entry(name).nbytes for name in reader.home)),
     }
+
+
+def _check_space(plan: dict) -> None:
+    if plan["bytes_to_write"] > plan["bytes_free"]:
+        raise DSV3Error("not enough space on the disk", where=plan["out_dir"],
+                        found=f"{plan['bytes_free'] / 1e9:.1f} GB free",
+                        expected=f"{plan['bytes_to_write'] / 1e9:.1f} GB",
+                        fix="Free some disk space, or name another folder")
 
 
 def _check_folder(out: Path, record: dict) -> bool:
@@ -159,18 +171,29 @@ def _check_folder(out: Path, record: dict) -> bool:
         return False
     if not out.is_dir():
         raise DSV3Error("not a folder", where=out, fix="Name an empty or new folder")
-    try:
-        found = json.loads((out / RECORD_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if any(out.iterdir()):
+    file = out / RECORD_FILE
+    if not file.exists():
+        # A kill within the very first write leaves only the record's unfinished copy.
+        if {path.name for path in out.iterdir()} - {LOCK_FILE, RECORD_FILE + PARTIAL}:
             raise DSV3Error("the output folder is not empty", where=out,
-                            fix="Name an empty or new folder") from None
+                            fix="Name an empty or new folder")
         return False
-    except (OSError, ValueError):
-        found = None
-    if found != record:
-        raise DSV3Error("the output folder holds an unfinished job of another kind or from other "
-                        "input", where=out, fix="Remove it, or name another folder")
+    try:
+        found = read_json(file)
+        task, files = found["task"], dict(found["input"])
+    except (DSV3Error, KeyError, TypeError, ValueError):
+        task, files = "of an unknown kind", {}
+    if task != record["task"]:
+        raise DSV3Error("the output folder holds an unfinished job of another kind", where=out,
+                        found=task, expected=record["task"],
+                        fix="Remove it, or name another folder")
+    for name in sorted({*files, *record["input"]}):
+        if files.get(name) != record["input"].get(name):
+            raise DSV3Error(
+                "the output folder holds an unfinished job from other input", where=out,
+                found=f"{name} has been replaced, copied or given other permissions since",
+                fix="Remove the output folder and start again: its files and new ones could be "
+                    "of two models")
     return True
 
 
@@ -182,9 +205,9 @@ def _is_complete(path: Path, tensors: list[Planned]) -> bool:
         return False
 
 
-def _fingerprint(reader: CheckpointReader) -> str:
-    """Changes when a file of the input is replaced."""
-    text = (reader.folder / CONFIG_FILE).read_text(encoding="utf-8")
-    for name, file in sorted(reader.files.items()):
-        text += f"{name} {file.size} {file.path.stat().st_mtime_ns}\n"
-    return hashlib.sha256(text.encode()).hexdigest()
+def _record(task: str, reader: CheckpointReader) -> dict:
+    """What a resumed job must find again: the task, and a digest of each file of its input."""
+    config = read_text(reader.folder / CONFIG_FILE)
+    return {"task": task, "input": {
+        CONFIG_FILE: hashlib.sha256(config.encode()).hexdigest()[:32],
+        **{name: file.fingerprint() for name, file in sorted(reader.files.items())}}}

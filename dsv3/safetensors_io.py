@@ -16,6 +16,8 @@ truncated download or a wrong offset otherwise shows up as noise in some layer.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -26,6 +28,7 @@ from pathlib import Path
 import torch
 
 from dsv3.errors import DSV3Error
+from dsv3.files import open_plain, parse_json, refuse_foreign, unreadable, unwritable
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -38,8 +41,10 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 # Bytes moved at a time. It bounds the memory of everything that streams.
 PIECE = 16 << 20
-# The header that the safetensors library accepts is not longer either.
-_MAX_HEADER = 100_000_000
+# Twice the header that all 91,991 tensors of the 671B model would need in one file.
+_MAX_HEADER = 32 << 20
+# Pieces of a file's content that its fingerprint takes in, and their bytes.
+_SAMPLES, _SAMPLE = 16, 4096
 # What a file is called while it is written.
 PARTIAL = ".partial"
 
@@ -86,12 +91,7 @@ class SafetensorsFile:
         self.path = Path(path)
         self.bytes_read = 0
         refuse_pickle(self.path)
-        try:
-            self._file = open(self.path, "rb", buffering=0)
-        except FileNotFoundError:
-            raise DSV3Error("no such file", where=self.path) from None
-        except OSError as error:
-            raise unreadable(self.path, error) from None
+        self._file = open_plain(self.path)
         try:
             self._read_header()
         except BaseException:
@@ -149,19 +149,40 @@ class SafetensorsFile:
                                 where=f"{self.path}: {name}")
             view, at = view[got:], at + got
 
+    def _read_at(self, at: int, count: int) -> bytes:
+        try:
+            return os.pread(self._file.fileno(), count, at)
+        except OSError as error:
+            raise unreadable(self.path, error) from None
+
+    def fingerprint(self) -> str:
+        """Digest that changes when the file is replaced, however well its times were kept.
+
+        ``cp -p``, ``rsync -t`` and ``tar`` set the time of the last change back, but not the time
+        at which that was done (ctime). Where a file system knows no such time, the header and a
+        few pieces of the content tell most other files apart; all of it would take hours to read.
+        """
+        about = os.fstat(self._file.fileno())
+        digest = hashlib.sha256(f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}".encode())
+        digest.update(self._read_at(0, self._data))
+        for piece in range(_SAMPLES):
+            at = self._data + (self.size - self._data) * piece // _SAMPLES
+            digest.update(self._read_at(at, _SAMPLE))
+        return digest.hexdigest()[:32]
+
     def _read_header(self) -> None:
         self.size = os.fstat(self._file.fileno()).st_size
-        head = self._file.read(8)
-        length = int.from_bytes(head, "little")
+        head = self._read_at(0, 64)
+        length = int.from_bytes(head[:8], "little")
         if len(head) < 8 or length > min(self.size - 8, _MAX_HEADER):
+            refuse_foreign(self.path, head)
             raise DSV3Error(
                 "truncated, or not a safetensors file", where=self.path,
                 found=f"a header said to take {length} bytes in a file of {self.size}",
                 fix="Download the file again")
         self._data = 8 + length
         try:
-            header = json.loads(self._file.read(length).decode("utf-8"),
-                                object_pairs_hook=no_duplicates)
+            header = parse_json(self._read_at(8, length).decode("utf-8"), unique=True)
             if not isinstance(header, dict):
                 raise ValueError("it is not an object")
             self.metadata = header.pop("__metadata__", {})
@@ -175,7 +196,7 @@ class SafetensorsFile:
                     raise ValueError(f"{name} starts at byte {entry.start} of the data, "
                                      f"where {end} is next: tensors overlap or leave a gap")
                 end = entry.end
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise DSV3Error("damaged header", where=self.path, found=error,
                             fix="Download the file again") from None
         if self._data + end != self.size:
@@ -250,8 +271,9 @@ class StreamWriter:
             raise unwritable(self.path, error) from None
 
     def _abandon(self) -> None:
-        self._file.close()
-        self.partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # some disks report only now that they are full
+            self._file.close()
+        remove(self.partial)
 
 
 def build_header(tensors: Iterable[Planned]) -> tuple[bytes, dict]:
@@ -291,8 +313,15 @@ def write_text(path: Path, text: str) -> None:
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        remove(partial)
         raise unwritable(path, error) from None
+
+
+def remove(path: Path) -> None:
+    """Remove an unfinished file of ours if it is there; where that fails, too, the failure that
+    led here is the one to be told."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -331,26 +360,6 @@ def _counts(value: object) -> bool:
     return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
 
 
-def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    """Hook for ``json.loads``: an object whose names are all different, else ValueError."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} appears twice")
-    return result
-
-
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     flat = tensor.reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy()) if flat.numel() else memoryview(b"")
-
-
-def unreadable(path: Path, error: OSError) -> DSV3Error:
-    """The system's refusal to read, as an error for people."""
-    return DSV3Error("cannot be read", where=path, found=error.strerror or error)
-
-
-def unwritable(path: Path, error: OSError) -> DSV3Error:
-    """The system's refusal to write, as an error for people."""
-    return DSV3Error("cannot be written", where=path, found=error.strerror or error,
-                     fix="Free some disk space, or name another folder")

@@ -19,9 +19,10 @@ import torch
 
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
+from dsv3.files import parse_json, read_text, unwritable
 from dsv3.layout import TensorSpec, layout
-from dsv3.safetensors_io import (PARTIAL, PICKLES, Entry, Planned, SafetensorsFile, no_duplicates,
-                                 refuse_pickle, stored_bytes, unreadable, unwritable)
+from dsv3.safetensors_io import (PARTIAL, PICKLES, Entry, Planned, SafetensorsFile, refuse_pickle,
+                                 remove, stored_bytes)
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -138,14 +139,12 @@ class CheckpointReader:
 def read_index(path: Path) -> dict[str, str]:
     """weight_map of an index: tensor name -> name of a file beside it. Checked."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+        data = parse_json(read_text(path), unique=True)
         weight_map = data["weight_map"]
         if not (isinstance(weight_map, dict) and weight_map
                 and all(isinstance(f, str) for f in weight_map.values())):
             raise ValueError("weight_map is not an object of file names")
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise DSV3Error("damaged index", where=path, found=error,
                         expected='{"metadata": {...}, "weight_map": {tensor: file}}') from None
     for file_name in set(weight_map.values()):
@@ -188,7 +187,7 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(path, partial)
             partial.replace(target / path.name)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            remove(partial)
             raise unwritable(target / path.name, error) from None
 
 

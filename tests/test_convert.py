@@ -17,6 +17,7 @@ from dsv3.checkpoint import load_model
 from dsv3.config import QuantizationConfig
 from dsv3.convert import convert
 from dsv3.errors import DSV3Error
+from dsv3.folder import LOCK_FILE
 from dsv3.jobs import RECORD_FILE
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.safetensors_io import StreamWriter
@@ -193,7 +194,7 @@ def test_resume_after_a_kill(tmp_path, monkeypatch):
                           cwd=root)
     assert done.returncode == -signal.SIGKILL
     left = sorted(os.listdir(out))
-    assert left == [RECORD_FILE, "model0-mp2.safetensors", "model1-mp2.safetensors.partial",
+    assert left == [LOCK_FILE, RECORD_FILE, "model0-mp2.safetensors", "model1-mp2.safetensors.partial",
                     "mtp0-mp2.safetensors"]
     with pytest.raises(DSV3Error):  # unfinished, and no loader takes it for a checkpoint
         load_model(out, group=TensorGroup(0, 2))
