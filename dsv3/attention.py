@@ -69,6 +69,7 @@ class KVCache:
                    Float[Tensor, "b t kv_heads d_h"], Float[Tensor, "b t kv_heads d_v"]]:
         """Write a layer's new keys and values after the old; return those of all t tokens.
 
+        What is kept is numbers and no history: a gradient reaches the new tokens, no earlier ones.
         Raises DSV3Error when they do not fit.
         """
         total = self.length + k.shape[1]
@@ -77,9 +78,14 @@ class KVCache:
                             found=f"{self.length} + {k.shape[1]} tokens",
                             expected=f"at most {self.max_seq_len}",
                             fix="Make the cache longer (max_seq_len)")
-        self.keys[layer, :, self.length:total] = k
-        self.values[layer, :, self.length:total] = v
-        return self.keys[layer, :, :total], self.values[layer, :, :total]
+        self.keys[layer, :, self.length:total] = k.detach()
+        self.values[layer, :, self.length:total] = v.detach()
+        keys, values = self.keys[layer, :, :total], self.values[layer, :, :total]
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            # Copies: later passes write into the store, which would spoil the graph.
+            keys = torch.cat([keys[:, :self.length], k.to(keys.dtype)], 1)
+            values = torch.cat([values[:, :self.length], v.to(values.dtype)], 1)
+        return keys, values
 
     def advance(self, count: int) -> None:
         """Count the tokens of a finished forward pass, when all layers have appended theirs."""

@@ -23,6 +23,7 @@ from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale, quantize_weight
 from dsv3.layout import TensorSpec, check_sharding, layout
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
+from dsv3.placement import agree
 from dsv3.safetensors_io import DTYPES, PARTIAL, StreamWriter, remove, write_text
 from dsv3.shards import (INDEX_FILE, SINGLE_FILE, CheckpointReader, check_tensors,
                          converted_ranks, copy_companions, index_text, open_checkpoint)
@@ -31,15 +32,17 @@ from dsv3.shards import (INDEX_FILE, SINGLE_FILE, CheckpointReader, check_tensor
 def load_model(folder: str | Path, precision: str = "fp8",
                device: torch.device | str | None = None,
                group: TensorGroup | None = None) -> Transformer:
-    """Load this rank's part of a model, ready to use.
+    """Load this rank's part of a model, ready to use: its weights ask for no gradient.
 
     folder: a checkpoint in the released layout, or one converted for exactly this many ranks.
     precision: "fp8", "bf16" or "fp32"; any of them loads from FP8 and from plain checkpoints.
     device: where the weights go; default: the group's device, or the CPU. group: the ranks that
-    share the model. Raises DSV3Error, naming the file or tensor, for anything that does not fit.
+    share the model, on the same device. The end tokens of a ``generation_config.json`` become the
+    model's ``eos_ids``. Raises DSV3Error, naming the file or tensor, for anything that does not
+    fit.
     """
     folder = Path(folder)
-    group = group or TensorGroup.single(device or "cpu")
+    group, device = agree(group, device)
     ranks = converted_ranks(folder)
     if ranks:
         config, reader, pick = _open_converted(folder, group, ranks)
@@ -55,7 +58,7 @@ def load_model(folder: str | Path, precision: str = "fp8",
                 scale = pick(spec.scale) if spec.scale else None
                 check_values(spec.name, value, scale)
                 model.load_weight(spec.name, value, scale)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def _open_released(folder: Path, group: TensorGroup):

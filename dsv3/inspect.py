@@ -101,8 +101,8 @@ def memory_per_rank(config: ModelConfig, size: int, precision: str = "fp8") -> i
 
     More than in the files: wkv_b is kept in float32, and so is the router.
     """
-    return sum(held_bytes(Transformer(config, precision, TensorGroup(0, size),
-                                      device="meta")).values())
+    return sum(held_bytes(Transformer(
+        config, precision, TensorGroup(0, size, device="meta"))).values())
 
 
 def held_bytes(model: Transformer) -> dict[str, int]:
@@ -151,7 +151,7 @@ def table(result: dict, config: ModelConfig) -> str:
               + "".join(f"{f'{name} {gb}':>16}" for name, gb in GPUS.items())]
     tensors = [(spec, spec.dtype) for spec in layout(config)]
     asked = len(result["per_rank"])
-    held = held_bytes(Transformer(config, precision, TensorGroup(0, asked), device="meta"))
+    held = held_bytes(Transformer(config, precision, TensorGroup(0, asked, device="meta")))
     lines[-4:-4] = ["", f"in the memory of GPU 0 of {asked}, {precision}"] + [
         f"  {kind + ', bytes':<23}{count:>19,}" for kind, count in held.items()]
     for size in valid_sizes(config):

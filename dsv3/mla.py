@@ -27,11 +27,12 @@ The core computes from the stored values in both forms and rounds nothing on the
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Complex64, Float, Int
+from jaxtyping import Bool, Complex64, Float, Int, Shaped
 from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
@@ -89,19 +90,33 @@ class Step:
             mask = (keys <= positions[..., None])[:, None]                      # (b, 1, s, t)
         return cls(starts[0], total, rotation, mask, take)
 
+    def write(self, store: Shaped[Tensor, "b room *rest"], new: Shaped[Tensor, "b s *rest"]) -> None:
+        """Put what belongs to the new tokens into a store of all positions, at their places."""
+        if self.take is None:
+            store[:, self.offset:self.offset + new.shape[1]] = new
+        else:
+            row, column, position = self.take
+            store[row, position] = new[row, column]
+
 
 class LatentCache:
     """What decoding remembers: [c^KV; k^R] of every token, layer by layer.
 
-    A tensor (layers, batch, max_seq_len, d_c + d_h^R). Every row has its own length; positions
+    data: (layers, batch, max_seq_len, d_c + d_h^R). Every row has its own length; positions
     beyond it hold leftovers that no query looks at. The latent is stored after its norm, the key
-    after its rotation.
+    after its rotation. ids: (batch, max_seq_len), the token that each position was computed for,
+    -1 where that is not known; so a text can be told from one that only begins like it.
+
+    What is kept is numbers and no history: a gradient reaches the tokens of the pass that it comes
+    from, none of an earlier one.
     """
 
     def __init__(self, config: ModelConfig, layers: int, batch_size: int, max_seq_len: int,
                  dtype: torch.dtype, device: torch.device | str):
-        self.data = torch.zeros(layers, batch_size, max_seq_len, config.latent_dim, dtype=dtype,
-                                device=device)
+        with torch.inference_mode(False):  # wherever it is made, it can be written anywhere
+            self.data = torch.zeros(layers, batch_size, max_seq_len, config.latent_dim,
+                                    dtype=dtype, device=device)
+            self.ids = torch.full((batch_size, max_seq_len), -1, device=device)
         self.lengths = [0] * batch_size
 
     @property
@@ -111,19 +126,40 @@ class LatentCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole cache."""
+        """Bytes of all latents."""
         return self.data.nbytes
 
     def append(self, layer: int, new: Float[Tensor, "b s latent"],
                step: Step) -> Float[Tensor, "b t latent"]:
         """Write what is new after each row's tokens; return that of all keys."""
         store = self.data[layer]
-        if step.take is None:
-            store[:, step.offset:step.offset + new.shape[1]] = new
-        else:
-            row, column, position = step.take
-            store[row, position] = new[row, column]
-        return store[:, :step.total]
+        step.write(store, new.detach())
+        seen = store[:, :step.total]
+        if torch.is_grad_enabled() and new.requires_grad:
+            seen = seen.clone()  # later passes write into the store, which would spoil the graph
+            step.write(seen, new)
+        return seen
+
+    def remember(self, tokens: Int[Tensor, "b s"], step: Step) -> None:
+        """Note which tokens a pass was about."""
+        step.write(self.ids, tokens)
+
+    def tokens(self, row: int) -> list[int]:
+        """The ids of the tokens that a row holds."""
+        return self.ids[row, :self.lengths[row]].tolist()
+
+    def copies(self, n: int, max_seq_len: int) -> LatentCache:
+        """Another cache in which each row stands ``n`` times in a row, with room for more."""
+        other = copy.copy(self)
+        longest = max(self.lengths)
+        with torch.inference_mode(False):
+            layers, batch, _, width = self.data.shape
+            other.data = self.data.new_zeros(layers, n * batch, max_seq_len, width)
+            other.ids = self.ids.new_full((n * batch, max_seq_len), -1)
+        other.data[:, :, :longest] = self.data[:, :, :longest].repeat_interleave(n, dim=1)
+        other.ids[:, :longest] = self.ids[:, :longest].repeat_interleave(n, dim=0)
+        other.lengths = [length for length in self.lengths for _ in range(n)]
+        return other
 
     def advance(self, counts: list[int]) -> None:
         """Count the tokens of a finished forward pass."""
@@ -137,6 +173,15 @@ class LatentCache:
                                 found=new, expected=f"0 to {old}")
         self.lengths = list(lengths)
 
+    def check_fit(self, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Raise DSV3Error unless this is a cache of such a model."""
+        found = (self.data.shape[0], self.data.shape[3], self.data.dtype, self.data.device)
+        if found != (layers, width, dtype, device):
+            raise DSV3Error("the cache is another model's", where="cache", found=_words(*found),
+                            expected=_words(layers, width, dtype, device),
+                            fix="Make it with new_cache, or new_draft_cache for an MTP module, "
+                                "where the model is now")
+
     def check_room(self, counts: list[int]) -> None:
         """Raise DSV3Error when a row's new tokens do not fit."""
         for row, (length, count) in enumerate(zip(self.lengths, counts)):
@@ -145,6 +190,10 @@ class LatentCache:
                                 found=f"{length} + {count} tokens",
                                 expected=f"at most {self.max_seq_len}",
                                 fix="Make the cache longer (max_seq_len)")
+
+
+def _words(layers: int, width: int, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{layers} layers of {width} values, {dtype}, on {device}"
 
 
 class LatentUpProjection(nn.Module):
@@ -159,9 +208,13 @@ class LatentUpProjection(nn.Module):
         super().__init__()
         self.config, self.precision, self.heads = config, precision, heads
         rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
-        dtype = precision.weights if precision.has_masters else precision.core
-        self.weight = nn.Parameter(torch.empty(rows, config.kv_lora_rank, dtype=dtype,
+        self.weight = nn.Parameter(torch.empty(rows, config.kv_lora_rank, dtype=self.held,
                                                device=device))
+
+    @property
+    def held(self) -> torch.dtype:
+        """The dtype of the weight."""
+        return self.precision.weights if self.precision.has_masters else self.precision.core
 
     def forward(self, seen: Float[Tensor, "b t latent"]) -> tuple[
             Float[Tensor, "b heads t d_qk"], Float[Tensor, "b heads t d_v_padded"]]:

@@ -2,7 +2,8 @@
 
 One class serves training, prefill, decoding, one process and many. What differs comes in as
 objects: ``Precision`` says how to multiply, ``TensorGroup`` who holds what, ``LatentCache`` what
-is remembered. Names of weights are those of the released inference code (``embed``,
+is remembered. Where the model lives is one fact, and its weights state it; tokens are brought
+there, and precision and group follow when it is moved (``dsv3.placement``). Names of weights are those of the released inference code (``embed``,
 ``layers.0.attn.wq_a``, ``layers.3.ffn.experts.7.w2``, ``norm``, ``head``), so a converted
 checkpoint loads without renaming.
 """
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
+from dsv3 import placement
 from dsv3.block import Block
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
@@ -31,19 +33,30 @@ Logits = Float32[Tensor, "b s v"] | Float32[Tensor, "b v"]  # the second with la
 class Transformer(nn.Module):
     """DeepSeek-V3 of any size.
 
-    precision: "fp32", "bf16" or "fp8", or a Precision (``Precision.training``). group: the ranks that share the model (default: this
-    process alone). device: where the weights live (default: the group's device). Weights are
-    allocated and not filled: use ``init_weights`` or ``dsv3.checkpoint.load_model``.
+    precision: "fp32", "bf16" or "fp8", or a Precision (``Precision.training``). group: the ranks
+    that share the model (default: this process alone). device: where the weights live (default:
+    the group's device). Weights are allocated and not filled: use ``init_weights`` or
+    ``dsv3.checkpoint.load_model``. They ask for gradients, unless they are stored in FP8 or cut
+    over ranks, which cannot be trained.
+
+    eos_ids: tokens that end a text, of the config or of a ``generation_config.json``.
+
+    ``to(device)`` and its kin move the whole model. Its dtypes are those of its precision, and
+    changing them is refused. Raises DSV3Error for a device that is not there or not the group's.
     """
 
     def __init__(self, config: ModelConfig, precision: str | Precision = "fp32",
                  group: TensorGroup | None = None, device: torch.device | str | None = None):
         super().__init__()
-        self.config = config
-        self.group = group or TensorGroup.single(device or "cpu")
-        device = torch.device(device or self.group.device)
+        self.config, self.eos_ids = config, config.eos_ids
+        self.group, device = placement.agree(group, device)
         self.precision = (precision if isinstance(precision, Precision)
                           else Precision.of(precision, config, device))
+        if self.precision.trains and self.group.size > 1:
+            raise DSV3Error("a model cut over several ranks cannot be trained", where="group",
+                            found=f"{self.group.size} ranks", expected="1",
+                            fix="Give each rank a whole model and share the batch: "
+                                "dsv3.training.train_step(..., group=group)")
         shared = (self.precision, self.group)
         self.embed = Embedding(config.vocab_size, config.hidden_size, *shared, device=device)
         self.layers = nn.ModuleList(Block(config, layer, *shared, device=device)
@@ -54,18 +67,29 @@ class Transformer(nn.Module):
                                  for depth in range(config.num_nextn_predict_layers))
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
+        if self.precision.quantized or self.group.size > 1:
+            self.requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
         """Where the weights live."""
         return self.embed.weight.device
 
+    def _apply(self, fn, recurse: bool = True) -> Transformer:
+        """What ``to``, ``cuda``, ``half`` and the like do to every tensor; see ``placement``."""
+        target = placement.check_move(self, fn)
+        super()._apply(placement.keeping_dtypes(fn, target), recurse)
+        if self.config.tie_word_embeddings:
+            self.head.weight = self.embed.weight  # still one, where it had to be made anew
+        placement.follow(self, target)
+        return self
+
     def forward(self, tokens: Int[Tensor, "b s"], cache: LatentCache | None = None,
                 lengths: list[int] | None = None, last_only: bool = False,
                 return_hidden: bool = False) -> Logits | tuple[Logits, Float[Tensor, "b s d"]]:
         """Scores of the next token after each token.
 
-        tokens: (b, s) int64. With a cache they continue each row's text (chunked prefill,
+        tokens: (b, s) int64, on any device. With a cache they continue each row's text (chunked prefill,
         decoding, another turn); without one they are the whole text. lengths: true new tokens of
         each row, 0 to s, when rows are padded on the right; what stands behind a row's length is
         ignored (a row of 0 leaves its cache alone, and its answer means nothing). Returns logits
@@ -74,11 +98,13 @@ class Transformer(nn.Module):
         DSV3Error for a wrong shape, a token id out of range, a full cache.
         """
         step, counts = self._step(tokens, cache, lengths)
+        tokens = tokens.to(self.device)
         x = self.embed(tokens)
         for slot, layer in enumerate(self.layers):
             x = layer(x, step, cache, slot)
         hidden = self.norm(x)
         if cache is not None:
+            cache.remember(tokens, step)
             cache.advance(counts)
         return self._answer(hidden, counts, last_only, return_hidden)
 
@@ -95,9 +121,11 @@ class Transformer(nn.Module):
         if depth >= len(self.mtp):
             raise DSV3Error("no such MTP module", where="depth", found=depth,
                             expected=f"below num_nextn_predict_layers ({len(self.mtp)})")
-        step, counts = self._step(tokens, cache, lengths)
+        step, counts = self._step(tokens, cache, lengths, layers=1)
+        tokens = tokens.to(self.device)
         hidden = self.mtp[depth](hidden, self.embed(tokens), step, cache)
         if cache is not None:
+            cache.remember(tokens, step)
             cache.advance(counts)
         return self._answer(hidden, counts, last_only, return_hidden=True)        # eq. 23
 
@@ -111,7 +139,11 @@ class Transformer(nn.Module):
         return (logits, hidden) if return_hidden else logits
 
     def _step(self, tokens: Int[Tensor, "b s"], cache: LatentCache | None,
-              lengths: list[int] | None) -> tuple[Step, list[int]]:
+              lengths: list[int] | None, layers: int | None = None) -> tuple[Step, list[int]]:
+        """Where the new tokens stand, and how many each row has. layers: of a fitting cache."""
+        if self.device.type == "meta":
+            raise DSV3Error("the model has no weights to compute with", where="device",
+                            found="meta", fix="Load it with load_model(folder, device=...)")
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
             raise DSV3Error("wrong token tensor", where="tokens",
                             found=f"{tuple(tokens.shape)} {tokens.dtype}",
@@ -131,6 +163,8 @@ class Transformer(nn.Module):
             if len(cache.lengths) != batch:
                 raise DSV3Error("the cache is for another batch", where="cache",
                                 found=f"{len(cache.lengths)} rows", expected=batch)
+            cache.check_fit(layers or self.config.num_hidden_layers, self.config.latent_dim,
+                            self.precision.dtype, self.device)
             cache.check_room(counts)
             starts = cache.lengths
         longest = max(start + count for start, count in zip(starts, counts))
@@ -139,7 +173,7 @@ class Transformer(nn.Module):
                             found=f"{longest} tokens",
                             expected=f"at most {self.config.max_position_embeddings}",
                             fix="Shorten the text or start a new one")
-        return Step.make(self.config, starts, counts, width, tokens.device), counts
+        return Step.make(self.config, starts, counts, width, self.device), counts
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> LatentCache:
         """An empty cache for ``batch_size`` texts of at most ``max_seq_len`` tokens."""

@@ -21,7 +21,7 @@ on the number of ranks. With float64 sums it does not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,9 @@ class Precision:
     """name: "fp32", "bf16" or "fp8"; dtype: activations; weights: unquantised weights in memory;
     sums: router, logits and partial sums, before they are rounded; core: attention between the
     projections; quantized: whether linear weights stay in FP8 blocks; scale_format: of those
-    blocks and of activations; fp8: how a model in training multiplies in FP8, if it does;
-    recompute: whether training keeps less for the backward pass (``dsv3.recompute``).
+    blocks and of activations; trains: whether the weights are to be trained; fp8: how a model in
+    training multiplies in FP8, if it does; recompute: whether training keeps less for the backward
+    pass (``dsv3.recompute``).
     """
 
     name: str
@@ -52,6 +53,7 @@ class Precision:
     core: torch.dtype = torch.float32
     quantized: bool = False
     scale_format: str = "float32"
+    trains: bool = False
     fp8: Fp8Recipe | None = None
     recompute: bool = False
 
@@ -63,10 +65,16 @@ class Precision:
         if name == "bf16":
             return cls(name=name, dtype=torch.bfloat16, weights=torch.bfloat16)
         if name == "fp8":
-            sums = torch.float64 if device.type == "cpu" else torch.float32
-            return cls(name=name, dtype=torch.bfloat16, weights=torch.bfloat16, sums=sums,
-                       core=sums, quantized=True, scale_format=config.scale_fmt)
+            return cls(name=name, dtype=torch.bfloat16, weights=torch.bfloat16, quantized=True,
+                       scale_format=config.scale_fmt).on(device)
         raise _unknown(name)
+
+    def on(self, device: torch.device) -> Precision:
+        """The same precision where the model lives on ``device``."""
+        if not self.quantized:
+            return self
+        sums = torch.float64 if device.type == "cpu" else torch.float32
+        return replace(self, sums=sums, core=sums)
 
     @classmethod
     def training(cls, name: str, fp8: Fp8Recipe = Fp8Recipe(),
@@ -78,10 +86,11 @@ class Precision:
         rounded copy of the weights, and activations and the attention core are bfloat16.
         """
         if name == "fp32":
-            return cls(name=name, dtype=torch.float32, weights=torch.float32, recompute=recompute)
+            return cls(name=name, dtype=torch.float32, weights=torch.float32, trains=True,
+                       recompute=recompute)
         if name in ("bf16", "fp8"):
             return cls(name=name, dtype=torch.bfloat16, weights=torch.float32,
-                       core=torch.bfloat16, fp8=fp8 if name == "fp8" else None,
+                       core=torch.bfloat16, trains=True, fp8=fp8 if name == "fp8" else None,
                        recompute=recompute)
         raise _unknown(name)
 

@@ -8,13 +8,13 @@ PACKAGE = Path(__file__).parents[1] / "dsv3"
 # From the ground up; a module may import from lower floors and from its own folder.
 FLOORS = [
     ["errors"],
-    ["families"],
+    ["families", "backward"],
     ["config", "kernels", "tokenizer", "doctor"],
     ["costs", "data", "layout", "rope", "fp8", "parallel", "safetensors_io"],
     ["precision", "recompute", "sampling", "shards", "terminal"],
     ["layers", "jobs"],
     ["attention", "mla", "moe", "convert", "cast"],
-    ["block", "speculative"],
+    ["block", "placement", "speculative"],
     ["mtp", "generate"],
     ["model"],
     ["checkpoint", "inspect"],

@@ -102,4 +102,4 @@ def check_bytes(sent: int, ranks: int) -> None:
 ])
 def test_sizes_that_do_not_divide_are_named(changes, named):
     with pytest.raises(DSV3Error, match=named):
-        Transformer(CONFIG.but(**changes), group=TensorGroup(rank=1, size=4), device="meta")
+        Transformer(CONFIG.but(**changes), group=TensorGroup(rank=1, size=4, device="meta"))

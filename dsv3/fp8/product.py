@@ -23,9 +23,11 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from dsv3.backward import without_backward
 from dsv3.errors import DSV3Error
 from dsv3.fp8.quantize import (
     ACTIVATION_BLOCK,
+    NO_GRADIENT,
     WEIGHT_BLOCK,
     QuantizedTensor,
     dequantize_rows,
@@ -52,8 +54,18 @@ def matmul(xq: QuantizedTensor, wq: QuantizedTensor, sums: torch.dtype = torch.f
 
     sums: dtype in which products are added up; float64 for the "torch" form only.
     No rows at all (an expert without tokens) are fine. NaN scales of activations come out as NaN.
+    A gradient through it is refused (``dsv3.backward``); ``fp8_linear`` is the product that trains.
     """
     _check_operands(xq, wq)
+
+    def product(data, scale):
+        return _matmul(QuantizedTensor(data, scale, xq.block, xq.scale_format), wq, sums, backend)
+
+    return without_backward(product, xq.data, xq.scale, **NO_GRADIENT)
+
+
+def _matmul(xq: QuantizedTensor, wq: QuantizedTensor, sums: torch.dtype,
+            backend: str | None) -> Float[Tensor, "... out"]:
     shape = (*xq.shape[:-1], wq.shape[0])
     if 0 in shape:
         return torch.zeros(shape, dtype=sums, device=xq.device)

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float8e4m3fn, Float32, Int, Shaped
 from torch import Tensor
 
+from dsv3.backward import without_backward
 from dsv3.errors import DSV3Error
 from dsv3.fp8.formats import (
     E4M3,
@@ -49,6 +50,10 @@ BLOCK = 128
 WEIGHT_BLOCK = (BLOCK, BLOCK)
 ACTIVATION_BLOCK = (1, BLOCK)
 COLUMN_BLOCK = (BLOCK, 1)
+# What a gradient through FP8 codes is told.
+NO_GRADIENT = dict(what="no gradient goes back through stored FP8 codes",
+                   fix='Train with Transformer(config, Precision.training("fp8")), or use bf16 or '
+                       "fp32")
 # Numbers worked on at a time: few enough for their FP32 copies to stay near the core. There is one
 # copy (2 MiB) in dequantising, and there are several in quantising.
 _CHUNK = 1 << 19
@@ -185,13 +190,18 @@ def quantize_activation(x: Float[Tensor, "... cols"], scale_format: str = "float
     """Activations to E4M3 with one scale per token and 128 channels.
 
     backend: "torch", "triton", or None for the best one on x's device; all give the same bits.
+    A gradient through it is refused (``dsv3.backward``).
     """
-    if pick_backend(x.device, backend) == "triton":
-        from dsv3.kernels.act_quant import act_quant
+    def quantized(x):
+        if pick_backend(x.device, backend) == "triton":
+            from dsv3.kernels.act_quant import act_quant
 
-        data, scale = act_quant(x, scale_format)
-        return QuantizedTensor(data, scale, ACTIVATION_BLOCK, scale_format)
-    return _quantize(x, ACTIVATION_BLOCK, scale_format)
+            return act_quant(x, scale_format)
+        codes = _quantize(x, ACTIVATION_BLOCK, scale_format)
+        return codes.data, codes.scale
+
+    data, scale = without_backward(quantized, x, **NO_GRADIENT)
+    return QuantizedTensor(data, scale, ACTIVATION_BLOCK, scale_format)
 
 
 def quantize_columns(x: Float[Tensor, "tokens channels"],

@@ -23,8 +23,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from dsv3.backward import without_backward
 from dsv3.errors import DSV3Error
 
+# What a gradient through a collective is told: it would miss what the other ranks did.
+_NO_GRADIENT = dict(what="no gradient goes back through a model that is cut over several ranks",
+                    fix="Train whole models, one on each rank, and share the batch "
+                        "(dsv3.training.train_step)")
 # A rank that is alive may compute this long before its peers give up on it.
 _PATIENCE = timedelta(minutes=30)
 
@@ -86,22 +91,36 @@ class TensorGroup:
         return count // self.size
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum of every rank's x, in place. x is float32 or wider: partial sums are not rounded."""
+        """Sum of every rank's x, in place. x is float32 or wider: partial sums are not rounded.
+
+        A gradient through it is refused.
+        """
         if self.size == 1:
             return x
         assert x.dtype.itemsize >= 4, "partial sums leave a rank unrounded"
         self.bytes_sent += 2 * (self.size - 1) * x.nbytes // self.size
-        dist.all_reduce(x, group=self._process_group)
-        return x
+
+        def summed(x):
+            dist.all_reduce(x, group=self._process_group)
+            return x
+
+        return without_backward(summed, x, **_NO_GRADIENT)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Every rank's x side by side along the last dimension: (..., n) -> (..., size * n)."""
+        """Every rank's x side by side along the last dimension: (..., n) -> (..., size * n).
+
+        A gradient through it is refused.
+        """
         if self.size == 1:
             return x
         self.bytes_sent += (self.size - 1) * x.nbytes
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self._process_group)
-        return torch.cat(parts, dim=-1)
+
+        def gathered(x):
+            parts = [torch.empty_like(x) for _ in range(self.size)]
+            dist.all_gather(parts, x.contiguous(), group=self._process_group)
+            return torch.cat(parts, dim=-1)
+
+        return without_backward(gathered, x, **_NO_GRADIENT)
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Rank ``src``'s x on every rank, in place."""
