@@ -17,7 +17,7 @@ Where is the line? Three kinds of fields are told apart.
   those are refused by name; or it comes under a ``model_type`` that is not in the table.
 
 ``rope_scaling`` and ``quantization_config`` are small and closed vocabularies in which every word
-changes numbers. There an unknown word is refused.
+changes numbers. There an unknown word is refused, unless it says that something is off.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": Family(
-        models="DeepSeek-V3, V3-0324, V3.1, R1; Moonlight",
+        models="DeepSeek-V3, V3-0324, V3.1, R1 and Moonlight",
         adds="the model itself; in Moonlight one group of experts, queries that are not compressed"),
     "kimi_k2": Family(
         models="Kimi K2",
@@ -243,7 +243,8 @@ def _yarn(rope: dict, name: str) -> dict | None:
             raise DSV3Error("two fields contradict each other", where=f"{name}.{other}",
                             found=quoted(rope[other]), expected=f"{quoted(kind)}, as {spelling} says")
     for key, value in rope.items():
-        if key in (*_YARN, "type", "rope_type", "rope_theta") or value is None:
+        off = value is None or (value is False and key not in _ROPE_FIXED)
+        if off or key in (*_YARN, "type", "rope_type", "rope_theta"):
             continue
         if key not in _ROPE_FIXED or value != _ROPE_FIXED[key]:
             raise _unsupported(f"{name}.{key}", value, _ROPE_FIXED.get(key))
@@ -280,8 +281,8 @@ def _quantization(data) -> dict | None:
                         else quoted(method), fix="This package reads fp8, which is E4M3 in blocks of "
                         "128x128, and weights that are not quantised")
     for key, value in data.items():
-        if value is None or key in ("scale_fmt", "modules_to_not_convert", "ignored_layers",
-                                    "dequantize"):
+        off = value is None or (value is False and key not in _QUANTIZATION)
+        if off or key in ("scale_fmt", "modules_to_not_convert", "ignored_layers", "dequantize"):
             continue
         only = _QUANTIZATION.get(key)
         if not _one_of(value, (only,)):

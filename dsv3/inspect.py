@@ -131,7 +131,7 @@ def table(result: dict, config: ModelConfig) -> str:
     p = result["parameters"]
     precision = "fp8" if config.quantization_config else "bf16"
     family = FAMILIES[config.model_type]
-    lines = [f"{config.model_type} ({family.models})", f"  {family.adds}",
+    lines = [f"{config.model_type}, the name of {family.models}:", f"  {family.adds}",
              "parameters",
              f"  main model             {p['main']:>19,}",
              f"  activated per token    {p['activated']:>19,}",

@@ -122,7 +122,8 @@ def test_dense_layers_by_type():
 def test_what_says_the_same_twice_is_accepted():
     yarn = RELEASED["rope_scaling"]
     said = RELEASED | {
-        "rope_parameters": {**yarn, "rope_type": "yarn", "rope_theta": 10000.0},
+        "rope_parameters": {**yarn, "rope_type": "yarn", "rope_theta": 10000.0,
+                            "finetuned": False, "attention_factor": None},
         "num_mtp_layers": 1, "num_local_experts": 256, "partial_rotary_factor": 1.0,
         "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 58, "layer_types": ["full_attention"] * 61,
         "sliding_window": None, "use_qk_norm": False, "pretraining_tp": 1, "text_config": None,
@@ -130,7 +131,7 @@ def test_what_says_the_same_twice_is_accepted():
     assert ModelConfig.from_dict(said) == ModelConfig.deepseek_v3()
     said["quantization_config"] = said["quantization_config"] | {
         "scale_fmt": "float", "dequantize": False, "modules_to_convert": None,
-        "expert_dtype": "fp8", "ignored_layers": ["lm_head"]}
+        "expert_dtype": "fp8", "weight_per_tensor": False, "ignored_layers": ["lm_head"]}
     config = ModelConfig.from_dict(said)
     assert config.scale_fmt == "float32"
     assert config.to_dict()["quantization_config"]["modules_to_not_convert"] == ["lm_head"]

@@ -141,7 +141,7 @@ def test_prints_json_or_a_table(capsys):
     inspect(preset="mini")
     assert "activated per token" in capsys.readouterr().out
     inspect(preset="glm-4.7-flash")
-    assert "glm4_moe_lite (GLM-4.7-Flash)" in capsys.readouterr().out
+    assert "glm4_moe_lite, the name of GLM-4.7-Flash" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, message", [
