@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES, NEVER_GUESSED, WRITTEN, quoted, spell, translate
+from dsv3.files import read_json
 
 CONFIG_FILE = "config.json"
 
@@ -217,15 +218,8 @@ class ModelConfig:
         """Read ``config.json``, given itself or its folder."""
         path = Path(path)
         file = path / CONFIG_FILE if path.is_dir() else path
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DSV3Error("no such file", where=file, fix="Name a folder that holds a "
-                            "checkpoint in the released layout") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise DSV3Error("cannot be read", where=file, found=error) from None
-        except (ValueError, RecursionError) as error:
-            raise DSV3Error("is not JSON", where=file, found=error) from None
+        data = read_json(file, unique=True, absent="Name a folder that holds a checkpoint in the "
+                         "released layout")
         try:
             return cls.from_dict(data)
         except DSV3Error as error:

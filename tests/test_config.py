@@ -269,7 +269,7 @@ def test_nonsense_is_refused_by_name(tmp_path, field, value, words):
 
 @pytest.mark.parametrize("text, words", [
     ("{", "is not JSON"), ("[1]", "not a JSON object"), ('{"model_type": "deepseek_v3"}',
-                                                         "vocab_size"), ("\xff", "cannot be read")])
+                                                         "vocab_size"), ("\xff", "not a text in UTF-8")])
 def test_files_that_are_no_config(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(DSV3Error, match=words):
