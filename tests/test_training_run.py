@@ -15,7 +15,8 @@ from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.training import LOG_FILE, Run, train
+from dsv3.training import LOG_FILE, Recipe, Run, train
+from dsv3.training import minutes
 from dsv3.training import run as run_module
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.state import latest_state, load_state, save_state
@@ -41,7 +42,7 @@ def whole(texts, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         little_text(patch.setattr)
         run = Run(TINY, tmp_path_factory.mktemp("whole") / "out", RECIPE, **texts)
-        run.figures = run.go(progress=False)
+        run.figures = run.go()
     return run
 
 
@@ -90,7 +91,7 @@ def stop_at(run: Run, step: int, saved: int = 1000) -> None:
         return draw_values()
     run._step_values = dying
     with pytest.raises(Killed):
-        run.go(progress=False)
+        run.go()
 
 
 def test_first_weights_are_those_of_seed_and_recipe(texts, tmp_path):
@@ -148,7 +149,7 @@ def test_validation_is_in_the_log(whole):
             assert loads[0] == loads[1] > 0 and loads[0] % (2 * line["seq_len"]) == 0
     # Two windows of each domain while it runs, all of them at the end.
     assert sum(lines[0]["load_by_domain"]["code"][ROUTERS[0]]) in (2 * 16 * 2, 3 * 16 * 2)
-    windows = (len(whole.held_out["code"]) - 2) // 64
+    windows = (len(whole.corpus.held_out["code"]) - 2) // 64
     assert windows > 4
     assert sum(lines[2]["load_by_domain"]["code"][ROUTERS[0]]) == windows * 64 * 2
 
@@ -200,7 +201,7 @@ def test_validation_at_the_boundary_has_the_model_of_its_windows(texts, tmp_path
 def test_without_a_second_phase(texts, tmp_path, config, tokens):
     """No tokens for it, or a model without YaRN: one phase, in the model as it is given."""
     run = Run(config, tmp_path, replace(RECIPE, extension_tokens=tokens), **texts)
-    run.go(progress=False)
+    run.go()
     assert [line["tokens"] for line in steps_of(tmp_path)] == POSITIONS[:6]
     assert run.model.config == config == ModelConfig.from_pretrained(tmp_path)
 
@@ -218,7 +219,7 @@ def test_each_phase_reads_a_text_from_its_beginning(texts, tmp_path, batches):
     same = replace(RECIPE, extension_shares=RECIPE.shares)
     run = Run(TINY, tmp_path, same, **texts)
     first = run.stream
-    run.go(progress=False)
+    run.go()
     assert [tuple(batch.shape) for batch in batches] == [
         (2, 18), *[(4, 18)] * 5, *[(1, 66)] * 3]
     assert first.position == 352 and run.stream.position == 192
@@ -232,12 +233,12 @@ def test_each_phase_reads_a_text_from_its_beginning(texts, tmp_path, batches):
 def test_each_phase_has_its_own_mixture(texts, tmp_path, batches):
     recipe = replace(RECIPE, shares={"plays": 1.0}, extension_shares={"functions": 1.0})
     run = Run(TINY, tmp_path, recipe, **texts)
-    run.go(progress=False)
-    plays, functions = (" ".join(run.tokenizer.decode(row.tolist()) for batch in part
+    run.go()
+    plays, functions = (" ".join(run.corpus.tokenizer.decode(row.tolist()) for batch in part
                                  for row in batch) for part in (batches[:6], batches[6:]))
     assert "sweet" in plays and "return" not in plays
     assert "return x" in functions and "sweet" not in functions
-    assert set(run.held_out) == {"plays", "code", "arithmetic"}
+    assert set(run.corpus.held_out) == {"plays", "code", "arithmetic"}
 
 
 # Stopping and going on --------------------------------------------------------------------------
@@ -261,34 +262,34 @@ def test_resumed_run_is_bit_equal(whole, texts, tmp_path, saved, killed):
     again = Run(TINY, tmp_path, RECIPE, **texts)
     assert again.step == saved
     assert (again.model.config.rope_scaling is None) == (saved < 6)
-    assert again.go(progress=False) == whole.figures
+    assert again.go() == whole.figures
     assert_same_end(again, whole)
 
 
 def test_resumed_run_with_bfloat16_moments_in_fp8_is_bit_equal(texts, tmp_path):
     recipe = replace(RECIPE, precision="fp8", moments="bf16", eval_every=1000)
     runs = [Run(TINY, tmp_path / name, recipe, **texts) for name in ("whole", "broken")]
-    runs[0].go(progress=False)
+    runs[0].go()
     for stop in (2, 7):
         stop_at(runs[1], stop)
         runs[1] = Run(TINY, tmp_path / "broken", recipe, **texts)
         assert runs[1].step == stop
     moments = next(iter(runs[1].optimizer.state.values()))
     assert moments["exp_avg"].dtype == torch.bfloat16 != moments["step"].dtype
-    runs[1].go(progress=False)
+    runs[1].go()
     assert_same_end(*runs)
 
 
 def test_a_finished_run_is_left_as_it_is(whole, texts, tmp_path):
     once = Run(TINY, tmp_path, RECIPE, **texts)
-    once.go(progress=False)
+    once.go()
     # As if it had been killed during the export, and before among its checkpoints.
     (tmp_path / "model.safetensors").rename(tmp_path / "model.safetensors.partial")
     (once.checkpoints / "step-000007").mkdir()
     (once.checkpoints / "step-000010.partial").mkdir()
     again = Run(TINY, tmp_path, RECIPE, **texts)
     assert len(list(once.checkpoints.iterdir())) == 2
-    assert again.step == 9 and again.go(progress=False) == whole.figures
+    assert again.step == 9 and again.go() == whole.figures
     assert_same_end(again, whole)
 
 
@@ -297,7 +298,7 @@ def test_a_tokenizer_cut_short_before_the_first_checkpoint_is_made_again(whole, 
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
     (tmp_path / "tokenizer_config.json").unlink()
     again = Run(TINY, tmp_path, RECIPE, **texts)
-    again.go(progress=False)
+    again.go()
     assert_same_end(again, whole)
 
 
@@ -345,59 +346,84 @@ def test_options_survive_the_way_through_json(texts, tmp_path):
 
 @pytest.fixture
 def few_timed_steps(monkeypatch):
-    monkeypatch.setattr(run_module, "_TIMED_STEPS", 3)
+    monkeypatch.setattr(minutes, "_TIMED_STEPS", 3)
 
 
 LONG = replace(RECIPE, tokens=100_000, save_minutes=60.0, eval_every=1000)
 
 
-def test_minutes_shorten_the_run_and_are_remembered(texts, tmp_path, few_timed_steps):
-    """Next to no time: one more step, whose tokens are more than both phases have left."""
+def test_minutes_shorten_the_run_and_are_remembered(texts, tmp_path):
+    """Next to no time: the first step is the last of its phase, and the second has one."""
     run = Run(TINY, tmp_path, LONG, max_minutes=1e-9, **texts)
-    run.go(progress=False)
-    assert [line["step"] for line in steps_of(tmp_path)] == [1, 2, 3, 4]
-    assert (run.recipe.tokens, run.recipe.extension_tokens) == (97, 1)
-    assert run.model.config == TINY
-    again = Run(TINY, tmp_path, LONG, max_minutes=1e-9, **texts)
+    run.go()
+    assert [line["step"] for line in steps_of(tmp_path)] == [1, 2]
+    assert (run.recipe.tokens, run.recipe.extension_tokens) == (32, 1)
+    assert run.model.config == TINY and run.last_windows == 1
+    again = Run(TINY, tmp_path, LONG, max_minutes=1.0, **texts)
     assert again.recipe == run.recipe and again.tokens > again.total
-    with pytest.raises(DSV3Error, match="another recipe"):
+    assert again.last_windows == 1
+    with pytest.raises(DSV3Error, match="another recipe.*tokens was 32, is now 100000.*give "
+                       "--max-minutes again"):
         Run(TINY, tmp_path, LONG, **texts)
+
+
+@pytest.mark.parametrize("steps, seconds, minutes_, known", [
+    (1, 3.1, 1.0, True), (1, 2.9, 1.0, False), (20, 0.1, 1.0, True), (19, 0.1, 1.0, False)])
+def test_speed_is_known_after_some_steps_or_some_of_the_time(steps, seconds, minutes_, known):
+    assert minutes.knows_its_speed(steps, seconds, minutes_) is known
+
+
+def test_minutes_are_of_everything():
+    """Setting up, validation and export leave their time to the steps."""
+    def planned(spent, held_out, minutes_=10.0):
+        recipe, most = minutes.fit_minutes(
+            Recipe(tokens=900_000, extension_tokens=100_000), minutes_, tokens=3000,
+            total=1_000_000, speed=100.0, spent=spent, held_out=held_out)
+        steps = (sum(recipe.values()) - 3000) / 100
+        return spent + steps + 3 + (held_out / 250 if most is None else 90), most
+    for spent, held_out in ((30, 0), (300, 0), (30, 20_000)):
+        seconds, most = planned(spent, held_out)
+        assert most is None and 0.9 * 600 < seconds <= 600
+    seconds, most = planned(30, 100_000)        # 400 s of validation do not fit
+    assert most == 90 * 250 // (3 * 1024) and 0.9 * 600 < seconds <= 600
+    assert planned(30, 0, 1e9)[0] > 9_000       # time enough: everything
 
 
 def test_minutes_hold_for_a_run_killed_before_they_were_known(texts, tmp_path, few_timed_steps):
     recipe = replace(LONG, save_minutes=0.0)
-    stop_at(Run(TINY, tmp_path, recipe, max_minutes=1e-9, **texts), 2)
+    stop_at(Run(TINY, tmp_path, recipe, max_minutes=10, **texts), 2)
     run = Run(TINY, tmp_path, recipe, max_minutes=1e-9, **texts)
     assert run.step == 2 and run.recipe.tokens == 100_000
-    run.go(progress=False)
+    run.go()
     assert run.step == 4
 
 
 def test_a_shortened_run_resumes_bit_equal(texts, tmp_path, few_timed_steps, monkeypatch):
     """Killed right after its length was fixed, which was stored at once."""
-    monkeypatch.setattr(Run, "_fit_tokens", lambda run, speed, fit=Run._fit_tokens: fit(run, 1e5))
+    monkeypatch.setattr(run_module, "fit_minutes", lambda *_, **__: (
+        {"tokens": 400, "extension_tokens": 130}, 2))
     recipe, runs = replace(LONG, eval_every=3), []
     for name in ("whole", "broken"):
-        run = Run(TINY, tmp_path / name, recipe, max_minutes=1e-4, **texts)
+        run = Run(TINY, tmp_path / name, recipe, max_minutes=100, **texts)
         if name == "broken":
             stop_at(run, 3)
-            run = Run(TINY, tmp_path / name, recipe, max_minutes=1e-4, **texts)
+            run = Run(TINY, tmp_path / name, recipe, max_minutes=100, **texts)
             assert run.step == 3
-        run.go(progress=False)
+        run.go()
         runs.append(run)
-    assert 300 < runs[0].recipe.tokens < 1000
+    assert runs[0].recipe.tokens == 400
     assert_same_end(*runs)
 
 
 def test_time_enough_leaves_the_length(texts, tmp_path, few_timed_steps):
     run = Run(TINY, tmp_path, RECIPE, max_minutes=1e9, **texts)
     stop_at(run, 4)
-    assert run.recipe == RECIPE
+    assert run.recipe == RECIPE and run.last_windows is None
 
 
 def test_minutes_come_too_late_for_a_run_in_its_last_phase(whole, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "_TIMED_STEPS", 7)
-    train(TINY, tmp_path, RECIPE, max_minutes=1e-9, progress=False, **texts)
+    monkeypatch.setattr(minutes, "_TIMED_STEPS", 7)
+    train(TINY, tmp_path, RECIPE, max_minutes=10, progress=False, **texts)
     assert log_of(tmp_path) == log_of(whole.out_dir)
 
 
@@ -414,7 +440,7 @@ def test_non_finite_loss_stops_and_names_the_last_good_checkpoint(texts, tmp_pat
         return draw(count)
     run.stream.draw = poison
     with pytest.raises(DSV3Error) as stopped:
-        run.go(progress=False)
+        run.go()
     assert "step 4" in str(stopped.value) and "step-000003" in str(stopped.value)
     assert "loss = nan" in str(stopped.value)
     assert latest_state(run.checkpoints).name == "step-000003"
@@ -426,7 +452,7 @@ def test_checkpoints_hold_no_pickle_and_old_ones_go(whole):
     assert sorted(path.name for path in whole.checkpoints.iterdir()) == [
         "step-000008", "step-000009"]
     assert sorted(path.name for path in latest_state(whole.checkpoints).iterdir()) == [
-        "state.json", "state.safetensors"]
+        "SHA256SUMS", "state.json", "state.safetensors"]
 
 
 def test_full_disk_leaves_the_last_checkpoint(texts, tmp_path, monkeypatch):
@@ -465,7 +491,7 @@ def test_a_log_that_cannot_be_written_is_named(texts, tmp_path):
     run = Run(TINY, tmp_path, RECIPE, **texts)
     (tmp_path / LOG_FILE).mkdir()
     with pytest.raises(DSV3Error, match=LOG_FILE + ": cannot be written"):
-        run.go(progress=False)
+        run.go()
 
 
 def test_state_of_another_model_is_refused(tmp_path):
@@ -473,7 +499,7 @@ def test_state_of_another_model_is_refused(tmp_path):
         model = Transformer(config).init_weights(0)
         return model, make_optimizer(model)
 
-    path = save_state(tmp_path, 1, {}, *parts(TINY))
+    path = save_state(tmp_path, 0, {}, *parts(TINY))
     for other in (TINY.but(num_hidden_layers=3), TINY.but(num_nextn_predict_layers=0)):
         with pytest.raises(DSV3Error, match="another model"):
             load_state(path, *parts(other))
@@ -482,7 +508,7 @@ def test_state_of_another_model_is_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(texts, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DSV3Error, match="cannot write here"):
+    with pytest.raises(DSV3Error, match="not a folder|cannot be written"):
         Run(TINY, tmp_path / "file" / "out", RECIPE, **texts)
 
 
@@ -529,7 +555,7 @@ def test_train_returns_the_figures(whole, texts, tmp_path):
 
 def test_progress_goes_to_the_terminal_and_not_into_the_log(whole, texts, tmp_path, capsys):
     stop_at(Run(TINY, tmp_path, RECIPE, **texts), 2)
-    Run(TINY, tmp_path, RECIPE, **texts).go(progress=True)
+    Run(TINY, tmp_path, RECIPE, progress=True, **texts).go()
     out, bar = capsys.readouterr()
     assert out == "" and "544" in bar and "loss=" in bar
     assert log_of(tmp_path) == log_of(whole.out_dir)
@@ -552,8 +578,8 @@ def run_one_rank(group, out_dir, texts):
         if writes and name.startswith(str(out_dir)):
             written.append(f"{event} {name}")
     sys.addaudithook(audit)
-    run = Run(TINY, out_dir, SHARED, group=group, **texts)
-    figures = run.go(progress=True)
+    run = Run(TINY, out_dir, SHARED, group=group, progress=True, **texts)
+    figures = run.go()
     return figures, {n: v.detach().numpy() for n, v in run.model.named_parameters()}, written
 
 
@@ -563,7 +589,7 @@ def test_two_ranks_share_a_run_that_only_the_first_writes(texts, tmp_path, capfd
     assert nothing == {} and by_others == [] and len(written) > 20
     assert all((weights[name] == others[name]).all() for name in weights)
     one = Run(TINY, tmp_path / "one", SHARED, **texts)
-    found = one.go(progress=False)
+    found = one.go()
     for name, by_domain in found.items():
         assert figures[name] == pytest.approx(by_domain, rel=1e-3)
     for mine, theirs in zip(steps_of(tmp_path / "one"), steps_of(tmp_path / "two"), strict=True):

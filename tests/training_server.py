@@ -15,13 +15,12 @@ import signal
 import sys
 import time
 import traceback
-from pathlib import Path
 
 import torch
 from training_cases import RECIPE, TINY, little_text, window
 
 from dsv3.model import Transformer
-from dsv3.training import Run
+from dsv3.training import train
 from dsv3.training.balance import RouterWatch
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.step import StepValues, train_step
@@ -58,7 +57,7 @@ def main(plays: str, code: str) -> None:
             try:
                 if int(number):
                     die_at(int(number), folder)
-                Run(TINY, Path(folder), RECIPE, plays=plays, code=code).go(progress=False)
+                train(TINY, folder, RECIPE, plays=plays, code=code, progress=False)
                 status = 0
             except BaseException:
                 traceback.print_exc()

@@ -38,6 +38,7 @@ from dsv3.data.vocabulary import (
     USER,
     pack,
     save_tokenizer,
+    save_tokenizer_settings,
     token_bytes,
     train_tokenizer,
 )
@@ -47,5 +48,6 @@ __all__ = [
     "HELD_OUT", "HELD_OUT_MODULES", "PAD", "SPECIAL_TOKENS", "USER", "Domain", "Stream",
     "arithmetic_documents", "clean", "clean_code", "code_documents", "conversation", "documents",
     "fill_in_middle", "final_answer", "in_order", "is_held_out", "load_domains", "pack", "pieces",
-    "read_modules", "read_plays", "recall_document", "save_tokenizer", "scenes", "split",
-    "split_modules", "sums", "task", "token_bytes", "tokenizer_texts", "train_tokenizer", "working"]
+    "read_modules", "read_plays", "recall_document", "save_tokenizer", "save_tokenizer_settings",
+    "scenes", "split", "split_modules", "sums", "task", "token_bytes", "tokenizer_texts",
+    "train_tokenizer", "working"]

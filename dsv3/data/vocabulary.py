@@ -72,6 +72,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, max_length: int) ->
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
+    save_tokenizer_settings(folder, max_length)
+
+
+def save_tokenizer_settings(folder: Path, max_length: int) -> None:
+    """Write tokenizer_config.json alone: it is the same for every tokenizer of ours."""
     settings = {
         "add_bos_token": True, "add_eos_token": False, "bos_token": BOS, "eos_token": EOS,
         "pad_token": PAD, "clean_up_tokenization_spaces": False, "model_max_length": max_length,

@@ -1,11 +1,13 @@
 """Chapter 6: pre-training a small DeepSeek-V3 by the report's recipe.
 
 ``schedules`` (what changes when), ``objective`` and ``balance`` (what is minimised, and what keeps
-the experts busy), ``optimizer``, ``step`` (one update), ``evaluation``, ``state`` (checkpoints)
-and ``run``, which puts them together.
+the experts busy), ``optimizer``, ``step`` (one update), ``evaluation``, ``corpus`` (what is read),
+``state`` (checkpoints), ``log``, ``minutes`` (a run that fits a time) and ``run``, which puts them
+together.
 """
 
+from dsv3.training.log import LOG_FILE
 from dsv3.training.recipe import Recipe
-from dsv3.training.run import LOG_FILE, Run, train
+from dsv3.training.run import Run, train
 
 __all__ = ["LOG_FILE", "Recipe", "Run", "train"]

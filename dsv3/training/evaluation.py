@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Int
@@ -14,13 +15,15 @@ from dsv3.training.objective import cross_entropy, mtp_logits
 
 @torch.no_grad()
 def evaluate(model: Transformer, windows: Int[Tensor, "n w"], token_bytes: Int[Tensor, "vocab"],
-             batch_size: int = 8) -> dict[str, float]:
+             batch_size: int = 8,
+             on_windows: Callable[[int], object] = lambda count: None) -> dict[str, float]:
     """Held-out figures over windows of s + 1 + D tokens.
 
     loss, mtp_loss: nats a token. bits_per_byte: the loss in bits over the bytes of the predicted
     text, which makes models with different tokenizers comparable; token_bytes (vocab) gives the
     bytes of each token. draft_agreement: share of positions where the first MTP module's best
     token is the main model's own best token one step later, what a greedy draft needs.
+    on_windows: called with the number of windows that were just read, for a progress bar.
     """
     depths = model.config.num_nextn_predict_layers
     length = windows.shape[1] - 1 - depths
@@ -37,6 +40,7 @@ def evaluate(model: Transformer, windows: Int[Tensor, "n w"], token_bytes: Int[T
             ahead += float(cross_entropy(draft, window[:, 2:2 + length])) * targets.numel()
             agreed += int((draft[:, :-1].argmax(-1) == logits[:, 1:].argmax(-1)).sum())
             drafted += draft[:, :-1].shape[:2].numel()
+        on_windows(len(window))
     result = {"loss": nats / count, "bits_per_byte": nats / math.log(2) / text_bytes}
     if depths:
         result |= {"mtp_loss": ahead / count, "draft_agreement": agreed / drafted}

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field, fields
 from dsv3.errors import DSV3Error
 from dsv3.training.schedules import Schedules
 
+# What JSON makes of a field.
+_JSON_KINDS = {int: (int,), float: (float, int), bool: (bool,), str: (str,), dict: (dict,),
+               tuple: (list,)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -76,12 +80,24 @@ class Recipe:
             self.tokens, peak=self.learning_rate, warmup_steps=self.warmup,
             batch_first=self.batch_first, batch_last=self.batch_last)
 
+    def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
+        """Fields in which ``other`` differs: name -> (its value, the value here)."""
+        return {f.name: (getattr(other, f.name), getattr(self, f.name)) for f in fields(self)
+                if getattr(other, f.name) != getattr(self, f.name)}
+
     @classmethod
     def from_dict(cls, values: dict) -> Recipe:
-        """The recipe a checkpoint's JSON holds."""
-        known = {f.name for f in fields(cls)}
-        if set(values) != known:
+        """The recipe a checkpoint's JSON holds; DSV3Error for one that no recipe could be."""
+        known = {f.name: f for f in fields(cls)}
+        if set(values) != set(known):
             raise DSV3Error("recipe of another version", where="checkpoint",
-                            found=", ".join(sorted(known ^ set(values))) + " on one side only",
-                            fix="Give a new --out folder")
+                            found=", ".join(sorted(set(known) ^ set(values))[:3])
+                            + " on one side only", fix="Give a new --out folder")
+        usual = cls()
+        for name, value in values.items():
+            kinds = _JSON_KINDS[type(getattr(usual, name))]
+            if type(value) not in kinds:
+                raise DSV3Error("bad value in a stored recipe", where=name, found=f"{value!r:.60}",
+                                expected=" or ".join(kind.__name__ for kind in kinds),
+                                fix="Give a new --out folder")
         return cls(**{**values, "betas": tuple(values["betas"])})

