@@ -46,7 +46,7 @@ def make_pair(dtype: torch.dtype, device: torch.device):
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError:
         raise DSV3Error("transformers is not installed", where="bench",
-                        fix="Install the extra \"test\" or \"book\"") from None
+                        fix="In the checkout: pip install -c constraints.txt -e '.[book]'") from None
 
     fields = CONFIG.to_dict() | {"num_mtp_layers": 0}
     theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**fields)).eval()

@@ -27,6 +27,7 @@ from dsv3.placement import agree
 from dsv3.safetensors_io import DTYPES, PARTIAL, StreamWriter, remove, write_text
 from dsv3.shards import (INDEX_FILE, SINGLE_FILE, CheckpointReader, check_tensors,
                          converted_ranks, copy_companions, index_text, open_checkpoint)
+from dsv3.shipped import model_folder
 
 
 def load_model(folder: str | Path, precision: str = "fp8",
@@ -34,14 +35,15 @@ def load_model(folder: str | Path, precision: str = "fp8",
                group: TensorGroup | None = None) -> Transformer:
     """Load this rank's part of a model, ready to use: its weights ask for no gradient.
 
-    folder: a checkpoint in the released layout, or one converted for exactly this many ranks.
+    folder: a checkpoint in the released layout, or one converted for exactly this many ranks; or
+    the name of the model that comes with the package, "dsv3-mini".
     precision: "fp8", "bf16" or "fp32"; any of them loads from FP8 and from plain checkpoints.
     device: where the weights go; default: the group's device, or the CPU. group: the ranks that
     share the model, on the same device. The end tokens of a ``generation_config.json`` become the
     model's ``eos_ids``. Raises DSV3Error, naming the file or tensor, for anything that does not
     fit.
     """
-    folder = Path(folder)
+    folder = model_folder(folder)
     group, device = agree(group, device)
     ranks = converted_ranks(folder)
     if ranks:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 from dsv3 import __version__
 from dsv3.errors import DSV3Error
+from dsv3.shipped import model_folder
 
 Command = Callable[[argparse.Namespace, Sequence[str]], int]
 
@@ -127,6 +128,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _model(text: str) -> str:
+    """A model's folder; the name of the shipped model stands for its own."""
+    return str(model_folder(text))
+
+
 def _minutes(text: str) -> float:
     """A time above 0."""
     try:
@@ -152,8 +158,8 @@ def _generate(commands) -> None:
         return run(args, arguments)
 
     p = _command(commands, "generate", run, "Continue a prompt, many prompts, or chat.")
-    p.add_argument("model", metavar="MODEL_DIR", help="a checkpoint in the released layout, or a "
-                   "converted one")
+    p.add_argument("model", metavar="MODEL_DIR", type=_model, help="a checkpoint in the released "
+                   "layout, or a converted one; or dsv3-mini, the small model that comes along")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="a text to continue")
     source.add_argument("--input-file", metavar="FILE",
@@ -187,7 +193,7 @@ def _convert(commands) -> None:
         return _show_plan(plan, args.dry_run)
 
     p = _command(commands, "convert", run, "Cut a released checkpoint into one file a rank.")
-    p.add_argument("source", metavar="HF_DIR")
+    p.add_argument("source", metavar="HF_DIR", type=_model)
     p.add_argument("target", metavar="OUT_DIR")
     p.add_argument("--tp", type=_count, metavar="N", required=True, help="number of ranks")
     p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
@@ -202,7 +208,7 @@ def _cast(commands) -> None:
         return _show_plan(plan, args.dry_run)
 
     p = _command(commands, "cast", run, "Turn an FP8 checkpoint into BF16, or back.")
-    p.add_argument("source", metavar="IN_DIR")
+    p.add_argument("source", metavar="IN_DIR", type=_model)
     p.add_argument("target", metavar="OUT_DIR")
     p.add_argument("--to", choices=("bf16", "fp8"), required=True)
     p.add_argument("--scale-fmt", choices=("float32", "ue8m0"), default="float32",
@@ -231,7 +237,7 @@ def _inspect(commands) -> None:
     p = _command(commands, "inspect", run,
                  "Parameters, bytes and tensors of a model, and what each rank holds.")
     which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("model", metavar="MODEL_DIR", nargs="?")
+    which.add_argument("model", metavar="MODEL_DIR", nargs="?", type=_model)
     which.add_argument("--preset", choices=tuple(PRESETS), help="no files needed")
     p.add_argument("--tp", type=_count, metavar="N", help="show what each of N ranks holds")
     p.add_argument("--json", action="store_true")
@@ -245,7 +251,7 @@ def _diff(commands) -> None:
 
     p = _command(commands, "diff", run,
                  "Name the first layer whose output departs from transformers'.")
-    p.add_argument("model", metavar="MODEL_DIR")
+    p.add_argument("model", metavar="MODEL_DIR", type=_model)
 
 
 def _train(commands) -> None:

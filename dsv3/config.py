@@ -17,6 +17,7 @@ from pathlib import Path
 from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES, NEVER_GUESSED, WRITTEN, quoted, spell, translate
 from dsv3.files import read_json
+from dsv3.shipped import model_folder
 
 CONFIG_FILE = "config.json"
 
@@ -216,7 +217,7 @@ class ModelConfig:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ModelConfig:
         """Read ``config.json``, given itself or its folder."""
-        path = Path(path)
+        path = model_folder(path)
         file = path / CONFIG_FILE if path.is_dir() else path
         data = read_json(file, unique=True, absent="Name a folder that holds a checkpoint in the "
                          "released layout")

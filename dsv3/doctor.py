@@ -81,7 +81,10 @@ def _python() -> Line:
 
 
 def _package(name: str, least: str, extra: str, use: str) -> Line:
-    install = f'pip install "{"dsv3[" + extra + "]" if extra else name + ">=" + least}"'
+    # An extra is installed from the checkout: the package is on no index, and whoever took its
+    # name there could make of it what they like.
+    install = (f'in the checkout: pip install -c constraints.txt -e ".[{extra}]"' if extra else
+               f'pip install "{name}>={least}"')
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

