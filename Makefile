@@ -31,12 +31,13 @@ export PROMPT
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip --disable-pip-version-check --no-input -qq install -c constraints.txt
 
-.PHONY: help run test lab clean FORCE
+.PHONY: help run test lab reset clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run    generate text from the trained model: FP8, on two ranks (sets up what it needs)"
 	@echo "make lab    open the book in JupyterLab"
+	@echo "make reset CHAPTER=01   bring a chapter back as it was shipped; yours is kept beside it"
 	@echo "make test   run all tests, then all notebooks, comparing their outputs"
 	@echo "make clean  remove the environment and what Python left behind"
 	@echo "Options, with their values: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX)"
@@ -51,6 +52,10 @@ run: $(VENV)/.stamp-run
 lab: $(VENV)/.stamp-lab
 	@echo "==> JupyterLab on chapters/ (end it with Ctrl-C)"
 	@$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/chapters/00_start_here.ipynb $(AS_ROOT) $(LAB_ARGS)
+
+reset: $(VENV)/.stamp-lab
+	@[ -n "$(CHAPTER)" ] || { echo "Name a chapter, for example: make reset CHAPTER=01" >&2; exit 1; }
+	@$(PY) -m dsv3.book --reset chapters/$(CHAPTER)_*.ipynb
 
 # Debugger notes on stderr would differ from the stored outputs, hence PYDEVD_...
 NBVAL := PYDEVD_DISABLE_FILE_VALIDATION=1 $(PY) -m pytest --nbval --nbval-current-env \
@@ -101,11 +106,14 @@ $(VENV)/.stamp-run: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	@touch $@
 
 # matplotlib's list of fonts is made here: made in a notebook, it would leave a note among the
-# outputs. And JupyterLab is kept from asking each new reader whether to fetch news.
+# outputs. JupyterLab is kept from asking each new reader whether to fetch news, and told to
+# save chapters clean (dsv3/book/saved.py).
 define PREPARE_BOOK
 @$(PY) -c 'import matplotlib.font_manager'
 @$(VENV)/bin/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" \
   >/dev/null 2>&1 || echo "==> JupyterLab may ask whether to fetch news; either answer will do"
+@mkdir -p $(VENV)/etc/jupyter/jupyter_server_config.d
+@cp dsv3/book/jupyter/dsv3.json $(VENV)/etc/jupyter/jupyter_server_config.d/
 endef
 
 $(VENV)/.stamp-lab: $(VENV)/.stamp-run

@@ -19,6 +19,8 @@ from dsv3.config import ModelConfig
 BF16_BYTES = 2
 # Dense BF16 FLOPs and bytes of memory traffic a second of one H800 (NVIDIA's data sheet).
 H800_FLOPS, H800_BYTES = 989e12, 3.35e12
+# Bytes of its memory: "80 GB" on the label are 81,559 MiB in the driver's report.
+H800_MEMORY = 81_559 * 2**20
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Multi-head latent attention (TR 2.1.1): ordinary attention that remembers little.
 
-Attention needs the keys and values of all earlier tokens. Stored for every head, they fill the
-memory: 4,997,120 bytes a token at the size of DeepSeek-V3. MLA stores one short vector instead,
-the latent c^KV, from which the keys and values of all heads are made by fixed matrices, and one
+Attention needs the keys and values of a token and all before it. Stored for every head, they
+fill the memory: 4,997,120 bytes a token at the size of DeepSeek-V3. MLA stores one short vector
+instead, the latent c^KV, from which the keys and values of all heads are made by fixed matrices, and one
 rotated key shared by all heads: 512 + 64 values a token and layer, 70,272 bytes a token.
 
     c_t^KV = W^DKV h_t                       (1)  wkv_a, then kv_norm

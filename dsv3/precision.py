@@ -16,7 +16,8 @@ fp8 on a CPU, for this reason: two orders of one float32 sum differ in the last 
 bfloat16, one value in 30,000 then lands on the other side; rounded to E4M3 after that, the step
 is 6 to 12 percent, and a handful of such steps move all logits by about one percent. The text
 would depend on how a prompt was cut into chunks, on its neighbours in the batch, on drafting and
-on the number of ranks. With float64 sums it does not.
+on the number of ranks. With float64 sums it does not. (A GPU is no way out: Hopper's tensor cores
+add FP8 products with about 14 bits, and only what they hand over every 128 products is float32.)
 """
 
 from __future__ import annotations

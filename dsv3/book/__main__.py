@@ -1,16 +1,41 @@
-"""``python -m dsv3.book NOTEBOOK ...``: run chapters and store outputs and measured budgets."""
+"""``python -m dsv3.book NOTEBOOK ...``: run chapters and store outputs and measured budgets.
+
+``python -m dsv3.book --reset NOTEBOOK ...``: bring chapters back as they were shipped.
+"""
 
 import sys
 from pathlib import Path
 
-from dsv3.book.notebook import run
 from dsv3.errors import DSV3Error
 
-if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-    print(__doc__)
-    sys.exit(2)
-for name in sys.argv[1:]:
-    try:
-        print(f"{name}: {run(Path(name))}")
-    except DSV3Error as error:
-        sys.exit(f"{name}: {error.what}\n{error.found}")
+
+def main(arguments: list[str]) -> int | str:
+    back = arguments[:1] == ["--reset"]
+    names = arguments[back:]
+    if not names or any(name.startswith("-") for name in names):
+        print(__doc__)
+        return 2
+    for name in names:
+        try:
+            print(f"{name}: {_reset(Path(name)) if back else _run(Path(name))}")
+        except DSV3Error as error:
+            return str(error) if back else f"{name}: {error.what}\n{error.found}"
+    return 0
+
+
+def _reset(path: Path) -> str:
+    from dsv3.book.saved import reset
+
+    yours = reset(path)
+    return "as shipped" if yours is None else (
+        f"as shipped again; what you had is in {path.with_name(yours.name)} "
+        "(rename it to end in .ipynb to open it)")
+
+
+def _run(path: Path):
+    from dsv3.book.notebook import run
+
+    return run(path)
+
+
+sys.exit(main(sys.argv[1:]))

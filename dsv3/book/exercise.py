@@ -109,9 +109,10 @@ def judge_value(name: str, answer, right: float, mistakes: Mapping[float, str] |
             return Verdict(name, "wrong", message)
     if answer == 0 or right == 0 or (answer < 0) != (right < 0):
         return Verdict(name, "wrong", "this is not near; go back to the formula")
-    ratio = answer / right
-    side = f"{ratio:.3g} times too large" if ratio > 1 else f"{1 / ratio:.3g} times too small"
-    return Verdict(name, "wrong", f"this is {side}")
+    side, ratio = ("large", answer / right) if abs(answer) > abs(right) else ("small",
+                                                                              right / answer)
+    times = f"{ratio:,.0f}" if ratio >= 99.95 else f"{ratio:.3g}"
+    return Verdict(name, "wrong", f"this is {times} times too {side}")
 
 
 def judge_statements(name: str, answers: Mapping[str, bool | None], right: Mapping[str, bool],

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from urllib.parse import quote
 
 from IPython.display import Markdown
 
@@ -32,10 +33,12 @@ _TAG = re.compile(r"\b(eq\.|fact) (\d+(?:-\d+)?(?:, \d+(?:-\d+)?)*)")
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where a tag stands. file: from the project's root. name: of the function or the cell."""
+    """Where a tag stands. file: from the project's root. name: of the function or the cell;
+    section: the heading that a cell stands under (JupyterLab shows no cell's name)."""
 
     file: str
     name: str
+    section: str = ""
 
     @property
     def chapter(self) -> str | None:
@@ -47,7 +50,8 @@ class Place:
     def link(self) -> str:
         """As Markdown, from a notebook in chapters/."""
         if self.chapter:
-            return f"[{self.chapter[:2]} `{self.name}`]({self.chapter})"
+            anchor = quote(self.section.replace(" ", "-"))
+            return f"[{int(self.chapter[:2])} · {self.section}]({self.chapter}#{anchor})"
         return f"[`{self.name}`](../{self.file})"
 
 
@@ -98,11 +102,16 @@ def places() -> dict[tuple[str, int], tuple[Place, ...]]:
         for name, kind, number in tags_of_source(path.read_text(encoding="utf-8")):
             found[kind, number].add(Place(path.relative_to(ROOT).as_posix(), name))
     for path in sorted((ROOT / "chapters").glob("*.ipynb")):
+        section = ""
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                section = ([section] + re.findall(r"^#+ (.+)$", source, re.MULTILINE))[-1]
             if cell["cell_type"] == "code":
-                for line in "".join(cell["source"]).splitlines():
+                for line in source.splitlines():
                     for kind, number in tags(line.partition("#")[2]):
-                        found[kind, number].add(Place(f"chapters/{path.name}", cell["id"]))
+                        found[kind, number].add(
+                            Place(f"chapters/{path.name}", cell["id"], section))
     return {key: tuple(sorted(value)) for key, value in found.items()}
 
 
@@ -147,5 +156,5 @@ def misreadings(chapter: int) -> Markdown:
 
 
 def _links(found: list[Place], most: int = 3) -> str:
-    shown = ", ".join(place.link for place in found[:most])
-    return shown + (f" and {len(found) - most} more" if len(found) > most else "")
+    links = list(dict.fromkeys(place.link for place in found))  # cells of one section: one link
+    return ", ".join(links[:most]) + (f" and {len(links) - most} more" if len(links) > most else "")

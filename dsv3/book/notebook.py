@@ -12,7 +12,6 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +20,9 @@ import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from dsv3.book.saved import clean
 from dsv3.errors import DSV3Error
 
-WIDGET = "application/vnd.jupyter.widget-view+json"
 BUDGET = re.compile(r"^\| Budget \|.*\|$", re.MULTILINE)
 _NUMBERS = {1: "one CPU core", 2: "two CPU cores"}
 
@@ -74,48 +73,6 @@ def run(path: Path, timeout: int = 120) -> Budget:
     nbformat.write(notebook, beside)
     beside.replace(path)
     return budget
-
-
-def clean(notebook) -> None:
-    """Take out, in place, what is not for the reader.
-
-    A live widget needs its kernel: stored, its output would only say that it cannot be shown. The
-    plain text beside it stays.
-    """
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python",
-                       "name": "python3"},
-        "language_info": {"name": "python"}}
-    count = 0
-    for cell in notebook.cells:
-        tags = cell.metadata.get("tags")
-        cell.metadata = {"tags": tags} if tags else {}
-        if cell.cell_type != "code":
-            continue
-        count += bool(cell.source.strip())
-        cell.execution_count = count if cell.source.strip() else None
-        cell.outputs = list(_joined(cell.outputs))
-        for output in cell.outputs:
-            if "data" in output:
-                output.data.pop(WIDGET, None)
-            if output.output_type == "execute_result":
-                output.execution_count = count
-
-
-def _joined(outputs) -> Iterator:
-    """Outputs, with neighbouring pieces of one stream made one: where a stream is cut depends on
-    how busy the machine was."""
-    last = None
-    for output in outputs:
-        if (last is not None and output.output_type == last.output_type == "stream"
-                and output.name == last.name):
-            last.text += output.text
-            continue
-        if last is not None:
-            yield last
-        last = output
-    if last is not None:
-        yield last
 
 
 class _peak_of_children:

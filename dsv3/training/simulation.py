@@ -11,7 +11,9 @@ who was chosen, as they do in training, where crowding feeds itself.
 
 Even a perfectly balanced router is not even in one batch: with n tokens the mean load is n K_r /
 N_r, an expert's load scatters by about the square root of that, and MaxVio reports the unluckiest
-of N_r experts. For 256 experts, 8 of them chosen, and 4096 tokens this floor is about 0.25.
+of N_r experts. For 256 experts, 8 of them chosen, and 4096 tokens this floor is about 0.26. It
+holds where tokens choose independently of each other; fixed room for each expert, or experts that
+choose their tokens, reach 0.
 """
 
 from __future__ import annotations

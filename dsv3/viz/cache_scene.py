@@ -93,7 +93,7 @@ def _row(scene: Scene, row: CacheRow, first: CacheRow, one: float, texts: int, i
     scene.text(LEFT - 14, y + 14, f"{per_token:,.0f}", anchor="end", bold=is_first)
     if not is_first:
         ratio = per_token / first.per_token(itemsize)
-        scene.text(LEFT - 14, y + 30, f"× {ratio:.3g}", anchor="end", size=11, fill="soft")
+        scene.text(LEFT - 14, y + 30, f"× {times(ratio)}", anchor="end", size=11, fill="soft")
     room, length = RIGHT - LEFT, total * scale
     scene.rect(LEFT, y + 8, max(1.0, min(length, room)), ROW - 18, fill=colour)
     if length > room:  # the bar goes on beyond the page
@@ -102,7 +102,7 @@ def _row(scene: Scene, row: CacheRow, first: CacheRow, one: float, texts: int, i
     scene.text(RIGHT + 114, y + 22, size(total), anchor="end", bold=is_first)
     scene.text(WIDTH - 4, y + 22, f"{fit:,} {'✓' if fits else '✗'}", anchor="end", bold=is_first)
     how_much = (f"{total / memory:.1%} of the memory" if fits
-                else f"{total / memory:.3g} times the memory: does not fit")
+                else f"{times(total / memory)} times the memory: does not fit")
     scene.rect(0, y + 2, WIDTH, ROW - 6, rounded=3, label=(
         f"{row.name}: {row.what}\n"
         f"{row.per_layer:,} values × {row.layers} layers × {itemsize:g} B = "
@@ -120,6 +120,11 @@ def size(bytes: float) -> str:
             text = f"{value:,.{digits}f}"
             return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {unit}"
     return f"{bytes:,.0f} B"
+
+
+def times(ratio: float) -> str:
+    """How many times, three digits, never as a power of ten."""
+    return f"{ratio:,.0f}" if ratio >= 99.95 else f"{ratio:.3g}"
 
 
 def _alt(tokens: int, texts: int, itemsize: float, memory: float, rows: list[CacheRow]) -> str:

@@ -117,26 +117,17 @@ def _attention(page: _Page, c: ModelConfig) -> None:
     page.text(x, 1.8, f"x (b, s, {c.hidden_size:,})", 8)
     page.box(x, 7, 14, 3.6, "norm", "norm")
     page.arrow((x, 2.7), (x, 5.2))
-    page.arrow((x, 8.8), (x, 11), (q, 11), (q, 13.8))
-    page.arrow((x, 11), (kv, 11), (kv, 13.8))
+    page.arrow((x, 8.8), (x, 10.4), (q, 10.4), (q, 12.2))
+    page.arrow((x, 10.4), (kv, 10.4), (kv, 12.2))
     heads, width = c.num_attention_heads, f"{c.qk_nope_head_dim} + {c.qk_rope_head_dim}"
-    latent = f"{c.kv_lora_rank} + {c.qk_rope_head_dim}"
-    if c.q_lora_rank is None:
-        page.box(q, 20, 15, 12.4, f"wq\n{c.hidden_size:,} → {heads} × ({width})", "attention", 7.5)
-    else:
-        page.box(q, 16, 15, 4.4, f"wq_a, norm\n{c.hidden_size:,} → {c.q_lora_rank:,}",
-                 "attention", 7.5)
-        page.arrow((q, 18.2), (q, 22))
-        page.box(q, 24.2, 15, 4.4, f"wq_b\n→ {heads} × ({width})", "attention", 7.5)
-    page.box(kv, 16, 15, 4.4, f"wkv_a, norm\n{c.hidden_size:,} → {latent}", "attention", 7.5)
-    page.arrow((kv, 18.2), (kv, 22))
-    page.box(kv, 24.2, 15, 4.4, f"cache: latent + key\n{c.latent_dim} values a token", "cache", 7.5)
-    page.text(q - 0.2, 29, "queries", 7, ha="right")
-    page.arrow((q, 26.4), (q, 33))
-    page.arrow((kv, 26.4), (kv, 33))
-    page.box(x, 37, 30, 8, f"{heads} heads: softmax over all earlier tokens\n"
+    _queries(page, c, q, f"{heads} × ({width})")
+    _remembered(page, c, kv)
+    page.text(q - 0.2, 30.6, "queries", 7, ha="right")
+    page.arrow((q, 28.4), (q, 33))
+    page.arrow((kv, 28.4), (kv, 33))
+    page.box(x, 37, 30, 8, f"{heads} heads: softmax over a token and those before it\n"
              "keys and values from the latent by wkv_b\n(expanded, or absorbed into the queries)",
-             "attention", 7.5)
+             "attention", 7)
     page.arrow((x, 41), (x, 46))
     page.box(x, 48.2, 15, 4.4, f"wo\n{heads} × {c.v_head_dim} → {c.hidden_size:,}", "attention",
              7.5)
@@ -145,6 +136,32 @@ def _attention(page: _Page, c: ModelConfig) -> None:
     page.arrow((x, 3.8), (38.2, 3.8), (38.2, 56.3), (x - 1.2, 56.3))
     page.arrow((x, 57.4), (x, 60.5))
     page.text(x + 1, 59.4, "u", 8, ha="left")
+
+
+def _queries(page: _Page, c: ModelConfig, x: float, width: str) -> None:
+    """From below: down to the latent and its norm, up to the heads, RoPE on the last part."""
+    if c.q_lora_rank is None:
+        page.box(x, 16.7, 15, 9, f"wq\n{c.hidden_size:,} → {width}", "attention", 7.5)
+    else:
+        page.box(x, 14.2, 15, 4, f"wq_a, norm\n{c.hidden_size:,} → {c.q_lora_rank:,}",
+                 "attention", 7.5)
+        page.arrow((x, 16.2), (x, 18.3))
+        page.box(x, 20.3, 15, 4, f"wq_b\n→ {width}", "attention", 7.5)
+    page.arrow((x, 22.3 if c.q_lora_rank else 21.2), (x, 24.4))
+    page.box(x, 26.4, 15, 4, f"RoPE\non the last {c.qk_rope_head_dim}", "attention", 7.5)
+
+
+def _remembered(page: _Page, c: ModelConfig, x: float) -> None:
+    """From below: one projection; the latent gets a norm, the key RoPE, neither the other's."""
+    latent, key = x - 3.9, x + 3.9
+    page.box(x, 14.2, 15, 4, f"wkv_a\n{c.hidden_size:,} → {c.kv_lora_rank} + "
+             f"{c.qk_rope_head_dim}", "attention", 7.5)
+    for place, what, part in ((latent, f"norm\nlatent {c.kv_lora_rank}", "norm"),
+                              (key, f"RoPE\nkey {c.qk_rope_head_dim}", "attention")):
+        page.arrow((place, 16.2), (place, 18.3))
+        page.box(place, 20.3, 7.2, 4, what, part, 6.5)
+        page.arrow((place, 22.3), (place, 24.4))
+    page.box(x, 26.4, 15, 4, f"cache: latent + key\n{c.latent_dim} values a token", "cache", 7.5)
 
 
 def _experts(page: _Page, c: ModelConfig) -> None:

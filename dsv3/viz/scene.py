@@ -156,6 +156,13 @@ def columns(text: str) -> int:
                0 if unicodedata.combining(letter) else 1 for letter in text)
 
 
+def below(scene: Scene, words: str) -> Scene:
+    """The scene with a line of words under it."""
+    more = Scene(scene.width, scene.height + 34, f"{scene.alt} {words}", list(scene.marks))
+    more.text(0, scene.height + 22, words, fill="soft")
+    return more
+
+
 # The still picture ----------------------------------------------------------------------------
 
 

@@ -61,10 +61,32 @@ function neighbour(from, nodes, [dx, dy]) {
 }
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-let drawings = 0;
+
+// Sliders say their name and their value as it is shown; ipywidgets says neither to a screen reader.
+function nameSliders(panel) {
+  for (const slider of panel.querySelectorAll(".widget-slider, .widget-hslider")) {
+    const handle = slider.querySelector("[role='slider']");
+    const said = { "aria-label": slider.querySelector(".widget-label"),
+                   "aria-valuetext": slider.querySelector(".widget-readout") };
+    for (const [name, node] of Object.entries(said))
+      if (handle && node && handle.getAttribute(name) !== node.textContent)
+        handle.setAttribute(name, node.textContent);
+  }
+}
+
+function watchSliders(el) {
+  const panel = el.closest(".widget-vbox");
+  if (!panel) return () => {};
+  const observer = new MutationObserver(() => nameSliders(panel));
+  observer.observe(panel, { subtree: true, childList: true, characterData: true,
+                            attributeFilter: ["aria-valuetext"] });
+  nameSliders(panel);
+  return () => observer.disconnect();
+}
 
 function render({ model, el }) {
-  const hatch = `dsv3-hatch-${drawings++}`;
+  // Each widget has this module anew, so a counter would give two widgets of a page one id.
+  const hatch = `dsv3-hatch-${Math.random().toString(36).slice(2)}`;
   const root = document.createElement("div");
   root.className = "dsv3-drawing";
   root.dataset.lmSuppressShortcuts = "true"; // the keys here are not for the notebook
@@ -160,7 +182,13 @@ function render({ model, el }) {
   };
   model.on("change:scene", change);
   draw();
-  return () => model.off("change:scene", change);
+  let unwatch = () => {};
+  const later = requestAnimationFrame(() => { unwatch = watchSliders(el); }); // once in the page
+  return () => {
+    cancelAnimationFrame(later);
+    unwatch();
+    model.off("change:scene", change);
+  };
 }
 
 export default { render };

@@ -105,7 +105,8 @@ class RoutingExplorer(Panel):
         self._refusal = ""
         self._read(text)
         c = model.config
-        self.text = control(ipywidgets.Text, "Text", value=text, continuous_update=False)
+        self.text = control(ipywidgets.Text, "Text, then Enter", value=text,
+                            continuous_update=False)
         layers = [(f"layer {layer}", layer) for layer in self.routers]
         self.layer = control(ipywidgets.SelectionSlider, "Layer", options=layers,
                              value=layers[len(layers) // 2][1])

@@ -7,11 +7,17 @@ import html
 import ipywidgets
 from matplotlib.figure import Figure
 
-from dsv3.viz.scene import Scene, still
+from dsv3.viz.figure import show
+from dsv3.viz.scene import Scene, below, still
 from dsv3.viz.widgets.drawing import Drawing
 
 _STYLE = {"description_width": "118px"}
 _LAYOUT = {"width": "440px"}
+# A box of ipywidgets scrolls inside when it is a pixel too small.
+_OPEN = {"overflow": "visible"}
+# Said where nothing moves, of a picture that could.
+AT_REST = ("A still picture. To move it: choose this cell, then in the menu Run > Run All Above "
+           "Selected Cell, and run it.")
 
 
 class Panel(ipywidgets.VBox):
@@ -27,8 +33,8 @@ class Panel(ipywidgets.VBox):
     def __init__(self, controls: list[ipywidgets.Widget]):
         self._note = ipywidgets.HTML()
         self.drawing = Drawing(self.scene(), self.title)
-        rows = ipywidgets.HBox(controls, layout={"flex_flow": "row wrap"})
-        super().__init__([rows, self._note, self.drawing])
+        rows = ipywidgets.HBox(controls, layout={"flex_flow": "row wrap", **_OPEN})
+        super().__init__([rows, self._note, self.drawing], layout=_OPEN)
         for control in controls:
             control.observe(self._changed, "value")
         self._say()
@@ -47,8 +53,9 @@ class Panel(ipywidgets.VBox):
         return self.scene().alt
 
     def still(self) -> Figure:
-        """The picture as a matplotlib figure, for pages on which nothing moves."""
-        return still(self.scene())
+        """The picture as a matplotlib figure with a line that says how to make it move, for pages
+        on which nothing does."""
+        return still(below(self.scene(), AT_REST))
 
     def refresh(self) -> None:
         """Draw again."""
@@ -65,8 +72,14 @@ class Panel(ipywidgets.VBox):
             style += "; opacity: 0.75"
         self._note.value = f'<div role="status" style="{style}">{html.escape(words)}</div>'
 
+    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
+        """What a cell's output holds: the widget, and the still picture for all who read the
+        stored notebook, when the kernel behind the widget is gone."""
+        data, metadata = show(self.still(), alt=f"{self.title}. {self.alt}")._repr_mimebundle_()
+        return {**super()._repr_mimebundle_(**kwargs), **data, "text/plain": repr(self)}, metadata
+
     def __repr__(self) -> str:
-        return f"[{self.title}: run this cell to use it]"
+        return f"[Figure: {self.title}. {self.alt}]"
 
 
 def control(kind: type[ipywidgets.Widget], description: str, **more) -> ipywidgets.Widget:
