@@ -112,8 +112,8 @@ define PREPARE_BOOK
 @$(PY) -c 'import matplotlib.font_manager'
 @$(VENV)/bin/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" \
   >/dev/null 2>&1 || echo "==> JupyterLab may ask whether to fetch news; either answer will do"
-@mkdir -p $(VENV)/etc/jupyter/jupyter_server_config.d
-@cp dsv3/book/jupyter/dsv3.json $(VENV)/etc/jupyter/jupyter_server_config.d/
+@mkdir -p $(VENV)/etc/jupyter
+@cp dsv3/book/jupyter_server_config.py $(VENV)/etc/jupyter/
 endef
 
 $(VENV)/.stamp-lab: $(VENV)/.stamp-run

@@ -2,8 +2,8 @@
 
 Attention needs the keys and values of a token and all before it. Stored for every head, they
 fill the memory: 4,997,120 bytes a token at the size of DeepSeek-V3. MLA stores one short vector
-instead, the latent c^KV, from which the keys and values of all heads are made by fixed matrices, and one
-rotated key shared by all heads: 512 + 64 values a token and layer, 70,272 bytes a token.
+instead, the latent c^KV, from which the keys and values of all heads are made by fixed matrices,
+and one rotated key shared by all heads: 512 + 64 values a token and layer, 70,272 bytes a token.
 
     c_t^KV = W^DKV h_t                       (1)  wkv_a, then kv_norm
     k^C_t  = W^UK c_t^KV                     (2)  wkv_b, per head rows [W^UK; W^UV]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import re
+import subprocess
 import tokenize
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import torch
 from dsv3 import ModelConfig, book
 from dsv3.book import ledger
 from dsv3.book.notation import notation
-from dsv3.book.notebook import clean, run
+from dsv3.book.notebook import run
+from dsv3.book.ready import NotReady
+from dsv3.book.saved import clean, keep_clean, reset
 from dsv3.errors import DSV3Error
 from dsv3.layout import TABLE
 from dsv3.moe import Router
@@ -262,3 +265,94 @@ def test_a_failing_cell_changes_nothing_and_is_named(tmp_path):
     assert path.read_bytes() == before
     with pytest.raises(DSV3Error, match="no such notebook"):
         run(tmp_path / "missing.ipynb")
+
+
+# --- what a reader's saves leave ---------------------------------------------------------------
+
+
+class Contents:
+    """The part of a contents manager that the hook asks."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def _get_os_path(self, path: str) -> str:
+        return str(self.root / path)
+
+
+def saved(path: Path, change) -> str:
+    """What JupyterLab would write after ``change`` of the open notebook."""
+    notebook = nbformat.read(path, as_version=4)
+    change(notebook)
+    model = {"type": "notebook", "content": dict(notebook)}
+    keep_clean(model=model, path=path.name, contents_manager=Contents(path.parent))
+    return nbformat.writes(nbformat.from_dict(model["content"])) + "\n"
+
+
+def noise(notebook) -> None:
+    """What JupyterLab adds when a chapter is opened and its widget's cell is run."""
+    notebook.metadata["language_info"] = {"name": "python", "version": "3.12.1"}
+    for cell in notebook.cells:
+        cell.metadata["scrolled"] = True
+        if cell.cell_type == "code":
+            cell.execution_count = 99
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    output.data["application/vnd.jupyter.widget-view+json"] = {"model_id": "x"}
+
+
+def test_a_chapter_that_was_read_and_run_is_saved_as_it_was(tmp_path):
+    path = tmp_path / "01_attention.ipynb"
+    path.write_bytes(CHAPTERS["01"].read_bytes())
+    assert saved(path, noise) == path.read_text(encoding="utf-8")
+
+
+def test_what_a_reader_writes_is_saved(tmp_path):
+    path = tmp_path / "00_start_here.ipynb"
+    path.write_bytes(CHAPTERS["00"].read_bytes())
+
+    def answer(notebook):
+        notebook.cells[-2].source += "mine"
+
+    assert "mine" in saved(path, answer)
+
+
+def test_a_readers_own_notebook_is_left_alone(tmp_path):
+    path = write(tmp_path / "own.ipynb", "1")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].metadata["mine"] = 1
+    nbformat.write(notebook, path)
+    assert "version" in saved(path, noise) and "mine" in saved(path, noise)
+
+
+def test_a_chapter_is_brought_back_without_git_and_the_readers_is_kept(tmp_path):
+    path, shipped = tmp_path / "00_start_here.ipynb", CHAPTERS["00"].read_bytes()
+    path.write_bytes(shipped)
+    with pytest.raises(DSV3Error, match="nothing to reset it to"):
+        reset(path)
+    path.write_text(saved(path, lambda notebook: notebook.cells.pop()), encoding="utf-8")
+    mine = path.read_bytes()
+    saved(path, noise)  # later saves leave the copy as it is
+    assert reset(path).read_bytes() == mine != shipped == path.read_bytes()
+    assert reset(path) is None
+
+
+def test_a_chapter_is_brought_back_from_git(tmp_path):
+    path = tmp_path / "a.ipynb"
+    path.write_text("as committed")
+    for words in ("init -q", "add a.ipynb", "-c user.name=a -c user.email=a@b commit -qm a"):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True, timeout=30)
+    path.write_text("mine")
+    assert reset(path).read_text() == "mine" and path.read_text() == "as committed"
+    path.unlink()
+    reset(path)
+    assert path.read_text() == "as committed"
+
+
+def test_a_cell_before_its_time_says_which_comes_first():
+    """One line in a notebook, and no word of it where the cell is run in order."""
+    call = "from dsv3.book import needs\nneeds('Before you start')"
+    with pytest.raises(NotReady, match="run the cell under “Before you start” first") as stopped:
+        exec(call, {})
+    assert stopped.value._render_traceback_() == [str(stopped.value)]
+    exec(call, {"check": object()})

@@ -64,13 +64,19 @@ def test_end_with_summary_and_the_way_on(chapter):
 
 def test_parts_of_a_taught_chapter_stand_in_order(taught):
     ids = list(taught)
-    parts = ["title", "aims", "setup", "map", "notation", "oracle", "exercises", "summary", "quiz",
+    parts = ["title", "aims", "setup-text", "setup", "map", "notation", "oracle", "exercises", "summary", "quiz",
              "next"]
     places = [ids.index(part) for part in parts]
     assert places[0] == 0 and places[-1] == len(ids) - 1
     assert places == sorted(places)
     assert "model_map" in taught["map"].source and "lit=" in taught["map"].source
     assert "book.notation_table(" in taught["notation"].source
+
+
+def test_the_first_cell_has_a_heading_that_others_can_name(chapter):
+    ids = list(chapter)
+    assert chapter["setup-text"].source.startswith("## Before you start\n")
+    assert ids.index("setup") == ids.index("setup-text") + 1
 
 
 def test_the_books_sentence_runs_through(chapter):
@@ -106,13 +112,15 @@ def test_what_is_often_read_stands_beside_what_is_right(taught):
     assert [row for row in ledger.load("misreadings") if row["chapter"] == number]
 
 
-def test_every_widget_has_a_still_beside_it(taught):
-    ids = list(taught)
-    stills = [id for id in ids if id.endswith("-still")]
-    assert stills
-    for still in stills:
-        assert ids[ids.index(still) - 1] == still.removesuffix("-still")
-        assert any("image/png" in output.get("data", {}) for output in taught[still].outputs)
+def test_every_widget_stores_its_still_picture(taught):
+    """With the line that says how to make it move, for those who open the chapter the next day."""
+    widgets = [cell for cell in taught.values() if cell.cell_type == "code"
+               and re.search(r"^(KVCacheCalculator|RoutingExplorer|LoadBalanceSimulator)\(",
+                             cell.source, re.MULTILINE)]
+    assert widgets
+    for cell in widgets:
+        data = cell.outputs[-1].data
+        assert {"image/png", "text/plain"} == set(data), cell.id
 
 
 def test_few_outputs_are_left_uncompared(chapter):

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dsv3.book.exercise import Verdict, judge, judge_statements, judge_value
+from dsv3.book.ready import NotReady
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = {path.name[:2]: path for path in sorted((ROOT / "chapters").glob("0[0-3]_*.ipynb"))}
@@ -100,6 +101,27 @@ def test_solutions_fill_the_readers_gaps(number, monkeypatch):
     finally:
         torch.set_num_threads(threads)
         torch.set_grad_enabled(grad)
+
+
+@exercises
+def test_an_exercise_in_a_new_kernel_names_the_section_to_run_first(number, name):
+    """And with the setup cell run, nothing else is needed (the test above)."""
+    book = cells(CHAPTERS[number])
+    said = re.search(r"“(.+)”", str(pytest.raises(NotReady, exec, book[cell_id(name)].source,
+                                                  {"__name__": "__main__"}).value))[1]
+    heading = next(id for id, cell in book.items() if cell.source.startswith(f"## {said}\n"))
+    assert list(book)[list(book).index(heading) + 1] == "setup"
+
+
+def test_how_many_exercises_chapter_0_says_there_are():
+    said = cells(CHAPTERS["00"])["exercises"].source
+    counts = {number: len(checks(number)) for number in CHAPTERS}
+    words = dict(enumerate("zero one two three four five six seven eight nine ten".split()))
+    others = [counts[number] for number in ("01", "02", "03")]
+    assert f"This chapter has {words[counts['00']]}" in said
+    assert f"have {words[min(others)]} to {words[max(others)]} each" in said
+    last = next((ROOT / "chapters").glob("08_*.ipynb"))
+    assert "has none yet" in said and not [id for id in cells(last) if id.startswith("ex-")]
 
 
 @exercises
@@ -205,6 +227,8 @@ def test_results_of_every_kind(found, wanted, state):
     (140_544.0, "wrong", "2 times too large"), (-70272, "wrong", "not near"),
     (True, "wrong", "a number"), ("70272", "wrong", "a number"),
     (torch.tensor(70272.0), "right", ""), (0, "wrong", "not near"),
+    (70272 * 1048, "wrong", "this is 1,048 times too large"),
+    (70.272, "wrong", "this is 1,000 times too small"),
 ])
 def test_judge_value(answer, state, message):
     found = judge_value("kv", answer, 70272, {1152: "that is one layer"}, unit="bytes")

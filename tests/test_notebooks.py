@@ -8,17 +8,18 @@ import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dsv3.book.notebook import WIDGET
+from dsv3.book.saved import WIDGET
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "chapters").rglob("*.ipynb")
-                   if ".ipynb_checkpoints" not in path.parts)
+                   if not any(part.startswith(".") for part in path.relative_to(ROOT).parts))
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -110,7 +111,27 @@ def test_links_lead_somewhere(path):
             target = (path.parent / file).resolve() if file else path
             assert target.exists(), link
             if anchor:
-                assert anchor in anchors(nbformat.read(target, as_version=4)), link
+                assert unquote(anchor) in anchors(nbformat.read(target, as_version=4)), link
+
+
+def test_no_cell_is_called_by_a_name_that_jupyterlab_does_not_show(notebook):
+    """Sections have headings and links; what a cell is called stands nowhere on the page."""
+    ids = {cell.id for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells}
+    for cell in notebook.cells:
+        texts = [cell.source] if cell.cell_type == "markdown" else [
+            output.data["text/markdown"] for output in cell.get("outputs", [])
+            if "text/markdown" in output.get("data", {})]
+        for text in texts:
+            named = set(re.findall(r"`([\w-]+)`", text)) & {id for id in ids if "-" in id}
+            assert not named and "misread-" not in text, (cell.id, named)
+
+
+def test_the_package_is_imported_before_torch(notebook):
+    """``import dsv3`` sets how torch's threads wait; torch reads that once, when it is loaded."""
+    source = "\n".join(cell.source for cell in code_cells(notebook))
+    first = {name: re.search(rf"^(?:import|from) {name}\b", source, re.MULTILINE)
+             for name in ("dsv3", "torch")}
+    assert first["dsv3"].start() < first["torch"].start()
 
 
 def test_imports_come_with_the_book(notebook):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dsv3 import ModelConfig, Transformer, costs, load_model, load_tokenizer
+from dsv3.book.saved import WIDGET
 from dsv3.errors import DSV3Error
 from dsv3.moe import Router
 from dsv3.precision import Precision
@@ -19,11 +21,12 @@ from dsv3.training.balance import RouterWatch, max_violation
 from dsv3.training.simulation import simulate
 from dsv3.viz import scene as scenes
 from dsv3.viz import show
-from dsv3.viz.cache_scene import size
+from dsv3.viz.cache_scene import size, times
 from dsv3.viz.routing_scene import routing_scene
 from dsv3.viz.scene import Scene, still
 from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer
 from dsv3.viz.widgets.explorer import reroute, router_scores, routers, token_text
+from dsv3.viz.widgets.panel import AT_REST
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "dsv3-mini"
 TEXT = "To be, or not to be"
@@ -71,9 +74,10 @@ def test_the_still_picture_has_one_artist_for_each_mark(widget):
     drawn = sorted([artist for artist in axes.get_children() if artist.get_zorder() is not None
                     and type(artist) in kinds.values() and artist in
                     [*axes.patches, *axes.lines, *axes.texts]], key=lambda artist: artist.zorder)
-    assert [type(artist) for artist in drawn] == [kinds[type(mark)] for mark in scene.marks]
+    assert [type(artist) for artist in drawn] == [
+        *(kinds[type(mark)] for mark in scene.marks), matplotlib.text.Text]
     words = [artist.get_text() for artist in axes.texts]
-    assert words == texts(scene)
+    assert words == [*texts(scene), AT_REST]
 
 
 def test_the_browser_gets_the_same_marks(widget):
@@ -123,11 +127,14 @@ def test_equal_scenes_give_equal_pictures(shipped):
 # What a notebook stores ------------------------------------------------------------------------
 
 
-def test_a_widget_prints_as_a_fixed_text(widget):
-    shown = widget._repr_mimebundle_()
-    assert shown["text/plain"] == repr(widget) == f"[{widget.title}: run this cell to use it]"
-    assert set(shown) == {"text/plain", "application/vnd.jupyter.widget-view+json"}
-    assert repr(widget.drawing) == repr(widget)
+def test_an_output_holds_the_still_picture_beside_the_widget(widget):
+    """So that the next day, without a kernel, there is something to see and a way on."""
+    data, metadata = widget._repr_mimebundle_()
+    assert set(data) == {"text/plain", "image/png", WIDGET}
+    assert data["text/plain"] == repr(widget) == f"[Figure: {widget.title}. {widget.alt}]"
+    assert metadata["image/png"]["alt"] == f"{widget.title}. {widget.alt}"
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+    assert "Run All Above Selected Cell" in AT_REST
 
 
 def test_the_line_above_the_picture_says_how_to_use_it(widget):
@@ -359,6 +366,17 @@ def test_bytes_a_token_are_those_of_the_papers():
     large = ModelConfig.deepseek_v3()
     assert rows["DeepSeek-V3, MLA"].per_token(1) == costs.latent_bytes_per_token(large, 1)
     assert rows["DeepSeek-V3 as MHA"].per_token(2) == costs.as_mha(large).bytes_per_token()
+
+
+def test_large_ratios_are_written_out():
+    calculator = KVCacheCalculator()
+    calculator.tokens.value, calculator.texts.value = 131_072, 1024
+    calculator.memory.value = 640 * 10**9
+    assert "1,048 times the memory: does not fit" in row(calculator, "DeepSeek-V3 as MHA, wide keys")
+    for label in calculator.scene().labels():
+        assert "e+" not in label
+    assert [times(ratio) for ratio in (0.444, 7.344, 99.94, 99.96, 1048)] == [
+        "0.444", "7.34", "99.9", "100", "1,048"]
 
 
 def test_totals_and_how_many_fit():

@@ -2,10 +2,10 @@
 
 An editor leaves much in a notebook that is not for the reader: versions, ids of widgets that die
 with their kernel, counts of how often a cell was run. ``clean`` takes it out. ``keep_clean`` does
-so at every save of JupyterLab (``make lab`` puts ``jupyter/dsv3.json`` where it looks for its
-settings): so reading a chapter and running it changes nothing that version control would
-show, but for the few outputs that differ from run to run; and a chapter opened the next day shows
-the still pictures of its widgets. ``reset`` brings a chapter back as it was shipped.
+so at every save of JupyterLab (``make lab`` puts ``jupyter_server_config.py`` where it looks for
+its settings). So reading a chapter and running it changes nothing that version control would show,
+but for the few outputs that differ from run to run, and a chapter opened the next day shows the
+still pictures of its widgets. ``reset`` brings a chapter back as it was shipped.
 """
 
 from __future__ import annotations

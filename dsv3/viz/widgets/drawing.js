@@ -149,8 +149,9 @@ function render({ model, el }) {
   const choose = (node) => node && node.dataset.key && model.send({ chosen: node.dataset.key });
   svg.addEventListener("pointerover", (event) => show(event.target.closest(".says")));
   svg.addEventListener("pointerleave", () => show(null));
-  svg.addEventListener("focusin", (event) => show(event.target.closest(".says")));
-  svg.addEventListener("focusout", () => show(null));
+  // On the root: Chromium makes an SVG that listens to focus a tab stop of its own.
+  root.addEventListener("focusin", (event) => show(event.target.closest(".says")));
+  root.addEventListener("focusout", () => show(null));
   svg.addEventListener("click", (event) => {
     const node = event.target.closest(".says");
     if (!node) return;
