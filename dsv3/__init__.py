@@ -23,7 +23,9 @@ They are notes to the reader, and nothing is checked in use. In the tests every 
 
 A name is imported when it is first used (PEP 562), so ``import dsv3`` itself costs next to nothing
 and loads neither torch, nor Triton, nor matplotlib: the command line can print its help, or say
-that torch is missing, at once.
+that torch is missing, at once. One thing it does: where torch is not loaded yet, it lets torch's
+threads sleep while they wait, unless you have set how they wait (``dsv3.machine``). So import it
+before torch.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ import sys
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from dsv3.machine import wait_passively
 
 if TYPE_CHECKING:  # what an editor or a type checker reads
     from dsv3.checkpoint import load_model
@@ -42,6 +46,8 @@ if TYPE_CHECKING:  # what an editor or a type checker reads
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 __all__ = ["ModelConfig", "Transformer", "load_model", "load_tokenizer", "generate"]
+
+wait_passively()
 
 _HOME = {
     "ModelConfig": "dsv3.config",

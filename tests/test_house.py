@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "dsv3"
 # From the ground up; a module may import from lower floors and from its own folder.
 FLOORS = [
     ["errors"],
-    ["families", "backward", "files", "shipped"],
+    ["families", "backward", "files", "machine", "shipped"],
     ["config", "folder", "kernels", "tokenizer", "doctor"],
     ["costs", "data", "layout", "rope", "fp8", "parallel", "safetensors_io"],
     ["precision", "recompute", "sampling", "shards", "terminal"],

@@ -22,6 +22,7 @@ from nbclient.exceptions import CellExecutionError
 
 from dsv3.book.saved import clean
 from dsv3.errors import DSV3Error
+from dsv3.machine import cores
 
 BUDGET = re.compile(r"^\| Budget \|.*\|$", re.MULTILINE)
 _NUMBERS = {1: "one CPU core", 2: "two CPU cores"}
@@ -36,9 +37,8 @@ class Budget:
     memory: int
 
     def __str__(self) -> str:
-        cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-                 else os.cpu_count())
-        return (f"{self.seconds:.0f} s on {_NUMBERS.get(cores, f'{cores} CPU cores')}, "
+        count = cores()
+        return (f"{self.seconds:.0f} s on {_NUMBERS.get(count, f'{count} CPU cores')}, "
                 f"{self.memory / 1e9:.1f} GB of memory, no download (measured)")
 
 

@@ -1,5 +1,8 @@
-"""Several processes, one model: who I am, what I hold, what I send."""
+"""Several processes, one model.
 
-from dsv3.parallel.tensor import TensorGroup
-
-__all__ = ["TensorGroup"]
+* ``tensor``: who I am among the ranks, what I hold, what I send;
+* ``environment``: what a launcher's variables say, checked before anything is loaded;
+* ``launch`` and ``rank``: ranks on this machine, seen from the process that starts them and from
+  a rank itself;
+* ``join``: how ranks find each other, and what may be trusted.
+"""

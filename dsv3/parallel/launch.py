@@ -1,45 +1,47 @@
 """Start N ranks on this machine, and end them together.
 
-A tensor-parallel model is N processes that run the same command in step. ``launch`` starts them
-with torch.distributed's own launcher, the one behind ``torchrun``, on a free port of the loopback
-interface. Each rank runs the very command that was typed; from RANK and WORLD_SIZE in its
-environment it knows that it is one of many. So ``dsv3 generate --tp 2`` and
-``torchrun --nproc-per-node 2 -m dsv3 generate`` run the same code, and only the second knows about
-several machines.
+A tensor-parallel model is N processes that run the same command in step. Each rank runs the very
+command that was typed; from RANK and WORLD_SIZE in its environment it knows that it is one of
+many. So ``dsv3 generate --tp 2`` and ``torchrun --nproc-per-node 2 -m dsv3 generate`` run the same
+code, and only the second knows about several machines.
+
+torch has a launcher of its own, the one behind ``torchrun``. It is made for many machines, and
+opens a port on all interfaces, without a password, behind which lies a pickle: whoever reaches
+that port can run code as you. On one machine nothing of this is needed. Here the ranks meet in a
+file in a folder that only this user can open, and talk over the loopback interface (``join``).
 
 What can go wrong is that one rank dies: out of memory, killed, a damaged file that only it reads.
-The others then wait for it in their next collective. The launcher sees the death within a second,
-ends the others, and tells in one line which rank it was and how it ended. A rank that fails with a
-message leaves it in the launcher's error file, so that N ranks with one trouble print one line.
-A launcher that is itself killed takes its ranks along: each watches for its parent.
+The others then wait for it in their next collective. The launcher sees the death at once, ends the
+others, and tells in one line which rank it was and how it ended. A rank that is stopped (SIGSTOP)
+is seen as well: the launcher says so, waits a minute for it to go on, and then ends them all. One
+that merely computes for long is never disturbed. A launcher that is itself killed takes its ranks
+along: each watches for its parent (``rank``). All are in the terminal's foreground together, so
+that Ctrl-Z stops all and ``fg`` continues all.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import shutil
+import secrets
 import signal
+import subprocess
 import sys
 import tempfile
-import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from dsv3.errors import DSV3Error
+from dsv3.parallel.environment import FOLDER, SECRET, loopback
+from dsv3.parallel.rank import LAUNCHER, PEER_LOST, report_file
 
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
-# Exit code of a rank that ended because another one did. It is never the reason.
-PEER_LOST = 70
-_FOLDER = "DSV3_LAUNCH_FOLDER"
-_LAUNCHER = "DSV3_LAUNCHER_PID"
-_GRACE_SECONDS = 5
+_LOOK_SECONDS = 0.1     # between two looks at the ranks
+_CAUSE_SECONDS = 2      # a rank that lost a peer may end before the one that it lost
+_GRACE_SECONDS = 5      # for a rank to end before it is killed
+_NOTE_SECONDS = 2       # a rank is stopped so long before the launcher says so
+_STOPPED_SECONDS = 60   # and so long before all are ended
 
 
 class RankFailed(DSV3Error):
@@ -50,186 +52,181 @@ class RankFailed(DSV3Error):
         self.exit_code = exit_code
 
 
-def world_size() -> int | None:
-    """Ranks that a launcher has started, this one included; None when there was no launcher."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+class _Rank:
+    """One process. exit_code: None while it lives, -n when signal n ended it; stopped: since when
+    (time.monotonic) it has been stopped, or None."""
+
+    def __init__(self, number: int, process: subprocess.Popen):
+        self.number, self.process = number, process
+        self.exit_code: int | None = None
+        self.stopped: float | None = None
+        self.noted = False
+
+    def look(self) -> None:
+        """Take what the system says about the process since the last look."""
+        while self.exit_code is None:
+            pid, status = os.waitpid(self.process.pid,
+                                     os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+            if not pid:
+                return
+            if os.WIFSTOPPED(status):
+                self.stopped = time.monotonic()
+            elif os.WIFCONTINUED(status):
+                self.stopped, self.noted = None, False
+            else:
+                self.exit_code = self.process.returncode = os.waitstatus_to_exitcode(status)
+
+    def send(self, *signals: int) -> None:
+        for number in signals if self.exit_code is None else ():
+            os.kill(self.process.pid, number)  # not yet reaped, so the id is still its own
 
 
-def check_ranks(asked: int | None) -> None:
-    """Under a launcher, ``--tp`` may only repeat the number of ranks that are there."""
-    there = world_size()
-    if there is not None and asked is not None and asked != there:
-        raise DSV3Error("disagrees with the ranks that torchrun started", where="--tp",
-                        found=asked, expected=f"{there} (WORLD_SIZE)",
-                        fix="Leave --tp out under torchrun")
-
-
-def launch(arguments: Sequence[str], ranks: int, interactive: bool = False) -> int:
+def launch(arguments: Sequence[str], ranks: int, *, threads: int, interactive: bool = False) -> int:
     """Run ``python -m dsv3 ARGUMENTS`` as ``ranks`` local ranks; return an exit code.
 
-    interactive: Ctrl-C is passed on to rank 0 (which stops its answer) and ends nobody.
+    threads: of each rank. interactive: Ctrl-C is rank 0's to handle, and does not end the launcher.
     Raises RankFailed for the rank that failed first.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    signals = ["SIGTERM", "SIGHUP", "SIGQUIT", *([] if interactive else ["SIGINT"])]
-    with tempfile.TemporaryDirectory(prefix="dsv3-", ignore_cleanup_errors=True) as folder:
-        config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=Path(folder).name,
-            rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
-            max_restarts=0, monitor_interval=0.1, shutdown_timeout=_GRACE_SECONDS,
-            signals_to_handle=",".join(signals), logs_specs=DefaultLogsSpecs(log_dir=folder),
-        )
-        if interactive:
-            signal.signal(signal.SIGINT, lambda *_: _interrupt_first_rank(Path(folder)))
-        # The launcher fills in $-templates; a dollar in a prompt has to survive that.
-        command = ["-P", "-m", "dsv3", *(word.replace("$", "$$") for word in arguments)]
+    team: list[_Rank] = []
+    with _signals(interactive) as received, \
+            tempfile.TemporaryDirectory(prefix="dsv3-", ignore_cleanup_errors=True) as folder:
+        (Path(folder) / SECRET).write_bytes(secrets.token_bytes(32))
+        common = _environment(ranks, folder, threads)
         try:
-            with _environment(_rank_environment(ranks, folder)), _quiet():
-                elastic_launch(config, sys.executable)(*command)
-        except ChildFailedError as error:
-            raise _failure(error.failures, ranks) from None
-        except SignalException as stop:
-            return 128 + stop.sigval
-    return 0
+            for number in range(ranks):
+                if not received:
+                    team.append(_Rank(number, _start(arguments, number, common)))
+            return _watch(team, folder, received)
+        finally:
+            _end(team)
 
 
-def begin_rank() -> None:
-    """Called once by a process that may be a rank of ``launch``: say who I am, watch my parent."""
-    folder = os.environ.get(_FOLDER)
-    if not folder or "RANK" not in os.environ:
-        return
-    (Path(folder) / f"rank{os.environ['RANK']}.pid").write_text(str(os.getpid()))
-    launcher = int(os.environ[_LAUNCHER])
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(0.5)
-        shutil.rmtree(folder, ignore_errors=True)
-        os._exit(PEER_LOST)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def end_rank(exit_code: int) -> None:
-    """Called last by the same process: a rank of ``launch`` ends here, at once.
-
-    An ordinary exit takes down connections and threads one after the other. In a rank that failed,
-    others still hold those connections, and torch would complain on the terminal; in one that is
-    done, it now and then ended in an abort on a busy machine, after all work was finished.
-    """
-    if os.environ.get(_FOLDER):
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(exit_code)
-
-
-def report_to_launcher(message: str, exit_code: int) -> bool:
-    """Leave this rank's message for ``launch`` to print; False when nobody will read it.
-
-    The code goes with it: a rank that lost this one as a peer may end first, and then the
-    launcher stops this one before it has exited.
-    """
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not file or not os.environ.get(_FOLDER):
-        return False
-    beside = Path(f"{file}.{os.getpid()}")
-    report = {"message": message, "exit_code": exit_code, "timestamp": int(time.time())}
-    beside.write_text(json.dumps(report))
-    beside.replace(file)
-    return True
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank has gone."""
-    from torch import distributed
-
-    if not isinstance(error, RuntimeError):
-        return False
-    return isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
-
-
-def _failure(failures: Mapping[int, ProcessFailure], ranks: int) -> RankFailed:
-    """The line for the rank that failed first.
-
-    One that left a message comes first, then one that ended by itself, then those that were
-    stopped, then those that lost a peer. Among equals the launcher's order, the one it saw.
-    """
-
-    def distance_from_cause(rank: int) -> int:
-        if _report(failures[rank]):
+def _watch(team: list[_Rank], folder: str, received: list[int]) -> int:
+    """Wait for the end of all ranks; the exit code of the whole."""
+    failed: list[_Rank] = []  # in the order of their ends
+    deadline = None
+    while True:
+        if received:
+            return 128 + received[0]
+        for rank in team:
+            rank.look()
+            if rank.exit_code and rank not in failed:
+                failed.append(rank)
+            _check_stopped(rank, len(team))
+        if any(rank.exit_code in (-signal.SIGINT, 128 + signal.SIGINT) for rank in failed):
+            return 128 + signal.SIGINT
+        if failed:
+            deadline = deadline or time.monotonic() + _CAUSE_SECONDS
+            known = any(_distance_from_cause(rank, folder) < 2 for rank in failed)
+            if known or time.monotonic() > deadline or all(rank.exit_code for rank in team):
+                raise _failure(failed, folder, len(team))
+        elif all(rank.exit_code == 0 for rank in team):
             return 0
-        code = failures[rank].exitcode
-        return 3 if code == PEER_LOST else 2 if -code in (signal.SIGTERM, signal.SIGABRT) else 1
-
-    rank = min(failures, key=distance_from_cause)
-    failure = failures[rank]
-    if report := _report(failure):
-        return RankFailed(report["message"], exit_code=report["exit_code"])
-    fix = None
-    if failure.exitcode == PEER_LOST:
-        how = "lost the connection to another rank"
-    elif failure.exitcode < 0:
-        how = f"was killed by {failure.signal_name()}"
-        fix = "Look whether memory ran out" if -failure.exitcode == signal.SIGKILL else None
-    else:
-        how = f"ended with exit code {failure.exitcode}"
-    return RankFailed(f"rank {rank} of {ranks} {how}; the other ranks were stopped", fix=fix)
+        time.sleep(_LOOK_SECONDS)
 
 
-def _report(failure: ProcessFailure) -> dict | None:
-    """What a rank left with ``report_to_launcher``, if it did."""
-    return failure.error_file_data if os.path.isfile(failure.error_file) else None
+def _check_stopped(rank: _Rank, ranks: int) -> None:
+    """Say that a rank is stopped; raise RankFailed when it stays so."""
+    if rank.stopped is None or rank.exit_code is not None:
+        return
+    seconds = time.monotonic() - rank.stopped
+    if seconds > _STOPPED_SECONDS:
+        raise RankFailed(f"rank {rank.number} of {ranks} was stopped (SIGSTOP) and did not go on "
+                         f"within {_STOPPED_SECONDS} s; all ranks were ended")
+    if seconds > _NOTE_SECONDS and not rank.noted:
+        rank.noted = True
+        print(f"dsv3: rank {rank.number} of {ranks} is stopped (SIGSTOP), and the others wait for "
+              f"it. kill -CONT {rank.process.pid} continues it; in {_STOPPED_SECONDS} s all are "
+              "ended", file=sys.stderr, flush=True)
 
 
-def _rank_environment(ranks: int, folder: str) -> dict[str, str]:
-    """What the ranks find beyond the launcher's own variables; settings of the user win."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def _end(team: Sequence[_Rank]) -> None:
+    """End all ranks that still live: ask, then kill. A stopped one hears only when continued."""
+    for rank in team:
+        rank.send(signal.SIGTERM, signal.SIGCONT)
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while any(rank.exit_code is None for rank in team):
+        if time.monotonic() > deadline:
+            for rank in team:
+                rank.send(signal.SIGKILL)
+        time.sleep(_LOOK_SECONDS / 10)
+        for rank in team:
+            rank.look()
+
+
+def _start(arguments: Sequence[str], number: int, common: dict[str, str]) -> subprocess.Popen:
+    """One rank. Ctrl-C is held back until it can be heard, here and there (``begin_rank``)."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "dsv3", *arguments],
+            env=common | {"RANK": str(number), "LOCAL_RANK": str(number)},
+            stdin=None if number == 0 else subprocess.DEVNULL)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _environment(ranks: int, folder: str, threads: int) -> dict[str, str]:
+    """What all ranks find: a user's settings, except that ranks of one machine never listen on an
+    interface that others can reach."""
     package_root = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH")
-    return {
-        _FOLDER: folder,
-        _LAUNCHER: str(os.getpid()),
+    return dict(os.environ) | {
+        FOLDER: folder,
+        LAUNCHER: str(os.getpid()),
+        "WORLD_SIZE": str(ranks),
         # The ranks import the package that is running now, and nothing from the current folder.
         "PYTHONPATH": os.pathsep.join([package_root, *([path] if path else [])]),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (cores or 1) // ranks))),
-        "GLOO_SOCKET_IFNAME": os.environ.get(
-            "GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo"),
+        "OMP_NUM_THREADS": str(threads),
+        "GLOO_SOCKET_IFNAME": loopback(),
+        "NCCL_SOCKET_IFNAME": "=" + loopback(),
     }
 
 
-def _interrupt_first_rank(folder: Path) -> None:
-    """Pass Ctrl-C on: the ranks live in sessions of their own and do not hear the terminal."""
-    try:
-        os.kill(int((folder / "rank0.pid").read_text()), signal.SIGINT)
-    except (OSError, ValueError):
-        pass  # rank 0 has not begun, or has ended
-
-
 @contextmanager
-def _environment(values: dict[str, str]):
-    """Set environment variables for the processes started inside."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+def _signals(interactive: bool) -> Iterator[list[int]]:
+    """Collect signals that should end everything; those that were ignored before stay ignored."""
+    received: list[int] = []
+
+    def collect(number: int, _) -> None:
+        received.append(number)
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        if (previous := signal.getsignal(number)) != signal.SIG_IGN:
+            ours = number == signal.SIGINT and interactive
+            before[number] = previous
+            signal.signal(number, (lambda *_: None) if ours else collect)
     try:
-        yield
+        yield received
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-@contextmanager
-def _quiet():
-    """The launcher logs a failure over many lines; ours says it in one."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+def _distance_from_cause(rank: _Rank, folder: str) -> int:
+    """0 for a rank that left a message, 1 for one that ended by itself, then those that were
+    stopped, then those that lost a peer."""
+    if report_file(folder, rank.number).exists():
+        return 0
+    if rank.exit_code == PEER_LOST:
+        return 3
+    return 2 if -rank.exit_code in (signal.SIGTERM, signal.SIGABRT) else 1
+
+
+def _failure(failed: Sequence[_Rank], folder: str, ranks: int) -> RankFailed:
+    """The line for the rank that failed first: of those nearest to the cause the first seen."""
+    rank = min(failed, key=lambda rank: _distance_from_cause(rank, folder))
+    file = report_file(folder, rank.number)
+    if file.exists():
+        report = json.loads(file.read_text())
+        return RankFailed(report["message"], exit_code=report["exit_code"])
+    fix = None
+    if rank.exit_code == PEER_LOST:
+        how = "lost the connection to another rank"
+    elif rank.exit_code < 0:
+        how = f"was killed by {signal.Signals(-rank.exit_code).name}"
+        fix = "Look whether memory ran out" if -rank.exit_code == signal.SIGKILL else None
+    else:
+        how = f"ended with exit code {rank.exit_code}"
+    return RankFailed(f"rank {rank.number} of {ranks} {how}; the other ranks were stopped", fix=fix)

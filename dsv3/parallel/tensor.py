@@ -17,21 +17,20 @@ DeepSeek-V3 was trained without tensor parallelism (TR 3.2); inference uses it f
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
+import json
 
 import torch
 import torch.distributed as dist
 
 from dsv3.backward import without_backward
 from dsv3.errors import DSV3Error
+from dsv3.parallel.environment import Place, check_device, place
+from dsv3.parallel.join import join
 
 # What a gradient through a collective is told: it would miss what the other ranks did.
 _NO_GRADIENT = dict(what="no gradient goes back through a model that is cut over several ranks",
                     fix="Train whole models, one on each rank, and share the batch "
                         "(dsv3.training.train_step)")
-# A rank that is alive may compute this long before its peers give up on it.
-_PATIENCE = timedelta(minutes=30)
 
 
 class TensorGroup:
@@ -57,20 +56,22 @@ class TensorGroup:
 
     @classmethod
     def from_environment(cls, device: str | None = None) -> TensorGroup:
-        """Join the ranks that torchrun started: NCCL with a GPU each, Gloo on CPUs.
+        """Join the ranks that a launcher started: NCCL with a GPU each, Gloo on CPUs.
 
-        Reads RANK, WORLD_SIZE and LOCAL_RANK. Without them the group has one member.
+        device: "cpu", "cuda" or None, for cuda where there is a GPU. Reads RANK, WORLD_SIZE and
+        LOCAL_RANK; without them the group has one member. Raises DSV3Error for variables that
+        say what cannot be, for a device that is not there, and when the ranks cannot meet.
         """
-        size = int(os.environ.get("WORLD_SIZE", 1))
+        here = place() or Place(rank=0, size=1, local_rank=0)
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if kind == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            check_device(kind, here, where="device")
+            torch.cuda.set_device(here.local_rank)
             kind = f"cuda:{torch.cuda.current_device()}"
-        if size == 1:
+        if here.size == 1:
             return cls.single(kind)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo",
-                                    timeout=_PATIENCE)
+            join(here, "nccl" if kind.startswith("cuda") else "gloo")
         return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, kind)
 
     def close(self) -> None:
@@ -130,9 +131,19 @@ class TensorGroup:
         return x
 
     def broadcast_object(self, value, src: int = 0):
-        """Rank ``src``'s text, numbers or lists of them on every rank."""
+        """Rank ``src``'s text, numbers, or lists or dicts of them on every rank.
+
+        They travel as JSON, never as a pickle: what is received can be wrong, but runs no code. A
+        tuple arrives as a list.
+        """
         if self.size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src, group=self._process_group, device=self.device)
-        return box[0]
+        text = json.dumps(value).encode() if self.rank == src else b""
+        length = torch.tensor([len(text)], device=self.device)
+        dist.broadcast(length, src, group=self._process_group)
+        data = torch.zeros(int(length), dtype=torch.uint8)
+        if self.rank == src:
+            data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        data = data.to(self.device)
+        dist.broadcast(data, src, group=self._process_group)
+        return json.loads(bytes(data.tolist()))

@@ -1,0 +1,112 @@
+"""How ranks find each other, and what may be trusted.
+
+*One machine* (``launch``). The ranks meet in a file in a folder that only this user can open, and
+talk over the loopback interface. No port is reachable from outside, and nothing that is received
+is ever unpickled: what travels is numbers, and text as JSON. Another user of the same machine can
+connect to the loopback ports too. A connection made after the ranks have met is left unread. One
+made while they meet can take a rank's seat, for Gloo seats whoever gives the right small number;
+so the ranks then show each other that they know a secret from the folder (``shake_hands``), and a
+seat in strange hands ends the run with a line that says so.
+
+*Several machines* (``torchrun``). torch's meeting point, a TCPStore, listens on MASTER_PORT on
+*every* interface of the head machine, whatever its address says, and asks for no password; Gloo
+and NCCL listen on the chosen interface, and nothing is encrypted. torchrun's own state in that
+store is a pickle: who reaches the port can run code as you. So everyone who can reach these
+machines over the network must be trusted: use a private network, or a firewall that lets only the
+machines of the run reach each other, and name the private interface in GLOO_SOCKET_IFNAME or
+NCCL_SOCKET_IFNAME. No option of torchrun replaces that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dsv3.errors import DSV3Error
+from dsv3.parallel.environment import FOLDER, SECRET, Place, check_interface
+from dsv3.parallel.rank import brief
+
+# A rank that is alive may compute this long before its peers give up on it.
+_PATIENCE = timedelta(minutes=30)
+_HANDSHAKE = timedelta(seconds=30)  # each rank has connected to all others by then
+_NOTE_SECONDS = 20
+
+
+class JoinFailed(DSV3Error):
+    """The ranks did not come together; nothing is wrong with an input."""
+
+    exit_code = 1
+
+
+def join(place: Place, backend: str) -> None:
+    """Make this process a rank of torch's default group. backend: "gloo" or "nccl"."""
+    folder = os.environ.get(FOLDER)
+    check_interface(backend)
+    try:
+        if folder:
+            store = dist.FileStore(str(Path(folder) / "store"), place.size)
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size,
+                                    timeout=_PATIENCE)
+        else:
+            with _said_when_slow(place):
+                dist.init_process_group(backend, timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:  # torch wraps a name that is not found, a used port
+        meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise JoinFailed("the ranks cannot meet", where=f"rank {place.rank} of {place.size}",
+                         found=brief(error), fix=None if folder else
+                         f"See whether {meeting} (MASTER_ADDR, MASTER_PORT) is right and free"
+                         ) from None
+    if folder and backend == "gloo":  # NCCL's own greeting carries a secret out of the store
+        shake_hands(place, (Path(folder) / SECRET).read_bytes())
+
+
+def shake_hands(place: Place, secret: bytes, limit: timedelta = _HANDSHAKE) -> None:
+    """Every two ranks prove to each other that they know ``secret``.
+
+    The proof is a hash of the secret and of the direction, so that what a rank sends is of no use
+    for standing in for it. Raises JoinFailed for a connection that proves nothing within ``limit``.
+    """
+    def proof(sender: int, receiver: int) -> torch.Tensor:
+        text = f"dsv3 rank {sender} to rank {receiver}".encode()
+        return torch.tensor(list(hashlib.blake2b(text, key=secret, digest_size=32).digest()),
+                            dtype=torch.uint8)
+
+    others = [rank for rank in range(place.size) if rank != place.rank]
+    got = {rank: torch.zeros(32, dtype=torch.uint8) for rank in others}
+    sending = [dist.isend(proof(place.rank, rank), rank) for rank in others]
+    receiving = {rank: dist.irecv(got[rank], rank) for rank in others}
+    for rank in others:
+        try:
+            receiving[rank].wait(limit)
+            right = torch.equal(got[rank], proof(rank, place.rank))
+        except RuntimeError:
+            right = False
+        if not right:
+            raise JoinFailed("a stranger sits where another rank should",
+                             where=f"rank {place.rank} of {place.size}",
+                             found=f"no proof from rank {rank}",
+                             fix="Start again; if it comes back, ask who else uses this machine")
+    for work in sending:
+        work.wait(limit)
+
+
+@contextmanager
+def _said_when_slow(place: Place):
+    """Ranks that were never started would be awaited in silence: say what is awaited."""
+    text = (f"dsv3: rank {place.rank} of {place.size} waits for the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)")
+    note = threading.Timer(_NOTE_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
+    note.daemon = True
+    note.start()
+    try:
+        yield
+    finally:
+        note.cancel()
