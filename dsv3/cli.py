@@ -17,7 +17,7 @@ import sys
 from typing import NoReturn
 from collections.abc import Callable, Sequence
 
-from dsv3 import __version__
+from dsv3 import __version__, streams
 from dsv3.errors import DSV3Error
 from dsv3.machine import check_threads
 from dsv3.parallel.rank import (
@@ -38,6 +38,7 @@ Command = Callable[[argparse.Namespace, Sequence[str]], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Prints errors as one line on stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    streams.prepare()
     begin_rank()
     code = _guarded(arguments)
     end_rank(code)
@@ -172,7 +173,8 @@ def _generate(commands) -> None:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="a text to continue")
     source.add_argument("--input-file", metavar="FILE",
-                        help="a UTF-8 text file with one prompt a line; empty lines are skipped")
+                        help="a text file with one prompt a line, a pipe, or - for standard input; "
+                        "empty lines are skipped")
     source.add_argument("--interactive", action="store_true",
                         help="chat, where the checkpoint has a chat template")
     p.add_argument("--chat", action="store_true",

@@ -24,7 +24,7 @@ PACKAGES = (
     ("numpy", "2.0", "", "training data"),
     ("safetensors", "0.5", "", "checkpoints"),
     ("tokenizers", "0.21", "", "text to ids"),
-    ("jinja2", "3.1", "", "chat templates"),
+    ("jinja2", "3.1.6", "", "chat templates"),
     ("tqdm", "4.66", "", "progress bars"),
     ("jaxtyping", "0.3", "", "shapes written beside tensors"),
     ("jupyterlab", "4.2", "book", "reading the book"),

@@ -11,7 +11,6 @@ import json
 import resource
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +24,7 @@ from dsv3.layout import check_sharding
 from dsv3.parallel.environment import check_ranks
 from dsv3.parallel.launch import launch
 from dsv3.parallel.tensor import TensorGroup
+from dsv3.prompts import read_prompts as prompts_of_file
 from dsv3.terminal import Terminal
 from dsv3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
@@ -69,18 +69,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         if not args.prompt:
             raise DSV3Error("empty prompt", where="--prompt", fix="Write at least one letter")
         return [args.prompt]
-    file = Path(args.input_file)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DSV3Error("not a UTF-8 text file", where=file, found=f"byte {error.start}") from None
-    except OSError as error:
-        raise DSV3Error("cannot read the prompts", where=file, found=error.strerror) from None
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise DSV3Error("no prompts in the file", where=file, found=f"{len(lines)} empty lines",
-                        expected="one prompt a line")
-    return prompts
+    return prompts_of_file(args.input_file)
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:

@@ -11,13 +11,11 @@ token must hold back an unfinished character until its last byte has arrived. ``
 does; printing ``decode([id])`` for each id shows replacement marks instead.
 
 **The beginning-of-sequence token (bos) is part of the input.** The model has never seen a text
-without it, and it was trained to rest attention there. A chat template writes it itself, so a
-rendered conversation must be encoded with ``add_bos=False``, or it starts twice.
+without it, and it was trained to rest attention there. A rendered conversation must be encoded
+with ``add_bos=False``, or it starts twice.
 
-**The chat template is a program that came with the checkpoint.** It is a Jinja template which
-turns a list of messages into the exact text the model was trained on: for DeepSeek-V3
-``bos + system + <｜User｜> + question + <｜Assistant｜> + answer + eos``. A checkpoint is data from
-elsewhere, so its program runs in Jinja's sandbox: it can read the messages and nothing else.
+**The chat template writes bos itself**, and every other mark of a conversation. What it is, and why
+it runs in a process of its own, stands in ``dsv3.template``.
 
 The tokenizer has fewer entries than the model has rows in its embedding (128815 against 129280,
 a multiple of 128 that cuts well over ranks). The model's tail ids are never text; ``generate``
@@ -27,31 +25,35 @@ masks them when it is told ``valid_vocab_size=tokenizer.vocab_size``.
 from __future__ import annotations
 
 import codecs
-import json
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 from collections.abc import Iterable, Mapping, Sequence
 
-import jinja2
-import jinja2.ext
 import tokenizers
 import tokenizers.decoders
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsv3.errors import DSV3Error
+from dsv3.files import read_json, read_text
+from dsv3.foreign_tokenizers import no_tokenizer
 from dsv3.shipped import model_folder
+from dsv3.template import Renderer, choose, template_messages
 
 Message = Mapping[str, Any]
+
+# Names under which a template finds special tokens, as transformers gives them.
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
+            "mask_token")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read ``tokenizer.json`` and ``tokenizer_config.json`` from a checkpoint folder."""
     folder = model_folder(path)
-    settings = _read_json(folder / "tokenizer_config.json")
     file = folder / "tokenizer.json"
+    if not file.exists():
+        raise no_tokenizer(folder)
+    settings = _read_settings(folder / "tokenizer_config.json")
     try:
-        engine = tokenizers.Tokenizer.from_str(_read_text(file))
+        engine = tokenizers.Tokenizer.from_str(read_text(file))
     except DSV3Error:
         raise
     except Exception as error:  # the library raises a bare Exception
@@ -63,9 +65,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             found=type(engine.decoder).__name__, expected="ByteLevel",
             fix="Use the tokenizer.json that belongs to the checkpoint",
         )
-    template_file = folder / "chat_template.jinja"
-    if template_file.is_file():
-        settings["chat_template"] = _read_text(template_file)
+    if templates := _template_files(folder):
+        settings["chat_template"] = templates
     return Tokenizer(engine, settings, source=str(folder))
 
 
@@ -81,10 +82,18 @@ class Tokenizer:
         engine.no_truncation()
         engine.no_padding()
         self._engine, self._settings, self.source = engine, settings, source
-        self.vocab_size = 1 + max(engine.get_vocab(with_added_tokens=True).values())
+        self._renderer = Renderer()
+        self.vocab_size = 1 + max(engine.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not self.vocab_size:
+            raise DSV3Error("a tokenizer without a single token", where=f"{source}/tokenizer.json",
+                            fix="Use the tokenizer.json that belongs to the checkpoint")
         self.bos_token, self.bos_id = self._special("bos_token")
         self.eos_token, self.eos_id = self._special("eos_token")
-        self.adds_bos = bool(settings.get("add_bos_token", self.bos_id is not None))
+        adds_bos = settings.get("add_bos_token")
+        if adds_bos is not None and not isinstance(adds_bos, bool):
+            raise DSV3Error("not a switch", where=f"{self._where()}: add_bos_token",
+                            found=adds_bos, expected="true or false")
+        self.adds_bos = self.bos_id is not None if adds_bos is None else adds_bos
         if self.adds_bos and self.bos_id is None:
             raise DSV3Error("add_bos_token is true but there is no bos_token", where=self._where(),
                             fix="Name the bos_token, or set add_bos_token to false")
@@ -105,7 +114,11 @@ class Tokenizer:
             raise DSV3Error("text is not valid Unicode", where=f"character {error.start}",
                             found=repr(text[error.start]),
                             fix="Write the prompt in UTF-8") from None
-        ids = self._engine.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._engine.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # a model of its file that has no token for a byte, say
+            raise DSV3Error("the tokenizer cannot encode this text",
+                            where=f"{self.source}/tokenizer.json", found=error) from None
         return [self.bos_id, *ids] if add_bos else ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -135,39 +148,32 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The checkpoint's template; None when it has none (a base model)."""
-        template = self._settings.get("chat_template")
-        if isinstance(template, list):  # several named templates: the one named "default" is meant
-            named = {entry.get("name"): entry.get("template") for entry in template}
-            template = named.get("default")
-        return template
+        return choose(self._settings.get("chat_template"), self._where())
 
     def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None, **variables: Any,
     ) -> str:
         """The text of a conversation, ready for the model to answer.
 
-        messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} in order.
+        messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} in order; a
+        template may take more, such as contents that are lists of {"type": "text", "text": ...}.
         add_generation_prompt: end where the assistant's answer begins.
-        variables: further names that the template may read (``tools`` for instance).
+        tools: JSON schemas of the functions that the model may call; documents: texts it may
+        quote, {"title", "text"}; variables: further names that the template may read.
+        Raises DSV3Error, which tells a mistake in the template from one in the messages.
         """
-        template = self.chat_template
-        if not isinstance(template, str):
+        template = choose(self._settings.get("chat_template"), self._where(), tools is not None)
+        if template is None:
             raise DSV3Error("this checkpoint has no chat template", where=self._where(),
                             fix="Give a plain prompt instead, or add a chat_template")
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        special = {name: _token_text(self._settings.get(name)) for name in names}
-        special = {name: text for name, text in special.items() if text is not None}
-        try:
-            return _sandbox().from_string(template).render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt, **special, **variables,
-            )
-        # A template is a program: besides Jinja's own errors it may add None to text, for example.
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError,
-                AttributeError, LookupError, RecursionError) as error:
-            raise DSV3Error("the chat template cannot render this conversation",
-                            where=self._where(), found=f"{type(error).__name__}: {error}",
-                            fix="Check the order and the fields of the messages") from None
+        special = {name: _token_text(self._settings.get(name)) for name in _SPECIAL}
+        special = {name: text for name, text in special.items() if isinstance(text, str)}
+        return self._renderer.render(template, {
+            **special, "messages": template_messages(messages), "tools": tools,
+            "documents": documents, "add_generation_prompt": add_generation_prompt, **variables,
+        }, where=self.source)
 
     def chat_ids(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
@@ -180,6 +186,9 @@ class Tokenizer:
         text = _token_text(self._settings.get(name))
         if text is None:
             return None, None
+        if not isinstance(text, str):
+            raise DSV3Error("not a token", where=f"{self._where()}: {name}", found=repr(text),
+                            expected='a text, or {"content": a text}')
         id = self._engine.token_to_id(text)
         if id is None:
             raise DSV3Error(f"{name} is not in the vocabulary", where=self._where(),
@@ -228,48 +237,22 @@ def _byte_letters() -> dict[str, int]:
 _BYTE_OF_LETTER: Mapping[str, int] = _byte_letters()
 
 
-def _sandbox() -> ImmutableSandboxedEnvironment:
-    """Jinja as chat templates expect it: block tags leave no blank lines behind, and four helpers
-    (``raise_exception``, ``strftime_now``, ``tojson``, break and continue) exist."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        # Jinja's own filter escapes < and & for web pages, which would change the prompt.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
-
-    sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    sandbox.filters["tojson"] = tojson
-    sandbox.globals["raise_exception"] = raise_exception
-    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return sandbox
-
-
 def _token_text(entry: Any) -> str | None:
     """A special token is written as plain text or as a dict with its text under "content"."""
     return entry.get("content") if isinstance(entry, Mapping) else entry
 
 
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DSV3Error("file not found", where=file,
-                        fix="Copy the checkpoint's tokenizer files into the folder") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DSV3Error("cannot read the file", where=file, found=error) from None
+def _template_files(folder: Path) -> list[dict[str, str]]:
+    """The templates that stand in files of their own, in the form of ``chat_template``."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in
+              sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    return [{"name": name, "template": read_text(file)} for name, file in files.items()
+            if file.exists()]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DSV3Error("not valid JSON", where=file, found=error,
-                        fix="Copy the file again from the checkpoint") from None
+def _read_settings(file: Path) -> dict[str, Any]:
+    content = read_json(file, absent="Copy the checkpoint's tokenizer files into the folder")
     if not isinstance(content, dict):
         raise DSV3Error("not a JSON object", where=file, found=type(content).__name__,
                         expected="{...}")

@@ -7,11 +7,11 @@ PACKAGE = Path(__file__).parents[1] / "dsv3"
 
 # From the ground up; a module may import from lower floors and from its own folder.
 FLOORS = [
-    ["errors"],
-    ["families", "backward", "files", "machine", "shipped"],
-    ["config", "folder", "kernels", "tokenizer", "doctor"],
-    ["costs", "data", "layout", "rope", "fp8", "parallel", "safetensors_io"],
-    ["precision", "recompute", "sampling", "shards", "terminal"],
+    ["errors", "streams", "template_worker"],
+    ["families", "backward", "files", "machine", "prompts", "shipped", "template"],
+    ["config", "folder", "foreign_tokenizers", "kernels", "doctor"],
+    ["costs", "layout", "rope", "fp8", "parallel", "safetensors_io", "tokenizer"],
+    ["data", "precision", "recompute", "sampling", "shards", "terminal"],
     ["layers", "jobs"],
     ["attention", "mla", "moe", "convert", "cast"],
     ["block", "placement", "speculative"],

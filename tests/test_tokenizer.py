@@ -204,19 +204,6 @@ def test_stream_equals_decode_on_random_ids(tokenizer, oracle, skip_special):
         assert text == oracle.decode(ids, skip_special_tokens=skip_special)
 
 
-def test_template_runs_in_a_sandbox(tokenizer):
-    """A template from elsewhere reaches neither Python's internals nor the caller's messages."""
-    escapes = ["{{ ''.__class__.__mro__[1].__subclasses__() }}",
-               "{{ messages.append(1) }}", "{{ messages[0].update({'role': 'x'}) }}",
-               "{{ raise_exception('roles must alternate') }}", "{% if %}", "{{ none + 'a' }}"]
-    for template in escapes:
-        ours = with_template(tokenizer, template)
-        messages = [{"role": "user", "content": "a"}]
-        with pytest.raises(DSV3Error, match="chat template cannot render"):
-            ours.apply_chat_template(messages)
-        assert messages == [{"role": "user", "content": "a"}]
-
-
 def test_template_spellings(released, tmp_path):
     """A list of named templates, and the newer file beside the config."""
     folder = edited(released, tmp_path, chat_template=[
@@ -258,7 +245,7 @@ def test_missing_and_broken_files(released, tmp_path, name):
         with pytest.raises(DSV3Error, match=name):
             load_tokenizer(folder)
     (folder / name).unlink()
-    with pytest.raises(DSV3Error, match=f"{name}: file not found"):
+    with pytest.raises(DSV3Error, match=f"{name}: no such file"):
         load_tokenizer(folder)
 
 
