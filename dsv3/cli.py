@@ -268,15 +268,16 @@ def _diff(commands) -> None:
 def _train(commands) -> None:
     def run(args, arguments):
         from dsv3 import machine
-        from dsv3.config import ModelConfig
         from dsv3.parallel.environment import check_ranks
         from dsv3.parallel.launch import launch
-        from dsv3.parallel.tensor import TensorGroup
-        from dsv3.training import Recipe, train
 
         ranks, starts = check_ranks(args.ranks, "--ranks", args.device)
         if starts:
             return launch(arguments, ranks, threads=machine.threads(ranks, spare=0))
+        from dsv3.config import ModelConfig
+        from dsv3.parallel.tensor import TensorGroup
+        from dsv3.training import Recipe, train
+
         choices = {name: getattr(args, name) for name in (
             "precision", "tokens", "extension_tokens", "moments", "recompute", "seed")}
         recipe = Recipe(**{name: value for name, value in choices.items() if value is not None})

@@ -117,6 +117,9 @@ def _watch(team: list[_Rank], folder: str, received: list[int]) -> int:
             return 128 + signal.SIGINT
         if failed:
             deadline = deadline or time.monotonic() + _CAUSE_SECONDS
+            for rank in team:  # one may have left its message and be on its way to its end
+                if rank not in failed and report_file(folder, rank.number).exists():
+                    failed.append(rank)
             known = any(_distance_from_cause(rank, folder) < 2 for rank in failed)
             if known or time.monotonic() > deadline or all(rank.exit_code for rank in team):
                 raise _failure(failed, folder, len(team))
