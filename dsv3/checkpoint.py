@@ -20,6 +20,7 @@ from dsv3.config import CONFIG_FILE, ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.folder import claim
 from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale, quantize_weight
+from dsv3.generation_config import GenerationConfig
 from dsv3.layout import TensorSpec, check_sharding, layout
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
@@ -53,7 +54,9 @@ def load_model(folder: str | Path, precision: str = "fp8",
     with reader:
         check_sharding(config, group.size,
                        blocks=precision == "fp8" or config.quantization_config is not None)
+        own = GenerationConfig.beside(folder, config.vocab_size).eos_ids
         model = Transformer(config, precision, group, device)
+        model.eos_ids = config.eos_ids if own is None else own
         for spec in layout(config, scales=False, mtp_copies=False):
             value = pick(spec)
             if value is not None:

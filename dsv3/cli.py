@@ -184,10 +184,20 @@ def _generate(commands) -> None:
                    "torchrun: the ranks that are there)")
     _add_run_options(p)
     p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T",
-                   help="0 takes the most probable token (default)")
-    p.add_argument("--top-p", type=float, default=1.0, metavar="P",
-                   help="draw from the most probable tokens that sum to P (default: 1, all)")
+    own = "default: what the checkpoint's generation_config.json says, else"
+    p.add_argument("--temperature", type=float, metavar="T",
+                   help=f"0 takes the most probable token ({own} 0)")
+    p.add_argument("--top-k", type=int, metavar="K",
+                   help=f"draw from the K most probable tokens ({own} 0, all)")
+    p.add_argument("--top-p", type=float, metavar="P",
+                   help=f"draw from the most probable tokens that sum to P ({own} 1, all)")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                   help="end a text before TEXT; may be given several times")
+    p.add_argument("--n", type=_count, default=1, metavar="N",
+                   help="samples of each prompt, over one prefill (default: 1)")
+    p.add_argument("--logprobs", action="store_true",
+                   help="with --json: log-probabilities of the chosen tokens, of the model's own "
+                   "distribution, before temperature, top-k and top-p")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
     p.add_argument("--speculative", action="store_true",
                    help="draft with the MTP module and verify: the same text, often faster")

@@ -6,23 +6,26 @@ for it: limited by memory (ISCA 2.3.2), so rows of a batch share the reading.
 
 Prompts of different lengths go through together, padded on the right; the model is told the true
 length of each row, and every row keeps its own place in the cache. A row that has ended feeds
-nothing any more and the others go on. No row is held back to the shortest prompt.
+nothing any more and the others go on. No row is held back to the shortest prompt. Several samples
+of one prompt share its prefill: its latents are computed once and copied.
 
-How a token is chosen from the logits stands in ``dsv3.sampling``; how a step can give two tokens a
-row in ``dsv3.speculative``. Both ways of decoding share everything else here.
+Three doors lead to the same loop: ``stream`` gives tokens one by one, ``complete`` runs to the end
+and gives a full account, ``generate`` gives the ids alone. What may be asked for stands in
+``dsv3.sampling``; how a step can give two tokens a row in ``dsv3.speculative``. Both ways of
+decoding share everything else here.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
-from collections.abc import Callable, Sequence
 
 import torch
 
 from dsv3.errors import DSV3Error
-from dsv3.sampling import Chooser
+from dsv3.rows import Rows, Token, as_prompts, check_prompts
+from dsv3.sampling import Choice, Chooser, Sampling
 from dsv3.speculative import Speculative
 
 OnToken = Callable[[int, int], None]
@@ -30,13 +33,19 @@ OnToken = Callable[[int, int], None]
 
 @dataclass
 class Generation:
-    """What a run of ``complete`` gave.
+    """What a run gave. With n samples, row n i + k is sample k of prompt i.
 
     ids: new tokens of each row, the end-of-sequence token left out; stopped_by: for each row
-    "eos", "length" (max_new_tokens), "context" (no room left) or "interrupt"; seconds: wall time
-    from the first prefilled token to the last chosen one; acceptance: share of drafted tokens
-    that were accepted, None where nothing was drafted; cache_bytes: of all caches used; passes:
-    how often a row was fed after prefill, over all rows.
+    "eos", "stop" (a stop string), "length" (max_new_tokens), "context" (no room left) or
+    "interrupt", and "" where a stream was closed early; seconds: wall time from the first prefilled
+    token to the last chosen one, with what the reader of a stream did in between; acceptance: share
+    of drafted tokens that were accepted, None where nothing was drafted; cache_bytes: of all caches
+    used; passes: how often a row was fed after prefill, over all rows; chosen: tokens of each row
+    with those that only ended it. texts: of each row, where a tokenizer was given. logprobs: of
+    each id, where they were asked for (``dsv3.sampling.Choice`` says of which distribution).
+
+    A text ends before its stop string. Its ids are those of the tokens that begin before it, so
+    the last of them may run on into it.
     """
 
     ids: list[list[int]]
@@ -45,12 +54,14 @@ class Generation:
     cache_bytes: int
     acceptance: float | None = None
     passes: int = 0
+    chosen: Sequence[int] = ()
+    texts: list[str] | None = None
+    logprobs: list[list[float]] | None = None
 
     @property
     def tokens_per_pass(self) -> float | None:
         """Tokens a row got from a pass after prefill: 1 in plain decoding, up to 2 with drafts."""
-        chosen = sum(map(len, self.ids)) + self.stopped_by.count("eos")
-        return (chosen - len(self.ids)) / self.passes if self.passes else None
+        return (sum(self.chosen) - len(self.chosen)) / self.passes if self.passes else None
 
     @property
     def tokens_per_second(self) -> float:
@@ -58,88 +69,186 @@ class Generation:
         return sum(map(len, self.ids)) / self.seconds if self.seconds else 0.0
 
 
-def generate(
-    model,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    eos_ids: Sequence[int] = (),
-    on_token: OnToken | None = None,
-    speculative: bool = False,
-    valid_vocab_size: int | None = None,
-    prefill_chunk: int | None = None,
-) -> list[list[int]]:
+def generate(model, prompts, max_new_tokens: int | None = None, *,
+             sampling: Sampling | None = None, tokenizer=None, on_token: OnToken | None = None,
+             **options) -> list[list[int]]:
     """New tokens for each prompt, without the prompt and without the end-of-sequence token.
 
-    prompts: token ids, ragged. temperature: 0 for greedy. top_p: in (0, 1]. seed: fixes the draw.
-    eos_ids: tokens that end a row. on_token(row, id): called for each new token as it is chosen.
-    speculative: draft with the MTP module and verify; the same tokens when greedy.
-    valid_vocab_size: ids from here on are never chosen (the tokenizer's vocab_size).
-    prefill_chunk: prompt tokens per row in one pass; None for all at once.
+    prompts: token ids, ragged: a list of lists, tensors or arrays, or one (b, s). sampling and
+    options: what to do, the fields of ``dsv3.sampling.Sampling``; options change those of sampling.
+    A text ends at the model's own end tokens unless ``eos_ids`` says otherwise. tokenizer: needed
+    for stop strings; where given, ids that are none of its tokens are never chosen. on_token(row,
+    id): called for each new token. With n samples, n rows a prompt, beside each other.
 
-    Raises DSV3Error for an empty prompt, one that fills the context, an id out of range, or a
-    nonsensical option.
+    Raises DSV3Error for an empty prompt, one that fills the context, an id out of range, an option
+    that makes no sense or does not exist.
     """
-    return complete(
-        model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        seed=seed, eos_ids=eos_ids, on_token=on_token, speculative=speculative,
-        valid_vocab_size=valid_vocab_size, prefill_chunk=prefill_chunk,
-    ).ids
+    if max_new_tokens is not None:
+        options["max_new_tokens"] = max_new_tokens
+    return complete(model, prompts, sampling=sampling, tokenizer=tokenizer, on_token=on_token,
+                    **options).ids
 
 
-@torch.inference_mode()
-def complete(
-    model,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    eos_ids: Sequence[int] = (),
-    on_token: OnToken | None = None,
-    speculative: bool = False,
-    valid_vocab_size: int | None = None,
-    prefill_chunk: int | None = None,
-    should_stop: Callable[[], bool] | None = None,
-    cache=None,
-    draft_cache=None,
-) -> Generation:
+def complete(model, prompts, *, sampling: Sampling | None = None, tokenizer=None,
+             on_token: OnToken | None = None, should_stop: Callable[[], bool] | None = None,
+             cache=None, draft_cache=None, **options) -> Generation:
     """``generate`` with the full account.
 
     should_stop: asked on rank 0 after each step; True ends all rows on all ranks ("interrupt").
-    cache: one that already holds the beginning of each prompt (``cache.lengths`` says how much);
-    only the rest is computed. draft_cache: for speculative decoding, with the same lengths.
+    cache: one that already holds the beginning of each prompt, or all of it; only the rest is
+    computed, and what it holds is checked against the prompt. draft_cache: for speculative
+    decoding, with the same lengths.
     """
-    check_options(max_new_tokens, temperature, top_p, seed, prefill_chunk)
-    valid = _valid_vocab(model.config.vocab_size, valid_vocab_size)
-    context = model.config.max_position_embeddings
-    check_prompts(prompts, valid, context)
-    if not prompts or max_new_tokens == 0:
-        return Generation([[] for _ in prompts], ["length"] * len(prompts), 0.0, 0)
-    began = time.perf_counter()
-    room = min(context, max(map(len, prompts)) + max_new_tokens)
-    if cache is None:
-        cache = model.new_cache(len(prompts), room)
-    rest = [list(prompt[seen:]) for prompt, seen in zip(prompts, cache.lengths)]
-    rows = Rows(prompts, max_new_tokens, context, eos_ids, on_token)
-    choose = Chooser(model.group, len(prompts), temperature, top_p, seed, valid, should_stop)
-    decoder = (Speculative(model, cache, choose, draft_cache) if speculative
-               else Plain(model, cache, choose))
-    chosen = [[id] for id in choose(prefill(model, cache, rest, prefill_chunk, decoder.watch))]
-    passes = 0
-    while True:
-        rows.add(chosen)
-        if choose.interrupted:
-            rows.interrupt()
-        if not any(rows.left):
-            break
-        passes += sum(room > 0 for room in rows.left)
-        chosen = decoder.step(chosen, rows.left)
-    return Generation(rows.ids, rows.stopped_by, time.perf_counter() - began, decoder.nbytes,
-                      decoder.acceptance, passes)
+    run = stream(model, prompts, sampling=sampling, tokenizer=tokenizer, should_stop=should_stop,
+                 cache=cache, draft_cache=draft_cache, **options)
+    for token in run:
+        if on_token:
+            on_token(token.row, token.id)
+    return run.result
+
+
+def stream(model, prompts, *, sampling: Sampling | None = None, tokenizer=None,
+           should_stop: Callable[[], bool] | None = None, cache=None, draft_cache=None,
+           **options) -> Stream:
+    """The new tokens of all prompts as they become certain; arguments as in ``complete``.
+
+    Everything is checked before this returns. ``close()``, or leaving a loop and dropping the
+    stream, ends it between two passes: the caches hold whole tokens and can be used again. On
+    several ranks every rank reads the stream, and all of them close it at the same token.
+    """
+    return Stream(model, prompts, (sampling or Sampling()).but(**options), tokenizer, should_stop,
+                  cache, draft_cache)
+
+
+class Stream(Iterator[Token]):
+    """One run of generation, an iterator of ``Token``. result: the account so far."""
+
+    def __init__(self, model, prompts, sampling: Sampling, tokenizer=None,
+                 should_stop: Callable[[], bool] | None = None, cache=None, draft_cache=None):
+        config = model.config
+        token_bytes = None
+        if tokenizer is not None:
+            absent = tokenizer.ids_without_token(config.vocab_size)
+            sampling = sampling.but(banned_ids=(*sampling.banned_ids, *absent))
+
+            def token_bytes(id: int) -> bytes:
+                return b"" if tokenizer.is_special(id) else tokenizer.token_bytes(id)
+        elif sampling.stop:
+            raise DSV3Error("stop strings need a tokenizer", where="stop", found=sampling.stop,
+                            fix="Give tokenizer=load_tokenizer(...)")
+        prompts = as_prompts(prompts)
+        check_prompts(prompts, config.vocab_size, config.max_position_embeddings,
+                      sampling.banned_ids)
+        if cache is not None:
+            check_beginnings(prompts, cache, draft_cache, sampling,
+                             config.max_position_embeddings)
+        rows = [prompt for prompt in prompts for _ in range(sampling.n)]
+        eos = model.eos_ids if sampling.eos_ids is None else sampling.eos_ids
+        self._model, self._prompts, self._sampling = model, prompts, sampling
+        self._rows = Rows(rows, config.max_position_embeddings, sampling, eos, token_bytes)
+        self._choose = Chooser(model.group, len(rows), sampling, config.vocab_size, should_stop)
+        self._has_texts = tokenizer is not None
+        self._passes, self._seconds = 0, 0.0
+        works = rows and sampling.max_new_tokens
+        self._decoder = self._make_decoder(cache, draft_cache) if works else None
+        self._tokens = self._run()
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def close(self) -> None:
+        """End the run here."""
+        self._tokens.close()
+
+    @property
+    def result(self) -> Generation:
+        rows, decoder = self._rows, self._decoder
+        return Generation(
+            rows.ids, rows.stopped_by, self._seconds, decoder.nbytes if decoder else 0,
+            decoder.acceptance if decoder else None, self._passes, rows.chosen,
+            ["".join(pieces) for pieces in rows.pieces] if self._has_texts else None,
+            rows.logprobs if self._sampling.logprobs else None)
+
+    @torch.inference_mode()
+    def _run(self) -> Iterator[Token]:
+        rows, choose = self._rows, self._choose
+        if self._decoder is None:
+            rows.stopped_by = ["length"] * len(rows.ids)
+            return
+        began = time.perf_counter()
+        chosen = choose(self._prefill())
+        while True:
+            certain = rows.add(chosen)
+            if choose.interrupted:
+                certain += rows.interrupt()
+            self._seconds = time.perf_counter() - began
+            yield from certain
+            if not any(rows.left):
+                return
+            self._passes += sum(room > 0 for room in rows.left)
+            chosen = self._decoder.step([[choice.id for choice in some] for some in chosen],
+                                        rows.left)
+
+    @property
+    def _room(self) -> int:
+        """Tokens of the longest row when it is full."""
+        return min(self._model.config.max_position_embeddings,
+                   max(map(len, self._prompts)) + self._sampling.max_new_tokens)
+
+    def _make_decoder(self, cache, draft_cache) -> Plain | Speculative:
+        longest = max(map(len, self._prompts))
+        if cache is None:  # that of one prefill for several samples is copied into a longer one
+            cache = self._model.new_cache(len(self._prompts),
+                                          self._room if self._sampling.n == 1 else longest)
+        for kept in (cache, draft_cache):
+            # A row that is there whole is computed from its last token on: that gives the logits.
+            if kept is not None:
+                kept.truncate([min(length, len(prompt) - 1)
+                               for length, prompt in zip(kept.lengths, self._prompts)])
+        if self._sampling.speculative:
+            return Speculative(self._model, cache, self._choose, draft_cache)
+        return Plain(self._model, cache, self._choose)
+
+    def _prefill(self) -> torch.Tensor:
+        """Fill the caches; the logits that choose each row's first token."""
+        decoder, n = self._decoder, self._sampling.n
+        rest = [prompt[seen:] for prompt, seen in zip(self._prompts, decoder.cache.lengths)]
+        logits = prefill(self._model, decoder.cache, rest, self._sampling.prefill_chunk,
+                         decoder.watch)
+        if n > 1:
+            decoder.copies(n, decoder.cache.copies(n, self._room))
+        return logits.repeat_interleave(n, dim=0)
+
+
+def check_beginnings(prompts: Sequence[Sequence[int]], cache, draft_cache, sampling: Sampling,
+                     context: int) -> None:
+    """Raise DSV3Error unless each row of the caches holds a beginning of its prompt and has room.
+
+    An entry of a draft cache is about the token after its own.
+    """
+    if len(cache.lengths) != len(prompts):
+        raise DSV3Error("the cache is for another batch", where="cache",
+                        found=f"{len(cache.lengths)} rows", expected=f"{len(prompts)}, one a prompt")
+    for row, prompt in enumerate(prompts):
+        for name, kept, ids in (("cache", cache, prompt), ("draft_cache", draft_cache, prompt[1:])):
+            if kept is None or name == "draft_cache" and not sampling.speculative:
+                continue
+            need = len(prompt) + (sampling.max_new_tokens - 1 if sampling.n == 1 else 0)
+            if kept.max_seq_len < min(need, context - 1):
+                raise DSV3Error("the cache is too short", where=f"{name}, row {row}",
+                                found=f"room for {kept.max_seq_len} tokens",
+                                expected=f"{min(need, context - 1)} or more",
+                                fix="Make it longer (max_seq_len)")
+            held = kept.tokens(row)
+            if len(held) > len(prompt):
+                raise DSV3Error("the cache holds more than the prompt", where=f"{name}, row {row}",
+                                found=f"{len(held)} tokens", expected=f"at most {len(prompt)}",
+                                fix="Cut it back with cache.truncate, or start with a new one")
+            for place, (was, id) in enumerate(zip(held, ids)):
+                if was not in (id, -1):  # -1: written by hand, and nobody knows for what
+                    raise DSV3Error("the cache holds another text", where=f"{name}, row {row}",
+                                    found=f"token {was} at {place}", expected=id,
+                                    fix=f"Cut it back with cache.truncate, at most to {place}")
 
 
 def prefill(model, cache, rows: Sequence[Sequence[int]], chunk: int | None = None,
@@ -149,7 +258,7 @@ def prefill(model, cache, rows: Sequence[Sequence[int]], chunk: int | None = Non
     Each row needs at least one token. In later chunks the short rows have nothing left and take
     part with length 0. watch(start, hidden, tokens, counts) gets the states of each chunk.
     """
-    device = model.group.device
+    device = model.device
     counts = [len(row) for row in rows]
     width = max(counts)
     tokens = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -189,157 +298,17 @@ class Plain:
         """Bytes of the cache."""
         return self.cache.nbytes
 
-    def step(self, chosen: list[list[int]], left: list[int]) -> list[list[int]]:
+    def copies(self, n: int, cache) -> None:
+        """Go on with ``n`` copies of every row, after prefill; ``cache`` holds theirs."""
+        self.cache = cache
+
+    def step(self, chosen: list[list[int]], left: list[int]) -> list[list[Choice]]:
         """The tokens that follow ``chosen``, those of the last step.
 
         left: how many tokens each row may still take; 0 for a row that has ended, which is fed
         nothing.
         """
-        tokens = torch.tensor(chosen, device=self.model.group.device)
+        tokens = torch.tensor(chosen, device=self.model.device)
         logits = self.model(tokens, cache=self.cache, lengths=[min(room, 1) for room in left],
                             last_only=True)
-        return [[id] for id in self.choose(logits)]
-
-
-class Rows:
-    """The growing rows of a batch and why each one ended."""
-
-    def __init__(self, prompts, max_new_tokens: int, context: int, eos_ids: Sequence[int],
-                 on_token: OnToken | None):
-        self.ids: list[list[int]] = [[] for _ in prompts]
-        self.stopped_by = [""] * len(prompts)
-        self.room = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
-        self.full = ["length" if room == max_new_tokens else "context" for room in self.room]
-        self.eos, self.on_token = set(eos_ids), on_token
-
-    @property
-    def left(self) -> list[int]:
-        """How many tokens each row may still take; 0 for a row that has ended."""
-        return [0 if reason else room - len(ids)
-                for reason, room, ids in zip(self.stopped_by, self.room, self.ids)]
-
-    def add(self, chosen: Sequence[Sequence[int]]) -> None:
-        """Give each row its tokens; those that come after its end are dropped."""
-        for row, ids in enumerate(chosen):
-            for id in ids:
-                if not self.stopped_by[row]:
-                    self.add_one(row, id)
-
-    def add_one(self, row: int, id: int) -> None:
-        """Append one token to a row that has not ended, or end it."""
-        if id in self.eos:
-            self.stopped_by[row] = "eos"
-            return
-        self.ids[row].append(id)
-        if self.on_token:
-            self.on_token(row, id)
-        if len(self.ids[row]) == self.room[row]:
-            self.stopped_by[row] = self.full[row]
-
-    def interrupt(self) -> None:
-        """End the rows that are still going."""
-        self.stopped_by = [reason or "interrupt" for reason in self.stopped_by]
-
-
-class Session:
-    """One conversation over one cache: each turn computes only what is new.
-
-    ``ids`` are the tokens the cache holds. A turn gives the whole text so far; the longest common
-    beginning is kept, the cache is cut back to it, and prefill starts there. So a changed history
-    (an edited message, another way to cut a word into tokens) costs time and is never wrong.
-    """
-
-    def __init__(self, model, room: int = 4096):
-        """room: tokens the first cache holds (288 MB at 671B)."""
-        self.model, self._room = model, room
-        self.ids: list[int] = []
-        self.prefilled = 0  # prompt tokens that the last turn had to compute
-        self._cache = self._draft_cache = None
-
-    def complete(self, prompt: Sequence[int], **options) -> Generation:
-        """Continue ``prompt``, the whole conversation's ids; options as in ``complete``."""
-        wanted = len(prompt) + options.get("max_new_tokens", 64)
-        check_prompts([prompt], self.model.config.vocab_size,
-                      self.model.config.max_position_embeddings)
-        self._make_room(min(wanted, self.model.config.max_position_embeddings))
-        # The last prompt token is always computed: its logits choose the first new token.
-        kept = 0
-        while kept < min(len(self.ids), len(prompt) - 1) and self.ids[kept] == prompt[kept]:
-            kept += 1
-        speculative = options.get("speculative", False)
-        if speculative and self._draft_cache is None:
-            self._draft_cache = self.model.new_draft_cache(1, self._room)
-        if self._draft_cache is not None:
-            # An entry is made of a state and the token after it, so one less can be kept.
-            drafts_kept = max(min(kept - 1, self._draft_cache.lengths[0]), 0)
-            self._draft_cache.truncate([drafts_kept])
-            kept = drafts_kept if speculative else kept
-        self._cache.truncate([kept])
-        self.ids, self.prefilled = list(prompt[:kept]), len(prompt) - kept
-        result = complete(self.model, [prompt], cache=self._cache, draft_cache=self._draft_cache,
-                          **options)
-        # The last token chosen has not been fed, so the cache may be one shorter than the text.
-        self.ids = [*prompt, *result.ids[0]][: self._cache.lengths[0]]
-        return result
-
-    def clear(self) -> None:
-        """Forget the conversation and give its memory back."""
-        self.ids, self._cache, self._draft_cache = [], None, None
-
-    def _make_room(self, wanted: int) -> None:
-        """A cache of at least ``wanted`` tokens. One that is outgrown is replaced by one at least
-        twice as long and computed again: seldom, and so cheap over a long conversation."""
-        if self._cache is None or self._cache.max_seq_len < wanted:
-            context = self.model.config.max_position_embeddings
-            self._room = min(context, max(self._room, 2 * wanted))
-            self._cache, self.ids = self.model.new_cache(1, self._room), []
-            self._draft_cache = None
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: int) -> None:
-    """Raise DSV3Error for the first prompt that cannot be run."""
-    for row, prompt in enumerate(prompts):
-        where = f"prompt {row}"
-        if not isinstance(prompt, Sequence) or isinstance(prompt, str):
-            raise DSV3Error("not a list of token ids", where=where, found=type(prompt).__name__,
-                            expected="list[int]", fix="Give a list of prompts, encoded")
-        if not prompt:
-            raise DSV3Error("empty prompt", where=where, found="0 tokens",
-                            expected="at least 1", fix="Begin with the bos token")
-        if len(prompt) >= context:
-            raise DSV3Error("prompt longer than the context", where=where,
-                            found=f"{len(prompt)} tokens",
-                            expected=f"at most {context - 1} (max_position_embeddings - 1)",
-                            fix="Shorten the prompt")
-        for id in prompt:
-            if not isinstance(id, Integral) or not 0 <= id < vocab_size:
-                raise DSV3Error("token id out of range", where=where, found=id,
-                                expected=f"0 to {vocab_size - 1}",
-                                fix="Encode with the tokenizer of this checkpoint")
-
-
-def check_options(max_new_tokens, temperature, top_p, seed, prefill_chunk=None) -> None:
-    """Raise DSV3Error for an option that makes no sense."""
-
-    def require(name: str, value, fits: bool, expected: str) -> None:
-        if not fits:
-            raise DSV3Error("not a usable value", where=name, found=value, expected=expected)
-
-    require("max_new_tokens", max_new_tokens,
-            isinstance(max_new_tokens, int) and max_new_tokens >= 0, "an integer of at least 0")
-    require("temperature", temperature, 0 <= temperature < float("inf"), "0 or more")
-    require("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1")
-    require("seed", seed, isinstance(seed, int), "an integer")
-    require("prefill_chunk", prefill_chunk,
-            prefill_chunk is None or isinstance(prefill_chunk, int) and prefill_chunk > 0,
-            "an integer of at least 1")
-
-
-def _valid_vocab(model_vocab: int, valid: int | None) -> int:
-    """How many ids may be chosen; a tokenizer with more ids than the model belongs elsewhere."""
-    if valid is None:
-        return model_vocab
-    if not 0 < valid <= model_vocab:
-        raise DSV3Error("tokenizer and model do not belong together", where="valid_vocab_size",
-                        found=valid, expected=f"1 to the model's vocab_size, {model_vocab}")
-    return valid
+        return self.choose(logits)

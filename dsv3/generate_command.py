@@ -19,14 +19,19 @@ from dsv3 import machine
 from dsv3.checkpoint import load_model
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
-from dsv3.generate import Generation, Session, check_options, check_prompts, complete
+from dsv3.generate import Generation, stream
+from dsv3.generation_config import FILE, GenerationConfig
 from dsv3.layout import check_sharding
+from dsv3.model import Transformer
 from dsv3.parallel.environment import check_ranks
 from dsv3.parallel.launch import launch
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.prompts import read_prompts as prompts_of_file
+from dsv3.rows import check_prompts
+from dsv3.sampling import Sampling
+from dsv3.session import Session
 from dsv3.terminal import Terminal
-from dsv3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from dsv3.tokenizer import Tokenizer, load_tokenizer
 
 # Prompt tokens in one pass: bounds the memory of a long prompt without making small matrices.
 _PREFILL_CHUNK = 2048
@@ -35,8 +40,9 @@ _PREFILL_CHUNK = 2048
 def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     """``args``: parsed options; ``arguments``: the command line they came from."""
     ranks, starts = check_ranks(args.tp, "--tp", args.device)
-    check_options(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    sampling = sampling_of(args)
     config = ModelConfig.from_pretrained(args.model)
+    own = GenerationConfig.beside(args.model, config.vocab_size)
     check_sharding(config, ranks,
                    blocks=args.precision == "fp8" or config.quantization_config is not None)
     tokenizer = load_tokenizer(args.model)
@@ -50,7 +56,8 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     group = TensorGroup.from_environment(args.device)
     torch.set_num_threads(machine.threads())
     model = load_model(args.model, precision=args.precision, group=group)
-    job = Job(args, model, tokenizer, Terminal(group))
+    job = Job(args, model, tokenizer, Terminal(group),
+              in_full(sampling, args, own, tokenizer, model), own)
     job.warn()
     if args.interactive:
         job.talk()
@@ -59,6 +66,33 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     # Not after a failure: the others would miss this rank before it could say what happened.
     group.close()
     return 0
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """What the flags ask for, checked; flags that were not given are at their defaults."""
+    given = {name: value for name in ("temperature", "top_k", "top_p")
+             if (value := getattr(args, name)) is not None}
+    sampling = Sampling(
+        max_new_tokens=args.max_new_tokens, seed=args.seed, n=args.n, stop=args.stop,
+        logprobs=args.logprobs, speculative=args.speculative, prefill_chunk=_PREFILL_CHUNK, **given)
+    if args.interactive and args.n > 1:
+        raise DSV3Error("a conversation goes on from one answer", where="--n", found=args.n,
+                        expected="1 with --interactive")
+    if args.logprobs and (args.interactive or not args.json):
+        raise DSV3Error("log-probabilities are a part of the JSON", where="--logprobs",
+                        fix="Give --json as well, and no --interactive")
+    return sampling
+
+
+def in_full(sampling: Sampling, args: argparse.Namespace, own: GenerationConfig,
+            tokenizer: Tokenizer, model: Transformer) -> Sampling:
+    """``sampling`` with what the checkpoint's files say where no flag says otherwise.
+
+    A text ends at the model's end tokens and at the tokenizer's.
+    """
+    defaults = {name: value for name, value in own.defaults.items() if getattr(args, name) is None}
+    eos = {*model.eos_ids, tokenizer.eos_id} - {None}
+    return sampling.but(eos_ids=sorted(eos), **defaults)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -80,27 +114,21 @@ def prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
 
 @dataclass
 class Job:
-    """A loaded model and what was asked of it; every rank holds one and they act in step."""
+    """A loaded model and what was asked of it; every rank holds one and they act in step.
+
+    own: what the checkpoint's generation_config.json says.
+    """
 
     args: argparse.Namespace
-    model: object
+    model: Transformer
     tokenizer: Tokenizer
     terminal: Terminal
-
-    def options(self, turn: int = 0) -> dict:
-        """Options of ``complete``. Each turn of a talk draws from a seed of its own."""
-        a = self.args
-        eos = {*self.model.config.eos_ids, self.tokenizer.eos_id} - {None}
-        return dict(
-            max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_p=a.top_p,
-            seed=a.seed + turn, eos_ids=sorted(eos), speculative=a.speculative,
-            valid_vocab_size=min(self.tokenizer.vocab_size, self.model.config.vocab_size),
-            prefill_chunk=_PREFILL_CHUNK,
-        )
+    sampling: Sampling
+    own: GenerationConfig
 
     def warn(self) -> None:
         """Say so where the chosen precision is a slow one here."""
-        if self.args.precision == "bf16" and self.model.group.device.type == "cpu" \
+        if self.args.precision == "bf16" and self.model.device.type == "cpu" \
                 and (slower := machine.bf16_slowdown()) >= machine.SLOW:
             self.terminal.note("dsv3: on this CPU a product in bfloat16 takes "
                                f"{slower:.0f} times as long as in float32; --precision fp32 is "
@@ -108,25 +136,28 @@ class Job:
 
     def answer(self, texts: list[str], prompts: list[list[int]]) -> None:
         """Complete all prompts together. One alone is streamed, several are printed in order."""
-        streams = len(prompts) == 1 and not self.args.no_stream and not self.args.json
+        single = len(prompts) * self.sampling.n == 1
+        streams = single and not self.args.no_stream and not self.args.json
         echo = "" if self.args.chat else texts[0]
         if streams:
             self.terminal.write(echo)
-        stream = StreamDecoder(self.tokenizer)
-        result = complete(
-            self.model, prompts, **self.options(),
-            on_token=(lambda _, id: self.terminal.write(stream.push(id))) if streams else None,
-        )
+        run = stream(self.model, prompts, sampling=self.sampling, tokenizer=self.tokenizer)
+        for token in run:
+            if streams:
+                self.terminal.write(token.text)
+        result = run.result
+        # One entry a row: each prompt stands there once for each of its samples.
+        texts = [text for text in texts for _ in range(self.sampling.n)]
+        prompts = [prompt for prompt in prompts for _ in range(self.sampling.n)]
         if self.args.json:
             self.print_json(texts, prompts, result)
             return
         if streams:
-            self.terminal.write(stream.flush() + "\n")
-        elif len(prompts) == 1:
-            self.terminal.write(f"{echo}{self.tokenizer.decode(result.ids[0])}\n")
+            self.terminal.write("\n")
+        elif single:
+            self.terminal.write(f"{echo}{result.texts[0]}\n")
         else:
-            for row, (text, ids) in enumerate(zip(texts, result.ids)):
-                answer = self.tokenizer.decode(ids)
+            for row, (text, answer) in enumerate(zip(texts, result.texts)):
                 self.terminal.write(f"[{row + 1}/{len(texts)}] {text}\n{answer}\n\n")
         self.summarize(result)
 
@@ -161,26 +192,33 @@ class Job:
 
     def reply(self, session: Session, ids: list[int], turn: int) -> str:
         """Stream one answer; Ctrl-C ends it early. Returns its text."""
-        terminal, stream = self.terminal, StreamDecoder(self.tokenizer)
-        show = None if self.args.no_stream else (lambda _, id: terminal.write(stream.push(id)))
+        terminal = self.terminal
         terminal.stopped = False
-        result = session.complete(ids, **self.options(turn), on_token=show,
-                                  should_stop=lambda: terminal.stopped)
-        text = self.tokenizer.decode(result.ids[0])
-        terminal.write((text if self.args.no_stream else stream.flush()) + "\n")
+        # Each turn draws from a seed of its own.
+        run = session.stream(ids, sampling=self.sampling.but(seed=self.sampling.seed + turn),
+                             tokenizer=self.tokenizer, should_stop=lambda: terminal.stopped)
+        for token in run:
+            if not self.args.no_stream:
+                terminal.write(token.text)
+        text = run.result.texts[0]
+        terminal.write((text if self.args.no_stream else "") + "\n")
         return text
 
     def print_json(self, texts, prompts, result: Generation) -> None:
-        rows = zip(texts, prompts, result.ids, result.stopped_by, strict=True)
+        results = [
+            {"prompt": text, "prompt_ids": prompt, "ids": ids, "text": answer, "stopped_by": reason}
+            for text, prompt, ids, answer, reason in zip(
+                texts, prompts, result.ids, result.texts, result.stopped_by, strict=True)]
+        for row, entry in enumerate(results):
+            if self.sampling.n > 1:
+                entry["sample"] = row % self.sampling.n
+            if result.logprobs is not None:
+                entry["logprobs"] = result.logprobs[row]
         self.terminal.write(json.dumps({
             "model": str(self.args.model),
             "precision": self.args.precision,
             "tp": self.model.group.size,
-            "results": [
-                {"prompt": text, "prompt_ids": prompt, "ids": ids,
-                 "text": self.tokenizer.decode(ids), "stopped_by": reason}
-                for text, prompt, ids, reason in rows
-            ],
+            "results": results,
             "tokens_per_second": round(result.tokens_per_second, 2),
             "acceptance": result.acceptance,
         }) + "\n")
@@ -190,17 +228,19 @@ class Job:
         group, count = self.model.group, sum(map(len, result.ids))
         tensors = [*self.model.parameters(), *self.model.buffers()]
         mine = dict(sent=group.bytes_sent, weights=sum(tensor.nbytes for tensor in tensors),
-                    cache=result.cache_bytes, peak=_peak_memory(group.device))
+                    cache=result.cache_bytes, peak=_peak_memory(self.model.device))
         ranks = [group.broadcast_object(mine, src=rank) for rank in range(group.size)]
         note = self.terminal.note
         plural = "rank" if group.size == 1 else "ranks"
-        where = group.device.type
+        where = self.model.device.type
         if where == "cpu":
             where += f" with {machine.threads_in_words(torch.get_num_threads())}"
         note(f"model       {self.args.model}, {self.args.precision}, {group.size} {plural} on "
              f"{where}")
         note(f"speed       {count} new tokens in {result.seconds:.2f} s, prefill included: "
              f"{result.tokens_per_second:.1f} tokens/s")
+        for line in self.taken():
+            note(line)
         if result.acceptance is not None:
             note(f"acceptance  {result.acceptance:.0%} of the drafted tokens, "
                  f"{result.tokens_per_pass:.2f} tokens a pass and row")
@@ -208,6 +248,19 @@ class Job:
             size = {name: _size(count) for name, count in seen.items()}
             note(f"rank {rank}      weights {size['weights']}, cache {size['cache']}, "
                  f"peak of the process {size['peak']}; sent {size['sent']}")
+
+
+    def taken(self) -> list[str]:
+        """What was taken from generation_config.json, and what it asks for in vain."""
+        said = [f"{name.replace('_', '-')} {value:g}" for name, value in self.own.defaults.items()
+                if getattr(self.args, name) is None]
+        if self.own.eos_ids is not None:
+            said.append("end tokens " + (", ".join(map(str, self.own.eos_ids)) or "none"))
+        lines = [f"sampling    {', '.join(said)}: from {FILE}"] if said else []
+        if self.own.ignored:
+            lines.append(f"sampling    not supported and left out: {', '.join(self.own.ignored)} "
+                         f"of {FILE}")
+        return lines
 
 
 def _peak_memory(device: torch.device) -> int:

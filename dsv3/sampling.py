@@ -1,13 +1,18 @@
-"""From logits to a token: temperature, top-p, the draw, and one choice for all ranks.
+"""From logits to a token: what is asked for, the distribution, the draw, one choice for all ranks.
 
 Choosing a token from logits z at temperature T:
 
     p_i = exp(z_i / T) / sum_j exp(z_j / T)
 
-T = 0 is the limit, the largest logit (greedy). Top-p keeps the most probable tokens until their
-sum reaches p, and drops the tail. Both are computed in float64. The draw inverts the cumulative
-sum with a single uniform number, from a generator that belongs to the row: what a row says depends
-on the seed and on its number, never on its neighbours in the batch.
+T = 0 is the limit, the largest logit (greedy). Top-k keeps the k most probable tokens. Top-p keeps
+the most probable of what is left until their sum reaches p, and drops the tail. All are computed in
+float64. The draw inverts the cumulative sum with a single uniform number, from a generator that
+belongs to the row: what a row says depends on the seed and on its number, never on its neighbours
+in the batch.
+
+Some ids are no token: an embedding has more rows than its tokenizer has words, and a tokenizer may
+have holes. Their logits are whatever training left there. They are banned before anything else is
+looked at, for the model and for its drafts alike, so speculative decoding stays exact.
 
 With several ranks, all hold the same logits up to rounding. Were each to choose for itself, one
 near-tie would send them apart for good, so rank 0 chooses and tells the others.
@@ -15,7 +20,10 @@ near-tie would send them apart for good, so rank 0 chooses and tells the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
@@ -25,12 +33,107 @@ from dsv3.errors import DSV3Error
 from dsv3.parallel.tensor import TensorGroup
 
 
-def probabilities(logits: Float[Tensor, "*lead v"], temperature: float,
-                  top_p: float = 1.0) -> Float64[Tensor, "*lead v"]:
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What is asked of a generation; every option of ``generate`` is a field here.
+
+    max_new_tokens: of each row. temperature: 0 for greedy. top_k: draw from the k most probable
+    tokens, 0 for all. top_p: in (0, 1], see above. seed: fixes the draw. n: samples of each
+    prompt, over one prefill. eos_ids: tokens that end a row; None for the model's own, () for
+    none. stop: texts that end a row, wherever they lie in its tokens. banned_ids: ids that are
+    never chosen. logprobs: whether each chosen token's log-probability is wanted. speculative:
+    draft with the MTP module and verify; the same tokens when greedy. prefill_chunk: prompt tokens
+    per row in one pass, None for all at once.
+
+    Raises DSV3Error, naming the field, for a value that makes no sense.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    n: int = 1
+    eos_ids: Iterable[int] | None = None  # kept as tuples, as the next two
+    stop: Iterable[str] = ()
+    banned_ids: Iterable[int] = ()
+    logprobs: bool = False
+    speculative: bool = False
+    prefill_chunk: int | None = None
+
+    def __post_init__(self):
+        for name, least in (("max_new_tokens", 0), ("top_k", 0), ("seed", None), ("n", 1)):
+            self._check_whole(name, least)
+        if self.prefill_chunk is not None:
+            self._check_whole("prefill_chunk", 1)
+        for name, fits, expected in (("temperature", lambda t: 0 <= t < math.inf, "0 or more"),
+                                     ("top_p", lambda p: 0 < p <= 1, "more than 0, at most 1")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
+                raise _unusable(name, value, expected)
+        for name in ("logprobs", "speculative"):
+            if not isinstance(getattr(self, name), bool):
+                raise _unusable(name, getattr(self, name), "True or False")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, kind, expected in (("eos_ids", int, "token ids"), ("banned_ids", int, "token ids"),
+                                     ("stop", str, "texts of at least one letter")):
+            self._check_list(name, kind, expected)
+
+    def _check_whole(self, name: str, least: int | None) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or (
+                least is not None and value < least):
+            raise _unusable(name, value, "an integer" if least is None
+                            else f"an integer of at least {least}")
+
+    def _check_list(self, name: str, kind: type, expected: str) -> None:
+        """A list becomes a tuple; its members must be of a kind, and none empty or negative."""
+        value = getattr(self, name)
+        if value is None and name == "eos_ids":
+            return
+        if isinstance(value, Tensor):
+            value = value.tolist()
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise _unusable(name, value, f"a list of {expected}")
+        value = tuple(value)
+        for item in value:
+            if isinstance(item, bool) or not isinstance(item, kind) or (
+                    not item if kind is str else item < 0):
+                raise _unusable(name, item, expected)
+        object.__setattr__(self, name, value)
+
+    def but(self, **changes) -> Sampling:
+        """A copy with some fields changed, checked again. Raises DSV3Error for an unknown one."""
+        known = [field.name for field in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise DSV3Error("no such option", where=name, expected=", ".join(known))
+        return replace(self, **changes)
+
+
+def _unusable(name: str, value, expected: str) -> DSV3Error:
+    return DSV3Error("not a usable value", where=name, found=repr(value), expected=expected)
+
+
+class Choice(NamedTuple):
+    """A chosen token, and the log of the model's own probability of it, where that was wanted.
+
+    The model's own: a softmax of its logits over the whole vocabulary in float64, before
+    temperature, top-k, top-p and banned ids.
+    """
+
+    id: int
+    logprob: float | None = None
+
+
+def probabilities(logits: Float[Tensor, "*lead v"], temperature: float, top_p: float = 1.0,
+                  top_k: int = 0) -> Float64[Tensor, "*lead v"]:
     """The distribution a token is drawn from, over v tokens: float64, sums to 1.
 
-    Temperature 0 puts all of it on the largest logit. Top-p keeps the smallest set of most
-    probable tokens whose sum reaches top_p.
+    Temperature 0 puts all of it on the largest logit. Top-k keeps the k most probable tokens (of
+    equal ones those with the smaller ids), 0 all. Top-p keeps the smallest set of most probable
+    tokens whose sum, among those that top-k left, reaches top_p.
     """
     best = logits.max(dim=-1, keepdim=True)
     if not torch.isfinite(best.values).all():
@@ -41,13 +144,17 @@ def probabilities(logits: Float[Tensor, "*lead v"], temperature: float,
         return greedy.scatter_(-1, best.indices, 1.0)
     # The largest exponent is 0, so neither a large logit nor a tiny temperature overflows.
     p = ((logits.double() - best.values.double()) / temperature).softmax(dim=-1)
+    if top_p == 1 and not 0 < top_k < p.shape[-1]:
+        return p
+    ordered, order = p.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ordered[..., top_k:] = 0.0
+        ordered = ordered / ordered.sum(dim=-1, keepdim=True)
     if top_p < 1:
-        ordered, order = p.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered  # mass ahead of each token
-        p = p.masked_fill(torch.zeros_like(p, dtype=torch.bool).scatter_(
-            -1, order, before >= top_p), 0.0)
-        p = p / p.sum(dim=-1, keepdim=True)
-    return p
+        ordered = ordered.masked_fill(before >= top_p, 0.0)
+        ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(p).scatter_(-1, order, ordered)
 
 
 def draw(p: Float[Tensor, "v"], generator: torch.Generator) -> int:
@@ -60,11 +167,11 @@ def draw(p: Float[Tensor, "v"], generator: torch.Generator) -> int:
 
 
 def sample(logits: Float[Tensor, "b v"], temperature: float, top_p: float,
-           generators: Sequence[torch.Generator]) -> list[int]:
+           generators: Sequence[torch.Generator], top_k: int = 0) -> list[int]:
     """A token for each row of logits, each drawn with its row's own generator."""
     if temperature == 0:
         return probabilities(logits, 0.0).argmax(dim=-1).tolist()
-    p = probabilities(logits, temperature, top_p)
+    p = probabilities(logits, temperature, top_p, top_k)
     return [draw(row, generator) for row, generator in zip(p, generators, strict=True)]
 
 
@@ -79,30 +186,57 @@ class Chooser:
     interrupted: whether ``should_stop``, asked on rank 0 at every choice, has said yes.
     """
 
-    def __init__(self, group: TensorGroup, rows: int, temperature: float, top_p: float, seed: int,
-                 valid_vocab_size: int, should_stop: Callable[[], bool] | None = None):
-        self.group, self.temperature, self.top_p = group, temperature, top_p
-        self.generators = row_generators(seed, rows)
-        self.valid, self.should_stop = valid_vocab_size, should_stop
+    def __init__(self, group: TensorGroup, rows: int, sampling: Sampling, vocab_size: int,
+                 should_stop: Callable[[], bool] | None = None):
+        self.group, self.sampling, self.should_stop = group, sampling, should_stop
+        self.generators = row_generators(sampling.seed, rows)
+        banned = sorted({id for id in sampling.banned_ids if id < vocab_size})
+        if len(banned) == vocab_size:
+            raise DSV3Error("no token is left to choose", where="banned_ids", found="all ids",
+                            expected=f"fewer than the model's vocab_size, {vocab_size}")
+        self.banned = torch.tensor(banned, dtype=torch.int64)
         self.interrupted = False
 
-    def __call__(self, logits: Float[Tensor, "b v"]) -> list[int]:
-        """A token for each row of logits."""
-        return self.agree(len(self.generators), lambda: sample(
-            logits[:, : self.valid], self.temperature, self.top_p, self.generators))
+    def __call__(self, logits: Float[Tensor, "b v"]) -> list[list[Choice]]:
+        """A token for each row of logits, in a list of its own."""
+        s = self.sampling
+        return [[choice] for choice in self.agree(logits, lambda: sample(
+            self.allowed(logits), s.temperature, s.top_p, self.generators, s.top_k))]
 
-    def distribution(self, logits: Float[Tensor, "*lead v"]) -> Float64[Tensor, "*lead valid"]:
-        """What a token is drawn from: the probabilities of the valid_vocab_size first tokens."""
-        return probabilities(logits[..., : self.valid], self.temperature, self.top_p)
+    def allowed(self, logits: Float[Tensor, "*lead v"]) -> Float[Tensor, "*lead v"]:
+        """The logits, those of banned ids at -inf."""
+        if not len(self.banned):
+            return logits
+        return logits.index_fill(-1, self.banned.to(logits.device), -math.inf)
 
-    def agree(self, count: int, decide: Callable[[], list[int]]) -> list[int]:
-        """The ``count`` whole numbers that ``decide`` gives on rank 0, on every rank."""
-        message = [0] * (count + 1)
+    def distribution(self, logits: Float[Tensor, "*lead v"]) -> Float64[Tensor, "*lead v"]:
+        """What a token is drawn from: the probabilities of all tokens, 0 where banned."""
+        s = self.sampling
+        return probabilities(self.allowed(logits), s.temperature, s.top_p, s.top_k)
+
+    def agree(self, logits: Float[Tensor, "*lead v"],
+              decide: Callable[[], list[int]]) -> list[Choice]:
+        """What ``decide`` gives on rank 0, on every rank: an id for each row of logits, in order.
+
+        An id of -1 stands for none and has no log-probability.
+        """
+        count = logits.shape[:-1].numel()
+        numbers = [0.0] * (count * (1 + self.sampling.logprobs) + 1)
         if self.group.rank == 0:
             stop = self.interrupted or bool(self.should_stop and self.should_stop())
-            message = [*decide(), int(stop)]
-        if self.group.size > 1:
-            message = self.group.broadcast(
-                torch.tensor(message, device=self.group.device)).tolist()
-        self.interrupted = bool(message[-1])
-        return message[:-1]
+            ids = decide()
+            numbers = [*ids, *self.logprobs(logits, ids), stop]
+        if self.group.size > 1:  # ids are exact in float64
+            numbers = self.group.broadcast(torch.tensor(
+                numbers, dtype=torch.float64, device=self.group.device)).tolist()
+        self.interrupted = bool(numbers[-1])
+        logprobs = numbers[count:-1] or [None] * count
+        return [Choice(int(id), value) for id, value in zip(numbers[:count], logprobs)]
+
+    def logprobs(self, logits: Float[Tensor, "*lead v"], ids: list[int]) -> list[float]:
+        """The log of the model's own probability of each id; nothing where it is not wanted."""
+        if not self.sampling.logprobs:
+            return []
+        rows = logits.flatten(0, -2)
+        chosen = torch.tensor(ids, device=rows.device).clamp(min=0)[:, None]
+        return rows.double().log_softmax(-1).gather(-1, chosen)[:, 0].tolist()

@@ -36,7 +36,7 @@ import torch
 
 from dsv3.errors import DSV3Error
 from dsv3.mla import LatentCache
-from dsv3.sampling import Chooser, draw
+from dsv3.sampling import Choice, Chooser, draw
 
 
 def verify(p: torch.Tensor, q: torch.Tensor, draft: int, generator: torch.Generator) -> int:
@@ -105,7 +105,12 @@ class Speculative:
             if start < count <= start + hidden.shape[1]:  # the prompt ends in this chunk
                 self.hidden[row, 0] = hidden[row, count - 1 - start]
 
-    def step(self, chosen: list[list[int]], left: list[int]) -> list[list[int]]:
+    def copies(self, n: int, cache: LatentCache) -> None:
+        """Go on with ``n`` copies of every row, after prefill; ``cache`` holds theirs."""
+        self.draft_cache = self.draft_cache.copies(n, cache.max_seq_len)
+        self.cache, self.hidden = cache, self.hidden.repeat_interleave(n, dim=0)
+
+    def step(self, chosen: list[list[int]], left: list[int]) -> list[list[Choice]]:
         """The tokens that follow ``chosen``, those of the last step.
 
         left: how many tokens each row may still take; 0 for a row that has ended. Such a row is
@@ -119,13 +124,13 @@ class Speculative:
                            device=device)
         logits, self.hidden = self.model(
             fed, cache=self.cache, lengths=[min(room, 2) for room in left], return_hidden=True)
-        answer = self.choose.agree(2 * len(left), lambda: self.judge(logits, q, guesses, left))
-        after = [[id for id in answer[2 * row : 2 * row + 2] if id >= 0]
+        answer = self.choose.agree(logits, lambda: self.judge(logits, q, guesses, left))
+        after = [[choice for choice in answer[width * row : width * (row + 1)] if choice.id >= 0]
                  for row in range(len(left))]
         self.drafts += sum(drafting)
-        self.accepted += sum(len(ids) == 2 for ids in after)
-        self.cache.truncate([length + len(ids) if room else length
-                             for length, ids, room in zip(before, after, left)])
+        self.accepted += sum(len(choices) == 2 for choices in after)
+        self.cache.truncate([length + len(choices) if room else length
+                             for length, choices, room in zip(before, after, left)])
         return after
 
     def draft(self, chosen: list[list[int]],
@@ -141,15 +146,15 @@ class Speculative:
                                           lengths=counts, last_only=True)
         q = self.choose.distribution(logits)
         generators = self.choose.generators
-        guesses = self.choose.agree(len(chosen), lambda: [
+        guesses = self.choose.agree(logits, lambda: [
             draw(q[row], generators[row]) if drafts else 0 for row, drafts in enumerate(drafting)])
-        return guesses, q
+        return [guess.id for guess in guesses], q
 
     def judge(self, logits: torch.Tensor, q: torch.Tensor | None, guesses: list[int],
               left: list[int]) -> list[int]:
-        """Two numbers a row, flat: the tokens after a pass with logits (b, 1 or 2, vocab).
+        """The tokens after a pass with logits (b, 1 or 2, vocab): one or two numbers a row, flat.
 
-        The second is -1 where the draft was rejected or there was none. An ended row has 0, -1.
+        The second is -1 where the draft was rejected or there was none. An ended row has 0 first.
         """
         p = self.choose.distribution(logits)
         answer = []
@@ -162,5 +167,5 @@ class Speculative:
                     second = draw(p[row, 1], generator)
             elif room == 1:
                 first = draw(p[row, 0], generator)
-            answer += [first, second]
+            answer += [first, second][: logits.shape[1]]
         return answer

@@ -18,8 +18,8 @@ with ``add_bos=False``, or it starts twice.
 it runs in a process of its own, stands in ``dsv3.template``.
 
 The tokenizer has fewer entries than the model has rows in its embedding (128815 against 129280,
-a multiple of 128 that cuts well over ranks). The model's tail ids are never text; ``generate``
-masks them when it is told ``valid_vocab_size=tokenizer.vocab_size``.
+a multiple of 128 that cuts well over ranks), and some files have holes between. Such ids are never
+text; ``generate`` bans them when it is given the tokenizer.
 """
 
 from __future__ import annotations
@@ -133,6 +133,12 @@ class Tokenizer:
             if not 0 <= id < self.vocab_size or self._engine.id_to_token(id) is None:
                 raise DSV3Error("token id out of range", where=self.source, found=id,
                                 expected=f"0 to {self.vocab_size - 1}")
+
+    def ids_without_token(self, vocab_size: int) -> list[int]:
+        """The ids below ``vocab_size``, that of a model, which are none of these tokens: behind
+        the last token, or in a hole between two."""
+        known = set(self._engine.get_vocab(with_added_tokens=True).values())
+        return [id for id in range(vocab_size) if id not in known]
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes one token stands for: its part of the UTF-8 of the text."""

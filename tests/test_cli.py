@@ -109,8 +109,7 @@ def test_json_on_one_rank_and_two(tiny_checkpoint, here):
     model, tokenizer = load_model(tiny_checkpoint, "fp32"), load_tokenizer(tiny_checkpoint)
     prompt = "In $$ ${rank} é😀"  # dollars must reach the ranks as they are
     ids = tokenizer.encode(prompt)
-    expected = generate(model, [ids], max_new_tokens=12, eos_ids=[1],
-                        valid_vocab_size=tokenizer.vocab_size)[0]
+    expected = generate(model, [ids], max_new_tokens=12, tokenizer=tokenizer)[0]
     words = ["generate", tiny_checkpoint, "--prompt", prompt, "--json", "--precision", "fp32",
              "--max-new-tokens", 12]
     done = dsv3(*words, "--tp", 2)

@@ -15,10 +15,11 @@ import torch
 
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
-from dsv3.generate import Session, complete, generate, prefill
+from dsv3.generate import complete, generate, prefill, stream
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.sampling import draw, probabilities, row_generators, sample
+from dsv3.sampling import Sampling, draw, probabilities, row_generators, sample
+from dsv3.session import Session
 
 VOCAB, CONTEXT = 50, 64
 
@@ -45,6 +46,14 @@ class OracleCache:
     def lengths(self):
         return [len(row) for row in self.rows]
 
+    def tokens(self, row):
+        return list(self.rows[row])
+
+    def copies(self, n, max_seq_len):
+        other = OracleCache(n * len(self.rows), max_seq_len)
+        other.rows = [list(row) for row in self.rows for _ in range(n)]
+        return other
+
     def truncate(self, lengths):
         assert all(new <= old for new, old in zip(lengths, self.lengths, strict=True))
         self.rows = [row[:length] for row, length in zip(self.rows, lengths)]
@@ -55,7 +64,7 @@ class Oracle:
 
     def __init__(self):
         self.config = SimpleNamespace(vocab_size=VOCAB, max_position_embeddings=CONTEXT)
-        self.group = TensorGroup.single()
+        self.group, self.device, self.eos_ids = TensorGroup.single(), torch.device("cpu"), ()
         self.fed = []  # true new tokens of each row, pass by pass
 
     def new_cache(self, batch_size, max_seq_len):
@@ -134,13 +143,13 @@ def test_no_new_tokens_and_no_prompts():
     assert generate(Oracle(), []) == []
 
 
-def test_ids_beyond_the_tokenizer_are_never_chosen():
+def test_banned_ids_are_never_chosen():
     free = generate(Oracle(), PROMPTS, max_new_tokens=20)
     assert max(map(max, free)) >= 10  # else the test shows nothing
     prompts = [[3], [7, 8, 9], [1, 2, 3], [5, 6]]
-    masked = generate(Oracle(), prompts, max_new_tokens=20, valid_vocab_size=10)
+    masked = generate(Oracle(), prompts, max_new_tokens=20, banned_ids=range(10, VOCAB))
     assert masked == [greedy_text(prompt, 20, valid=10) for prompt in prompts]
-    drawn = generate(Oracle(), prompts, max_new_tokens=20, temperature=5.0, valid_vocab_size=10)
+    drawn = generate(Oracle(), prompts, max_new_tokens=20, temperature=5.0, banned_ids=range(10, VOCAB))
     assert max(map(max, drawn)) < 10
 
 
@@ -261,17 +270,34 @@ def test_bad_prompts(prompts, message):
 @pytest.mark.parametrize("option, value", [
     ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf),
     ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan), ("max_new_tokens", -1),
-    ("max_new_tokens", 1.5), ("seed", 0.5), ("prefill_chunk", 0), ("valid_vocab_size", VOCAB + 1),
-    ("valid_vocab_size", 0),
+    ("max_new_tokens", 1.5), ("seed", 0.5), ("prefill_chunk", 0), ("top_k", -1), ("top_k", True),
+    ("n", 0), ("eos_ids", ["x"]), ("eos_ids", 3), ("eos_ids", [-1]), ("stop", [""]), ("stop", 3),
+    ("banned_ids", [0.5]), ("logprobs", 1), ("speculative", "yes"),
+    ("temperature", "hot"), ("temperature", True),
 ])
-def test_bad_options(option, value):
+def test_bad_options(as_in_use, option, value):
     with pytest.raises(DSV3Error, match=option):
         generate(Oracle(), [[1]], **{option: value})
 
 
-def test_a_prompt_token_outside_the_tokenizer_is_refused():
-    with pytest.raises(DSV3Error, match="token id out of range.*found 12, expected 0 to 9"):
-        generate(Oracle(), [[12]], valid_vocab_size=10)
+def test_unknown_options_are_named():
+    for call in (generate, complete, stream, Session(Oracle()).complete):
+        with pytest.raises(DSV3Error, match="valid_vocab: no such option.*temperature, top_k"):
+            call(Oracle(), [[1]], valid_vocab=3) if call in (generate, complete, stream) else \
+                call([1], valid_vocab=3)
+
+
+def test_options_change_a_sampling():
+    sampling = Sampling(max_new_tokens=3, temperature=1.0, seed=2)
+    out = generate(Oracle(), PROMPTS, sampling=sampling)
+    assert out == generate(Oracle(), PROMPTS, 3, temperature=1.0, seed=2)
+    assert generate(Oracle(), PROMPTS, sampling=sampling, temperature=0.0) == [
+        greedy_text(prompt, 3) for prompt in PROMPTS]
+
+
+def test_a_prompt_with_an_id_that_is_no_token_is_refused():
+    with pytest.raises(DSV3Error, match="prompt 0: an id that is no token.*found 12"):
+        generate(Oracle(), [[12]], banned_ids=range(10, VOCAB))
 
 
 @pytest.fixture(scope="module")

@@ -18,17 +18,18 @@ from dsv3 import speculative
 from dsv3.checkpoint import load_model, save_model
 from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.errors import DSV3Error
-from dsv3.generate import Session, complete
+from dsv3.generate import complete
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.sampling import draw, probabilities
+from dsv3.session import Session
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
     num_hidden_layers=2, num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=2,
     kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
     first_k_dense_replace=1, n_group=4, topk_group=2, num_nextn_predict_layers=1,
-    max_position_embeddings=64, initializer_range=0.2)
+    max_position_embeddings=64, initializer_range=0.2, eos_token_id=None)
 
 
 def drafting_model(config: ModelConfig = CONFIG, seed: int = 0) -> Transformer:

@@ -1,0 +1,125 @@
+"""The rows of a batch: prompts as they come in, and the texts that grow behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+from dsv3.errors import DSV3Error
+from dsv3.sampling import Choice, Sampling
+from dsv3.stops import Released, RowText
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token. row: of the batch; id; text: what it adds to the row's text ("" where no
+    tokenizer was given); logprob: as in ``Choice``, None unless wanted."""
+
+    row: int
+    id: int
+    text: str = ""
+    logprob: float | None = None
+
+
+def as_prompts(prompts) -> list[list[int]]:
+    """Prompts as lists: of lists, tensors or arrays of ids, or one of two dimensions (b, s)."""
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise DSV3Error("not a list of prompts", where="prompts", found=type(prompts).__name__,
+                        expected="list[list[int]], or ids of shape (b, s)",
+                        fix="Give a list of prompts, encoded")
+    return [prompt.tolist() if hasattr(prompt, "tolist") else prompt for prompt in prompts]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: int,
+                  banned_ids: Sequence[int] = ()) -> None:
+    """Raise DSV3Error for the first prompt that cannot be run."""
+    banned = set(banned_ids)
+    for row, prompt in enumerate(prompts):
+        where = f"prompt {row}"
+        if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+            raise DSV3Error("not a list of token ids", where=where, found=type(prompt).__name__,
+                            expected="list[int]", fix="Give a list of prompts, encoded")
+        if not prompt:
+            raise DSV3Error("empty prompt", where=where, found="0 tokens",
+                            expected="at least 1", fix="Begin with the bos token")
+        if len(prompt) >= context:
+            raise DSV3Error("prompt longer than the context", where=where,
+                            found=f"{len(prompt)} tokens",
+                            expected=f"at most {context - 1} (max_position_embeddings - 1)",
+                            fix="Shorten the prompt")
+        for id in prompt:
+            if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= id < vocab_size:
+                raise DSV3Error("token id out of range", where=where, found=id,
+                                expected=f"0 to {vocab_size - 1}",
+                                fix="Encode with the tokenizer of this checkpoint")
+            if id in banned:
+                raise DSV3Error("an id that is no token", where=where, found=id,
+                                fix="Encode with the tokenizer of this checkpoint")
+
+
+class Rows:
+    """The growing rows of a batch and why each one ended.
+
+    A token counts as soon as it is chosen. It appears in ``ids`` when it is certain to stay:
+    at once, or with a tokenizer when its text is (``dsv3.stops``).
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], context: int, sampling: Sampling,
+                 eos_ids: Sequence[int], token_bytes: Callable[[int], bytes] | None):
+        count = len(prompts)
+        self.ids: list[list[int]] = [[] for _ in range(count)]
+        self.logprobs: list[list[float | None]] = [[] for _ in range(count)]
+        self.pieces: list[list[str]] = [[] for _ in range(count)]
+        self.stopped_by = [""] * count
+        self.chosen = [0] * count  # tokens, with those that end a row
+        self.room = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
+        self.full = ["length" if room == sampling.max_new_tokens else "context"
+                     for room in self.room]
+        self.eos = set(eos_ids)
+        self._texts = [RowText(token_bytes, sampling.stop) for _ in range(count)]
+
+    @property
+    def left(self) -> list[int]:
+        """How many tokens each row may still take; 0 for a row that has ended."""
+        return [0 if reason else room - chosen
+                for reason, room, chosen in zip(self.stopped_by, self.room, self.chosen)]
+
+    def add(self, choices: Sequence[Sequence[Choice]]) -> list[Token]:
+        """Give each row its tokens; those that come after its end are dropped. Returns the
+        tokens that are certain now."""
+        certain = []
+        for row, some in enumerate(choices):
+            for choice in some:
+                if not self.stopped_by[row]:
+                    certain += self._add_one(row, choice)
+        return certain
+
+    def interrupt(self) -> list[Token]:
+        """End the rows that are still going."""
+        return [token for row, reason in enumerate(self.stopped_by) if not reason
+                for token in self._end(row, "interrupt")]
+
+    def _add_one(self, row: int, choice: Choice) -> list[Token]:
+        self.chosen[row] += 1
+        if choice.id in self.eos:
+            return self._end(row, "eos")
+        certain = self._keep(row, self._texts[row].push(choice))
+        if self._texts[row].stopped:
+            self.stopped_by[row] = "stop"
+        elif self.chosen[row] == self.room[row]:
+            certain += self._end(row, self.full[row])
+        return certain
+
+    def _end(self, row: int, reason: str) -> list[Token]:
+        self.stopped_by[row] = reason
+        return self._keep(row, self._texts[row].flush())
+
+    def _keep(self, row: int, released: list[Released]) -> list[Token]:
+        for (id, logprob), text in released:
+            self.ids[row].append(id)
+            self.logprobs[row].append(logprob)
+            self.pieces[row].append(text)
+        return [Token(row, id, text, logprob) for (id, logprob), text in released]
