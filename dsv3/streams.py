@@ -25,6 +25,8 @@ _CONTROLS_OF_BARS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 def prepare() -> None:
     """Open the streams that are closed, let all text pass, and guard terminals."""
     _open_closed()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     sys.stdout = _ready(sys.stdout, _CONTROLS)
     sys.stderr = _ready(sys.stderr, _CONTROLS_OF_BARS)
 
