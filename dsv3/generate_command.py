@@ -24,13 +24,16 @@ from dsv3.generation_config import FILE, GenerationConfig
 from dsv3.layout import check_sharding
 from dsv3.model import Transformer
 from dsv3.parallel.environment import check_ranks
+from dsv3.parallel.environment import place as whoami
 from dsv3.parallel.launch import launch
 from dsv3.parallel.tensor import TensorGroup
+from dsv3.prompts import from_standard_input, handed_down
 from dsv3.prompts import read_prompts as prompts_of_file
 from dsv3.rows import check_prompts
 from dsv3.sampling import Sampling
 from dsv3.session import Session
-from dsv3.terminal import Terminal
+from dsv3.talk import Talk
+from dsv3.terminal import Terminal, settings_kept
 from dsv3.tokenizer import Tokenizer, load_tokenizer
 
 # Prompt tokens in one pass: bounds the memory of a long prompt without making small matrices.
@@ -46,13 +49,15 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     check_sharding(config, ranks,
                    blocks=args.precision == "fp8" or config.quantization_config is not None)
     tokenizer = load_tokenizer(args.model)
-    texts = read_prompts(args)
+    # Rank 0's prompts are everybody's: a pipe can be read once, and a template may ask for the time.
+    texts = read_prompts(args) if (place := whoami()) is None or place.rank == 0 else []
     prompts = [prompt_ids(tokenizer, text, args.chat) for text in texts]
     check_prompts(prompts, min(tokenizer.vocab_size, config.vocab_size),
                   config.max_position_embeddings)
     if starts:
-        return launch(arguments, ranks, threads=machine.threads(ranks),
-                      interactive=args.interactive)
+        with settings_kept(), handed_down(texts if args.input_file else None):
+            return launch(from_standard_input(arguments), ranks, threads=machine.threads(ranks),
+                          interactive=args.interactive)
     group = TensorGroup.from_environment(args.device)
     torch.set_num_threads(machine.threads())
     model = load_model(args.model, precision=args.precision, group=group)
@@ -60,9 +65,9 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
               in_full(sampling, args, own, tokenizer, model), own)
     job.warn()
     if args.interactive:
-        job.talk()
+        Talk(job).run()
     else:
-        job.answer(texts, prompts)
+        job.answer(*group.broadcast_object([texts, prompts]))
     # Not after a failure: the others would miss this rank before it could say what happened.
     group.close()
     return 0
@@ -161,37 +166,8 @@ class Job:
                 self.terminal.write(f"[{row + 1}/{len(texts)}] {text}\n{answer}\n\n")
         self.summarize(result)
 
-    def talk(self) -> None:
-        """Interactive use: a chat where the checkpoint has a template, else text to continue."""
-        terminal, session = self.terminal, Session(self.model)
-        chats = self.tokenizer.chat_template is not None
-        terminal.note("Ask away." if chats else "This model has no chat template: each line is a "
-                      "text to continue, on its own.")
-        terminal.note("/clear forgets the conversation, /exit leaves, Ctrl-C stops an answer.")
-        terminal.listen()
-        messages: list[dict] = []
-        turn = 0
-        while (line := terminal.ask()) is not None and line.strip() != "/exit":
-            if line.strip() == "/clear":
-                messages.clear()
-                session.clear()
-            if not line.strip() or line.strip() == "/clear":
-                continue
-            try:  # only what every rank finds alike may be caught: they must stay in step
-                question = [*messages, {"role": "user", "content": line}]
-                ids = self.tokenizer.chat_ids(question) if chats else self.tokenizer.encode(line)
-                check_prompts([ids], self.model.config.vocab_size,
-                              self.model.config.max_position_embeddings)
-            except DSV3Error as error:
-                terminal.note(f"dsv3: {error}. /clear starts anew")
-                continue
-            answer = self.reply(session, ids, turn)
-            if chats:
-                messages = [*question, {"role": "assistant", "content": answer}]
-            turn += 1
-
-    def reply(self, session: Session, ids: list[int], turn: int) -> str:
-        """Stream one answer; Ctrl-C ends it early. Returns its text."""
+    def reply(self, session: Session, ids: list[int], turn: int) -> tuple[str, str]:
+        """Stream one answer; Ctrl-C ends it early. Returns its text and why it ended."""
         terminal = self.terminal
         terminal.stopped = False
         # Each turn draws from a seed of its own.
@@ -202,7 +178,7 @@ class Job:
                 terminal.write(token.text)
         text = run.result.texts[0]
         terminal.write((text if self.args.no_stream else "") + "\n")
-        return text
+        return text, run.result.stopped_by[0]
 
     def print_json(self, texts, prompts, result: Generation) -> None:
         results = [

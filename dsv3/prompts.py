@@ -15,6 +15,9 @@ import codecs
 import os
 import select
 import sys
+import tempfile
+from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 
 from dsv3.errors import DSV3Error
 
@@ -41,6 +44,31 @@ def read_prompts(file: str) -> list[str]:
                         found=f"{text.count(chr(10))} empty lines" if text else "0 bytes",
                         expected="one prompt a line")
     return prompts
+
+
+@contextmanager
+def handed_down(texts: list[str] | None) -> Iterator[None]:
+    """Standard input that holds these prompts, for rank 0: what was a pipe has been read."""
+    if texts is None:
+        yield
+        return
+    with tempfile.TemporaryFile() as file:
+        # With a mark and returns of its own, so that none of the prompts' is taken for one.
+        file.write(("\ufeff" + "".join(f"{text}\r\n" for text in texts)).encode())
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
+        yield
+
+
+def from_standard_input(arguments: Sequence[str]) -> list[str]:
+    """The same command line, with its prompts read from standard input instead of a file."""
+    changed = list(arguments)
+    for at, word in enumerate(arguments):
+        if word == "--input-file":
+            changed[at + 1] = "-"
+        elif word.startswith("--input-file="):
+            changed[at] = "--input-file=-"
+    return changed
 
 
 def _read(file: str, where: str) -> bytes:

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dsv3.layout import layout
 from dsv3.errors import DSV3Error
 from dsv3.rows import check_prompts
 from dsv3.session import Session
-
-if TYPE_CHECKING:
-    from dsv3.generate_command import Job
 
 _HELP = """\
 /clear  forget the conversation
@@ -33,7 +29,8 @@ _SMALL = 1e9
 class Talk:
     """One conversation: its messages, and the cache in which the model holds it."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job):
+        """job: the ``generate_command.Job`` whose model talks."""
         self.job, self.terminal = job, job.terminal
         self.chats = job.tokenizer.chat_template is not None
         self.session = Session(job.model)

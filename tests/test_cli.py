@@ -328,7 +328,7 @@ def test_a_killed_launcher_takes_its_ranks_along(tiny_checkpoint, tmp_path):
 class Talk:
     """A command on a terminal of its own, driven like a person would."""
 
-    def __init__(self, *words):
+    def __init__(self, *words, kind: str = "dumb"):
         self.terminal, inside = pty.openpty()
 
         def own_terminal():
@@ -337,7 +337,7 @@ class Talk:
 
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dsv3", *map(str, words)], stdin=inside, stdout=inside,
-            stderr=inside, env=environment(), preexec_fn=own_terminal)
+            stderr=inside, env=environment(TERM=kind), preexec_fn=own_terminal)
         os.close(inside)
         self.seen = ""
 
@@ -406,10 +406,61 @@ def test_interactive_talk(tiny_checkpoint, tmp_path, ranks):
 @linux
 def test_interactive_input_that_does_not_fit_is_told_and_the_talk_goes_on(tiny_checkpoint):
     """From a pipe too; the end of the input ends the talk."""
-    lines = "many words " * 200 + "\nHi\n"
+    lines = "Hi\n" + "many words " * 200 + "\nHi\n"
     done = dsv3("generate", tiny_checkpoint, "--interactive", "--max-new-tokens", 3, input=lines)
     assert "prompt longer than the context" in done.stderr and "/clear starts anew" in done.stderr
     assert done.stdout.count("> ") >= 3 and len(done.stdout) > len("> > > ")
+
+
+@linux
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_talk_is_edited_explained_and_confirmed(tiny_checkpoint, ranks):
+    """Earlier lines by arrow keys, a paste of two lines as one message, commands, a cut, Ctrl-D."""
+    with Talk("generate", tiny_checkpoint, "--interactive", "--tp", ranks, "--precision", "fp32",
+              "--max-new-tokens", 4, kind="xterm") as talk:
+        greeting = talk.until("> ")
+        assert re.search(r"checkpoint: [\d.]+ \w+ parameters, a context of 256 tokens", greeting)
+        assert "small model" in greeting
+        talk.type("/help\n")
+        assert "/clear  forget" in talk.until("paste[^>]*> ")
+        talk.type("/hlep\n")
+        talk.until("No such command: /hlep")
+        talk.until("> ")
+        talk.type("first\n")
+        talk.until("cut after 4 tokens")
+        talk.until("> ")
+        talk.type("\x1b[A \x1b[D\x1b[DX\n")  # the line before, a space behind it, X before its t
+        talk.until("cut after 4 tokens")
+        talk.until("> ")
+        talk.type("\x1b[200~one\ntwo\x1b[201~")
+        talk.until("two")
+        talk.type("\n")
+        assert talk.until("cut after 4 tokens").count("cut") == 1
+        talk.until("> ")
+        talk.type("/clear\n")
+        talk.until("Forgotten: 3 turns")
+        talk.until("> ")
+        talk.type("x" * 300 + "\n")
+        talk.until("prompt longer than the context")
+        talk.until("> ")
+        talk.type("\x04")
+        assert talk.process.wait(30) == 0
+        assert talk.rest().endswith("\n")
+
+
+@pytest.mark.parametrize("ranks, words", [
+    (1, r"- < <(printf '\xef\xbb\xbfone\ntwo\u2028more\r\n')"),
+    (2, r"<(printf '\xef\xbb\xbfone\ntwo\u2028more\r\n')"),
+])
+def test_prompts_from_pipes(tiny_checkpoint, ranks, words):
+    """A pipe can be read once, and every rank answers what was in it."""
+    command = (f"{sys.executable} -P -m dsv3 generate {tiny_checkpoint} --tp {ranks} --json "
+               f"--precision fp32 --max-new-tokens 2 --input-file {words}")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=LIMIT,
+                          env=environment(LC_ALL="C.UTF-8"))
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    found = [row["prompt"] for row in json.loads(done.stdout)["results"]]
+    assert found == ["one", "two\u2028more"]
 
 
 # Other commands ---------------------------------------------------------------------------------
