@@ -23,13 +23,14 @@ from pathlib import Path
 from dsv3.block import Block
 from dsv3.cast import cast
 from dsv3.config import CONFIG_FILE, ModelConfig
+from dsv3.contents import open_checkpoint
 from dsv3.convert import convert
 from dsv3.inspect import report
 from dsv3.layout import layout
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 from dsv3.safetensors_io import Planned, build_header
-from dsv3.shards import INDEX_FILE, index_text, open_checkpoint
+from dsv3.shards import INDEX_FILE, index_text
 
 
 def write_sparse(folder: Path, config: ModelConfig, shards: int) -> None:

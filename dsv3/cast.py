@@ -3,7 +3,9 @@
     to bf16:  weight = code * scale in float32, rounded once to bfloat16
     to fp8:   scale = max |weight| of a 128x128 block / 448, code = E4M3(weight / scale)
 
-BF16 is what GPUs without FP8 units and most other tools want. No detail comes back that FP8 has
+BF16 is what GPUs without FP8 units and most other tools want. What is stored wider than the
+released layout has it, as in a float32 checkpoint, is rounded on the way, except the router bias;
+weights that a tool kept plain in an FP8 checkpoint stay as they are, or become FP8 too. No detail comes back that FP8 has
 dropped; the numbers only return to a wider format.
 
 There and back. With power-of-two scales (ue8m0) code * scale needs 4 bits of mantissa, so bfloat16
@@ -26,13 +28,15 @@ from pathlib import Path
 
 import torch
 
-from dsv3.config import CONFIG_FILE, QuantizationConfig
+from dsv3.config import CONFIG_FILE, ModelConfig, QuantizationConfig
+from dsv3.contents import open_checkpoint, true_config
 from dsv3.errors import DSV3Error
+from dsv3.files import read_text
 from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale, quantize_weight
 from dsv3.jobs import Band, Output, row_bands, run_job
 from dsv3.layout import TensorSpec, layout
 from dsv3.safetensors_io import Planned
-from dsv3.shards import CheckpointReader, open_checkpoint
+from dsv3.shards import CheckpointReader
 
 
 def cast(in_dir: str | Path, out_dir: str | Path, to: str = "bf16", scale_fmt: str = "float32",
@@ -48,21 +52,26 @@ def cast(in_dir: str | Path, out_dir: str | Path, to: str = "bf16", scale_fmt: s
         raise DSV3Error("unknown target", where="to", found=to, expected="bf16 or fp8")
     config, reader, specs = open_checkpoint(in_dir)
     with reader:
-        if (config.quantization_config is None) == (to == "bf16"):
-            raise DSV3Error(f"the checkpoint is {to} already", where=in_dir)
-        data = json.loads((reader.folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        data = true_config(json.loads(read_text(reader.folder / CONFIG_FILE)), config)
         data.pop("quantization_config", None)
+        for name in {"torch_dtype", "dtype"} & data.keys():
+            data[name] = "bfloat16"
         if to == "bf16":
-            files = {s.hf_name: _Dequantized(reader, s) if s.scale else _Copied(reader, s)
-                     for s in specs if not s.scale_of}
-            if not dry_run:  # a plan needs only headers
-                _check_scales(reader, specs)
+            files = {s.hf_name: _to_bf16(reader, s) for s in specs if not s.scale_of}
         else:
+            _check_format(config, specs, scale_fmt)
             quantized = config.but(quantization_config=QuantizationConfig(scale_fmt=scale_fmt))
             weights = {s.hf_name for s in layout(quantized, scales=False) if s.scale}
-            files = {s.hf_name: _Quantized(reader, s, scale_fmt) if s.hf_name in weights
-                     else _Copied(reader, s) for s in specs}
+            files = {s.hf_name: _Quantized(reader, s, scale_fmt)
+                     if s.hf_name in weights and not s.scale
+                     else _Copied(reader, s) if s.scale or s.scale_of else _to_bf16(reader, s)
+                     for s in specs}
             data["quantization_config"] = quantized.to_dict()["quantization_config"]
+        if all(type(file) is _Copied for file in files.values()) and (
+                to == "fp8" or config.quantization_config is None):
+            raise DSV3Error(f"the checkpoint is {to} already", where=in_dir)
+        if to == "bf16" and not dry_run:  # a plan needs only headers
+            _check_scales(reader, specs)
         outputs = []
         for file_name, file in reader.files.items():
             sources = [files[name] for name in file.entries
@@ -72,6 +81,22 @@ def cast(in_dir: str | Path, out_dir: str | Path, to: str = "bf16", scale_fmt: s
         return run_job(f"cast --to {to}" + (f" ({scale_fmt} scales)" if to == "fp8" else ""),
                        reader, out_dir, outputs, json.dumps(data, indent=2) + "\n",
                        index=reader.indexed, dry_run=dry_run, progress=progress)
+
+
+def _check_format(config: ModelConfig, specs: list[TensorSpec], scale_fmt: str) -> None:
+    """FP8 weights that are there already stay; the new ones must have scales of the same kind."""
+    if any(spec.scale for spec in specs) and config.scale_fmt != scale_fmt:
+        raise DSV3Error("the checkpoint's FP8 weights have scales of another format",
+                        where="scale_fmt", found=scale_fmt, expected=config.scale_fmt)
+
+
+def _to_bf16(reader: CheckpointReader, spec: TensorSpec) -> _Copied:
+    """What makes bfloat16 of a tensor, unless the released layout keeps it wider."""
+    if spec.scale:
+        return _Dequantized(reader, spec)
+    if spec.dtype == "BF16" and reader.entry(spec.hf_name).dtype != "BF16":
+        return _Narrowed(reader, spec)
+    return _Copied(reader, spec)
 
 
 def _check_scales(reader: CheckpointReader, specs: list[TensorSpec]) -> None:
@@ -96,6 +121,17 @@ class _Copied:
     def bands(self) -> Iterator[Band]:
         for values, first_row in row_bands(self.reader, self.name):
             yield self.name, values, first_row
+
+
+class _Narrowed(_Copied):
+    """Plain numbers of another tool, rounded to the released layout's bfloat16."""
+
+    def planned(self) -> list[Planned]:
+        return [(self.name, "BF16", self.reader.entry(self.name).shape)]
+
+    def bands(self) -> Iterator[Band]:
+        for name, values, first_row in super().bands():
+            yield name, values.to(torch.bfloat16), first_row
 
 
 class _Dequantized(_Copied):

@@ -11,13 +11,16 @@ scale, a wrong shape or dtype, NaN codes, a scale or a router bias that is not f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from dsv3.companions import copy_companions
 from dsv3.config import CONFIG_FILE, ModelConfig
-from dsv3.errors import DSV3Error
+from dsv3.contents import check_tensors, open_checkpoint
+from dsv3.errors import DSV3Error, Notice
 from dsv3.folder import claim
 from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale, quantize_weight
 from dsv3.generation_config import GenerationConfig
@@ -26,8 +29,7 @@ from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.placement import agree
 from dsv3.safetensors_io import DTYPES, PARTIAL, StreamWriter, remove, write_text
-from dsv3.shards import (INDEX_FILE, SINGLE_FILE, CheckpointReader, check_tensors,
-                         converted_ranks, copy_companions, index_text, open_checkpoint)
+from dsv3.shards import INDEX_FILE, SINGLE_FILE, CheckpointReader, converted_ranks, index_text
 from dsv3.shipped import model_folder
 
 
@@ -38,7 +40,8 @@ def load_model(folder: str | Path, precision: str = "fp8",
 
     folder: a checkpoint in the released layout, or one converted for exactly this many ranks; or
     the name of the model that comes with the package, "dsv3-mini".
-    precision: "fp8", "bf16" or "fp32"; any of them loads from FP8 and from plain checkpoints.
+    precision: "fp8", "bf16" or "fp32"; any of them loads from FP8 and from plain checkpoints, and
+    from those that are both: in fp8, a weight that is stored in plain numbers is quantised here.
     device: where the weights go; default: the group's device, or the CPU. group: the ranks that
     share the model, on the same device. The end tokens of a ``generation_config.json`` become the
     model's ``eos_ids``. Raises DSV3Error, naming the file or tensor, for anything that does not
@@ -48,16 +51,18 @@ def load_model(folder: str | Path, precision: str = "fp8",
     group, device = agree(group, device)
     ranks = converted_ranks(folder)
     if ranks:
-        config, reader, pick = _open_converted(folder, group, ranks)
+        config, reader, specs, pick = _open_converted(folder, group, ranks)
     else:
-        config, reader, pick = _open_released(folder, group)
+        config, reader, specs, pick = _open_released(folder, group)
     with reader:
         check_sharding(config, group.size,
                        blocks=precision == "fp8" or config.quantization_config is not None)
         own = GenerationConfig.beside(folder, config.vocab_size).eos_ids
         model = Transformer(config, precision, group, device)
         model.eos_ids = config.eos_ids if own is None else own
-        for spec in layout(config, scales=False, mtp_copies=False):
+        for spec in specs:
+            if spec.scale_of or spec.copy_of:
+                continue
             value = pick(spec)
             if value is not None:
                 scale = pick(spec.scale) if spec.scale else None
@@ -67,13 +72,13 @@ def load_model(folder: str | Path, precision: str = "fp8",
 
 
 def _open_released(folder: Path, group: TensorGroup):
-    config, reader, _ = open_checkpoint(folder)
+    config, reader, specs = open_checkpoint(folder)
 
     def pick(spec: TensorSpec) -> torch.Tensor | None:
         part = spec.slice_for(group.rank, group.size, config.n_routed_experts)
         return None if part is None else reader.read(spec.hf_name, *part)
 
-    return config, reader, pick
+    return config, reader, specs, pick
 
 
 def _open_converted(folder: Path, group: TensorGroup, ranks: int):
@@ -86,10 +91,13 @@ def _open_converted(folder: Path, group: TensorGroup, ranks: int):
     if not (folder / files[1]).exists():
         # The released converter leaves the MTP layer out, on every rank.
         files.pop()
-        config = config.but(num_nextn_predict_layers=0)
+        if config.num_nextn_predict_layers:
+            warnings.warn(Notice(f"{folder}: converted without MTP modules: drafting is off"),
+                          stacklevel=3)
+            config = config.but(num_nextn_predict_layers=0)
     reader = CheckpointReader(folder, files)
     try:
-        check_tensors(reader, {
+        specs = check_tensors(reader, {
             spec.name: (spec, tuple(len(r) for r in part))
             for spec in layout(config, mtp_copies=False)
             if (part := spec.slice_for(group.rank, ranks, config.n_routed_experts)) is not None})
@@ -100,7 +108,7 @@ def _open_converted(folder: Path, group: TensorGroup, ranks: int):
     def pick(spec: TensorSpec) -> torch.Tensor | None:
         return reader.read(spec.name) if spec.name in reader else None
 
-    return config, reader, pick
+    return config, reader, specs, pick
 
 
 def check_values(name: str, value: torch.Tensor, scale: torch.Tensor | None = None) -> None:

@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from typing import NoReturn
 from collections.abc import Callable, Sequence
 
 from dsv3 import __version__, streams
-from dsv3.errors import DSV3Error
+from dsv3.errors import DSV3Error, Notice
 from dsv3.machine import check_threads
 from dsv3.parallel.rank import (
     PEER_LOST,
@@ -48,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _guarded(arguments: Sequence[str]) -> int:
     """The command, with every failure told in one line and turned into an exit code."""
     try:
-        code = _run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _notify(warnings.showwarning)
+            code = _run(arguments)
         sys.stdout.flush()
         return code
     except DSV3Error as error:
@@ -77,6 +80,18 @@ def _run(arguments: Sequence[str]) -> int:
     if args.command_name != "doctor":  # which shows it among the other things to fix
         check_threads()
     return args.command(args, arguments)
+
+
+def _notify(otherwise: Callable) -> Callable:
+    """What shows a ``Notice`` as one line on stderr, once for all ranks, and other warnings as
+    ever."""
+    def show(message, category, *place, **options) -> None:
+        if not issubclass(category, Notice):
+            otherwise(message, category, *place, **options)
+        elif os.environ.get("RANK", "0") == "0":
+            print(f"dsv3: note: {message}", file=sys.stderr)
+
+    return show
 
 
 def _fail(message: str, code: int) -> int:

@@ -17,13 +17,16 @@ released files); it pays where many starts share one slow disk.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsv3.config import CONFIG_FILE
+from dsv3.config import CONFIG_FILE, ModelConfig
+from dsv3.contents import open_checkpoint, true_config
+from dsv3.files import read_text
 from dsv3.jobs import Band, Output, row_bands, run_job
 from dsv3.layout import TensorSpec, check_sharding
-from dsv3.shards import CheckpointReader, open_checkpoint
+from dsv3.shards import CheckpointReader
 
 
 def convert(in_dir: str | Path, out_dir: str | Path, tp: int, dry_run: bool = False,
@@ -48,8 +51,16 @@ def convert(in_dir: str | Path, out_dir: str | Path, tp: int, dry_run: bool = Fa
                 if mine:
                     outputs.append(_output(f"{kind}{rank}-mp{tp}.safetensors", reader, mine))
         return run_job(f"convert --tp {tp}", reader, out_dir, outputs,
-                       (reader.folder / CONFIG_FILE).read_text(encoding="utf-8"),
+                       _config_text(reader, config),
                        index=False, dry_run=dry_run, progress=progress)
+
+
+def _config_text(reader: CheckpointReader, config: ModelConfig) -> str:
+    """config.json as it is, unless it promises MTP modules that are not there."""
+    text = read_text(reader.folder / CONFIG_FILE)
+    data = json.loads(text)
+    true = true_config(data, config)
+    return text if true == data else json.dumps(true, indent=2) + "\n"
 
 
 def _output(name: str, reader: CheckpointReader,

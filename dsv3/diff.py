@@ -29,11 +29,10 @@ from torch import nn
 
 from dsv3.checkpoint import load_model
 from dsv3.config import ModelConfig
+from dsv3.contents import open_checkpoint
 from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES
 from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale
-from dsv3.layout import layout
-from dsv3.shards import open_checkpoint
 
 # The bound that the logits of a correct model keep; see tests/test_oracle.py.
 TOLERANCE = 2e-5
@@ -227,10 +226,12 @@ class TheirModel:
     @classmethod
     def from_folder(cls, folder: str | Path) -> TheirModel:
         """Read a checkpoint in the released layout, without our loader."""
-        config, reader, _ = open_checkpoint(folder)
+        config, reader, specs = open_checkpoint(folder)
         with reader:
             state = {}
-            for spec in layout(config, scales=False, mtp_copies=False):
+            for spec in specs:
+                if spec.scale_of or spec.copy_of:
+                    continue
                 value = reader.read(spec.hf_name)
                 if spec.scale:
                     scale = decode_scale(reader.read(spec.scale.hf_name))

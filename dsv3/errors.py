@@ -1,4 +1,4 @@
-"""The one exception of the house.
+"""The one exception of the house, and its one warning.
 
 An error is written for the person who meets it. It says in one line what is wrong, where, what
 was found, what was expected, and the way out. The command line prints that line and ends with a
@@ -43,6 +43,16 @@ class DSV3Error(Exception):
         if self.fix:
             text += f". {shown(self.fix)}"
         return text
+
+
+class Notice(UserWarning):
+    """Something worth one line that is no error: the work goes on.
+
+    Given with ``warnings.warn``; the command line shows it as such a line on stderr.
+    """
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 def shown(value: object, most: int = _MOST) -> str:

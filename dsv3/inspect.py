@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 
 from dsv3.config import PRESETS, ModelConfig
+from dsv3.contents import open_checkpoint
 from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES
 from dsv3.layout import TensorSpec, check_sharding, layout, valid_sizes
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.safetensors_io import DTYPES
-from dsv3.shards import open_checkpoint
 
 # Memory of common GPUs in GB of 10^9 bytes, rounded down from what nvidia-smi and rocm-smi report:
 # 81,559 MiB (H100; an A100 has 81,920), 97,871, 143,771, 183,359 and 196,592 MiB. The gigabytes in
@@ -41,9 +41,9 @@ def inspect(model_dir: str | Path | None = None, *, preset: str | None = None,
 
     See ``report`` for the arguments and the keys.
     """
-    result = report(model_dir, preset=preset, ranks=ranks)
-    print(json.dumps(result, indent=2) if as_json
-          else table(result, _config(model_dir, preset)))
+    config, tensors = _contents(model_dir, preset)
+    result = _report(config, tensors, ranks)
+    print(json.dumps(result, indent=2) if as_json else table(result, config))
     return result
 
 
@@ -57,13 +57,27 @@ def report(model_dir: str | Path | None = None, *, preset: str | None = None,
     once; total, by_dtype, bytes and tensors are what the files hold, scales and the MTP layer's
     copies included; a rank holds no copies. Raises DSV3Error for a checkpoint that is not whole.
     """
-    config = _config(model_dir, preset)
+    return _report(*_contents(model_dir, preset), ranks)
+
+
+def _contents(model_dir: str | Path | None,
+              preset: str | None) -> tuple[ModelConfig, list[tuple[TensorSpec, str]]]:
+    """The config and the tensors, each with the dtype it is stored in."""
+    if (model_dir is None) == (preset is None):
+        raise DSV3Error("name either a model folder or a preset",
+                        found="neither" if preset is None else "both")
     if model_dir is None:
-        tensors = [(spec, spec.dtype) for spec in layout(config)]
-    else:
-        _, reader, specs = open_checkpoint(model_dir)
-        with reader:
-            tensors = [(spec, reader.entry(spec.hf_name).dtype) for spec in specs]
+        if preset not in PRESETS:
+            raise DSV3Error("unknown preset", found=preset, expected=" or ".join(PRESETS))
+        config = PRESETS[preset]()
+        return config, [(spec, spec.dtype) for spec in layout(config)]
+    config, reader, specs = open_checkpoint(model_dir)
+    with reader:
+        return config, [(spec, reader.entry(spec.hf_name).dtype) for spec in specs]
+
+
+def _report(config: ModelConfig, tensors: list[tuple[TensorSpec, str]],
+            ranks: int | None) -> dict:
     by_dtype: Counter[str] = Counter()
     for spec, dtype in tensors:
         by_dtype[dtype] += spec.numel
@@ -166,17 +180,6 @@ def table(result: dict, config: ModelConfig) -> str:
         lines.append(f"{size:>5} {stored / 1e9:>9.3f} {memory / 1e9:>9.3f}"
                      + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
-
-
-def _config(model_dir: str | Path | None, preset: str | None) -> ModelConfig:
-    if (model_dir is None) == (preset is None):
-        raise DSV3Error("name either a model folder or a preset",
-                        found="neither" if preset is None else "both")
-    if preset is None:
-        return ModelConfig.from_pretrained(Path(model_dir))
-    if preset not in PRESETS:
-        raise DSV3Error("unknown preset", found=preset, expected=" or ".join(PRESETS))
-    return PRESETS[preset]()
 
 
 def _count(tensors: list[tuple[TensorSpec, str]], part: str) -> int:

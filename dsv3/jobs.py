@@ -26,13 +26,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dsv3.companions import copy_companions, openable
 from dsv3.config import CONFIG_FILE
 from dsv3.errors import DSV3Error, shown
 from dsv3.files import read_json, read_text
 from dsv3.folder import LOCK_FILE, claim
 from dsv3.safetensors_io import (PARTIAL, Planned, SafetensorsFile, StreamWriter, build_header,
                                  remove, stored_bytes, write_text)
-from dsv3.shards import INDEX_FILE, CheckpointReader, copy_companions, index_text
+from dsv3.shards import INDEX_FILE, CheckpointReader, index_text
 
 RECORD_FILE = ".dsv3-unfinished.json"
 # A piece of one tensor on its way to a file: name, values, first row.
@@ -99,7 +100,7 @@ def _write(reader: CheckpointReader, out: Path, outputs: list[Output], done: set
         copy_companions(reader.folder, out)
         if index:
             write_text(out / INDEX_FILE, index_text({o.name: o.tensors for o in outputs}))
-        write_text(out / CONFIG_FILE, config_text)
+        write_text(out / CONFIG_FILE, openable(config_text, reader.folder))
         (out / RECORD_FILE).unlink()
     except BaseException:
         if not finished:  # nothing worth resuming

@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -34,7 +35,8 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -174,7 +176,7 @@ class SafetensorsFile:
         self.size = os.fstat(self._file.fileno()).st_size
         head = self._read_at(0, 64)
         length = int.from_bytes(head[:8], "little")
-        if len(head) < 8 or length > min(self.size - 8, _MAX_HEADER):
+        if len(head) < 8 or not 2 <= length <= min(self.size - 8, _MAX_HEADER):
             refuse_foreign(self.path, head)
             raise DSV3Error(
                 "truncated, or not a safetensors file", where=self.path,
@@ -189,7 +191,8 @@ class SafetensorsFile:
             if not (isinstance(self.metadata, dict)
                     and all(isinstance(value, str) for value in self.metadata.values())):
                 raise ValueError("__metadata__ is not an object of strings")
-            self.entries = {name: _entry(name, value) for name, value in header.items()}
+            self.entries = {name: _entry(name, value, self.path)
+                            for name, value in header.items()}
             end = 0
             for name, entry in sorted(self.entries.items(), key=lambda e: (e[1].start, e[1].end)):
                 if entry.start != end:
@@ -340,12 +343,16 @@ def refuse_pickle(path: Path) -> None:
                         expected="a .safetensors file")
 
 
-def _entry(name: str, value: object) -> Entry:
+def _entry(name: str, value: object, path: Path) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or not re.fullmatch(r"[A-Z][A-Z0-9_]{0,30}", dtype):
         raise ValueError(f"{name} has an unknown dtype {dtype!r}")
+    if dtype not in DTYPES:  # not damage: newer, or of another way to quantise
+        raise DSV3Error("unknown dtype, not supported here", where=f"{path}: {name}", found=dtype,
+                        expected="one of " + ", ".join(DTYPES),
+                        fix="Take the checkpoint as released, in FP8 or BF16")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise ValueError(f"{name} has a shape or offsets that are not whole numbers, 0 or more")
     start, end = offsets

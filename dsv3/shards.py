@@ -11,25 +11,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
-from dsv3.files import parse_json, read_text, unwritable
-from dsv3.layout import TensorSpec, layout
-from dsv3.safetensors_io import (PARTIAL, PICKLES, Entry, Planned, SafetensorsFile, refuse_pickle,
-                                 remove, stored_bytes)
+from dsv3.files import parse_json, read_text
+from dsv3.safetensors_io import (PICKLES, Entry, Planned, SafetensorsFile, refuse_pickle,
+                                 stored_bytes)
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _CONVERTED = re.compile(r"(model|mtp)(\d+)-mp(\d+)\.safetensors")
-# Small files that belong to a checkpoint and are carried along; none of them is run.
-COMPANIONS = ("*token*", "vocab.json", "merges.txt", "chat_template*", "generation_config.json",
-              "LICENSE*")
 
 
 class CheckpointReader:
@@ -37,15 +31,17 @@ class CheckpointReader:
 
     The shards are those of ``model.safetensors.index.json``, or the single
     ``model.safetensors``, or ``files`` by name. folder; files: file name -> SafetensorsFile;
-    home: tensor name -> its file; indexed: whether there is an index.
+    home: tensor name -> its file; indexed: whether there is an index; astray: tensor name -> file
+    name where the index leads nowhere, which matters only to who needs that tensor.
 
-    Raises DSV3Error when the index or a shard is missing, damaged or at odds with the other.
+    Raises DSV3Error when the index or a shard is missing or damaged.
     """
 
     def __init__(self, folder: str | Path, files: Iterable[str] | None = None):
         self.folder = Path(folder)
         self.files: dict[str, SafetensorsFile] = {}
         self.home: dict[str, SafetensorsFile] = {}
+        self.astray: dict[str, str] = {}
         self.indexed = False
         if not self.folder.is_dir():
             raise DSV3Error("no such folder", where=self.folder)
@@ -91,8 +87,20 @@ class CheckpointReader:
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self.home:
-            raise DSV3Error("missing tensor", where=self.folder, expected=name)
+            raise self.absent(name)
         return self.home[name]
+
+    def absent(self, name: str) -> DSV3Error:
+        """Why a tensor is not there, as an error for people."""
+        if name not in self.astray:
+            return DSV3Error("missing tensor", where=self.folder, expected=name)
+        file_name = self.astray[name]
+        if file_name in self.files:
+            return DSV3Error("the index names a tensor that its file does not have",
+                             where=self.folder / file_name, expected=name)
+        return DSV3Error("the index names a file that is missing", where=self.folder / INDEX_FILE,
+                         found=file_name, expected="the file in the same folder",
+                         fix="Download it, or the whole checkpoint again")
 
     def _only_file(self) -> str:
         names = sorted(p.name for p in self.folder.iterdir() if p.is_file())
@@ -123,17 +131,13 @@ class CheckpointReader:
 
     def _open_indexed(self, index: Path) -> None:
         for name, file_name in read_index(index).items():
+            if file_name not in self.files and os.path.exists(self.folder / file_name):
+                self.files[file_name] = SafetensorsFile(self.folder / file_name)
             file = self.files.get(file_name)
-            if file is None:
-                if not (self.folder / file_name).exists():
-                    raise DSV3Error("the index names a file that is missing", where=index,
-                                    found=file_name, expected="the file in the same folder",
-                                    fix="Download it, or the whole checkpoint again")
-                file = self.files[file_name] = SafetensorsFile(self.folder / file_name)
-            if name not in file.entries:
-                raise DSV3Error("the index names a tensor that its file does not have",
-                                where=self.folder / file_name, expected=name)
-            self.home[name] = file
+            if file is None or name not in file.entries:
+                self.astray[name] = file_name
+            else:
+                self.home[name] = file
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -175,88 +179,3 @@ def index_text(files: dict[str, list[Planned]]) -> str:
     weight_map = {name: file for file, tensors in files.items() for name, _, _ in tensors}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map},
                       indent=2) + "\n"
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, template and licence files, each complete or not at all."""
-    for path in sorted({p for pattern in COMPANIONS for p in source.glob(pattern)}):
-        if not path.is_file() or path.suffix in (*PICKLES, ".safetensors", PARTIAL):
-            continue
-        partial = target / (path.name + PARTIAL)
-        try:
-            shutil.copyfile(path, partial)
-            partial.replace(target / path.name)
-        except OSError as error:
-            remove(partial)
-            raise unwritable(target / path.name, error) from None
-
-
-def open_checkpoint(folder: str | Path) -> tuple[ModelConfig, CheckpointReader, list[TensorSpec]]:
-    """Open a checkpoint in the released layout and hold it to its config.json.
-
-    Returns the config, the reader, and the tensors that are there (scales and copies included).
-    Raises DSV3Error for whatever is missing, unexpected, or of the wrong shape or dtype; only
-    headers are read.
-    """
-    config = ModelConfig.from_pretrained(folder)
-    reader = CheckpointReader(folder)
-    try:
-        specs = layout(config)
-        check_tensors(reader, {spec.hf_name: (spec, spec.shape) for spec in specs})
-    except BaseException:
-        reader.close()
-        raise
-    return config, reader, [spec for spec in specs if spec.hf_name in reader]
-
-
-def check_tensors(reader: CheckpointReader,
-                  expected: dict[str, tuple[TensorSpec, tuple[int, ...]]]) -> None:
-    """Raise DSV3Error unless the reader has the expected tensors (name -> spec and shape).
-
-    The MTP modules' copies of embedding and head may be there or not.
-    """
-    for name, (spec, shape) in expected.items():
-        if name not in reader:
-            continue
-        entry = reader.entry(name)
-        if entry.dtype not in _accepted(spec):
-            raise DSV3Error("wrong dtype", where=name, found=entry.dtype,
-                            expected=" or ".join(_accepted(spec)), fix=_dtype_hint(entry.dtype))
-        if entry.shape != shape:
-            raise DSV3Error("wrong shape", where=name, found=list(entry.shape),
-                            expected=list(shape), fix="config.json describes another model")
-    missing = [(name, spec) for name, (spec, _) in expected.items()
-               if name not in reader and not spec.copy_of]
-    if missing:
-        name, spec = missing[0]
-        fix = None
-        if spec.part == "mtp" and not any(spec.part == "mtp" for name, (spec, _) in expected.items()
-                                          if name in reader):
-            fix = ("No MTP tensor is there: for a checkpoint without MTP, set "
-                   "num_nextn_predict_layers to 0 in config.json")
-        raise DSV3Error(
-            f"missing {'scale' if spec.scale_of else 'tensor'}"
-            + (f", one of {len(missing)} missing tensors" if len(missing) > 1 else ""),
-            where=f"{reader.folder}: {name}", fix=fix)
-    unexpected = [name for name in reader.home if name not in expected]
-    if unexpected:
-        raise DSV3Error("unexpected tensor"
-                        + (f", one of {len(unexpected)}" if len(unexpected) > 1 else ""),
-                        where=f"{reader.folder}: {unexpected[0]}",
-                        expected="only tensors that config.json calls for")
-
-
-def _accepted(spec: TensorSpec) -> tuple[str, ...]:
-    if spec.dtype == "F8_E4M3":
-        return ("F8_E4M3",)
-    if spec.scale_of:
-        return ("F32", "F8_E8M0", "U8")
-    return ("BF16", "F32", "F16")  # plain numbers; another tool may have kept more bits
-
-
-def _dtype_hint(found: str) -> str | None:
-    if found == "F8_E4M3":
-        return "An FP8 checkpoint needs quantization_config in its config.json"
-    if found in ("BF16", "F16", "F32"):
-        return "For a checkpoint that is not quantised, remove quantization_config from config.json"
-    return None

@@ -50,17 +50,18 @@ def put(name, change):
 HEADERS = {  # what headers show: (damage, words of the message)
     "missing tensor": (lambda t: t.pop("model.norm.weight"), "missing tensor", "model.norm.weight"),
     "missing scale": (lambda t: t.pop(WO + "_scale_inv"), "missing scale", WO + "_scale_inv"),
-    "missing MTP": (lambda t: [t.pop(n) for n in list(t) if ".layers.2." in n],
-                    "num_nextn_predict_layers", "model.layers.2."),
+    "half an MTP layer": (lambda t: [t.pop(n) for n in list(t) if ".layers.2.mlp" in n],
+                          "missing tensor", "model.layers.2.mlp"),
     "transposed": (put(WO, lambda w: w.t()), "wrong shape", WO),
     "scale of another grid": (put(WO + "_scale_inv", lambda s: s[:-1]), "wrong shape", WO),
     "another vocabulary": (put("lm_head.weight", lambda w: w[:-1]), "wrong shape", "lm_head"),
-    "weight not FP8": (put(WO, lambda w: w.bfloat16()), "wrong dtype", WO),
+    "weight not FP8": (put(WO, lambda w: w.view(torch.int8)), "wrong dtype", WO),
     "FP8 where BF16 belongs": (put("lm_head.weight", lambda w: w.to(torch.float8_e4m3fn)),
                                "wrong dtype", "lm_head"),
     "E5M2": (put(WO, lambda w: w.view(torch.float8_e5m2)), "wrong dtype", WO),
     "integer bias": (put(BIAS, lambda b: b.long()), "wrong dtype", BIAS),
-    "scale in BF16": (put(WO + "_scale_inv", lambda s: s.bfloat16()), "wrong dtype", WO),
+    "scale of whole numbers": (put(WO + "_scale_inv", lambda s: s.long()), "wrong dtype", WO),
+    "plain weight beside scales": (put(WO, lambda w: w.bfloat16()), "scales beside a weight", WO),
     "unexpected": (lambda t: t.update({"model.extra.weight": torch.ones(1)}), "unexpected tensor",
                    "model.extra.weight"),
 }
@@ -161,12 +162,12 @@ def test_an_index_that_leads_astray(tmp_path, good, door, target):
 @pytest.mark.parametrize("change, words", [
     ({"model_type": "qwen2"}, ["qwen2", "distilled"]),
     ({"hidden_size": 256}, ["wrong shape"]),
-    ({"num_hidden_layers": 3}, ["missing"]),
+    ({"num_hidden_layers": 3}, ["unexpected", "model.layers.2.enorm"]),
     ({"num_hidden_layers": 1}, ["missing", "model.layers.1.enorm"]),
     ({"num_hidden_layers": 1, "num_nextn_predict_layers": 0}, ["unexpected", "model.layers.1"]),
     ({"gate_bias": False}, ["unexpected", "e_score_correction_bias"]),
     ({"q_lora_rank": None}, ["q_proj"]),
-    ({"tie_word_embeddings": True}, ["unexpected", "lm_head"]),
+    ({"tie_word_embeddings": True}, ["differ", "lm_head", "embed_tokens"]),
     ({"quantization_config": None}, ["wrong dtype", "F8_E4M3", "quantization_config"]),
 ])
 def test_a_config_of_another_model(tmp_path, good, door, change, words):

@@ -110,9 +110,15 @@ def test_what_is_no_power_of_two_is_not_stored_as_one(scale):
         fp8.encode_scale(torch.tensor([2.0, scale]), torch.uint8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_scales_are_read_as_the_numbers_they_are(dtype):
+    scale = torch.tensor([[0.01, 3.0]]).to(dtype)
+    assert same_bits(fp8.decode_scale(scale), scale.float())
+
+
 def test_scales_of_other_dtypes_are_refused():
     with pytest.raises(DSV3Error, match="wrong dtype of scales"):
-        fp8.decode_scale(torch.ones(1, dtype=torch.bfloat16))
+        fp8.decode_scale(torch.ones(1, dtype=torch.int16))
     with pytest.raises(DSV3Error, match="wrong dtype of scales"):
         fp8.encode_scale(torch.ones(1), torch.float16)
 

@@ -260,7 +260,7 @@ def test_index(tmp_path):
 ])
 def test_a_bad_index(tmp_path, weight_map, message):
     with pytest.raises(DSV3Error, match=message) as error:
-        CheckpointReader(folder_with_index(tmp_path, weight_map))
+        CheckpointReader(folder_with_index(tmp_path, weight_map)).read("a")
     assert "\n" not in str(error.value)
 
 

@@ -187,9 +187,10 @@ def encode_scale(scale: Float32[Tensor, "*shape"], dtype: torch.dtype) -> Shaped
 
 
 def decode_scale(stored: Shaped[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
-    """Stored scales as FP32: float32 as it is, float8_e8m0fnu or uint8 as 2^(byte - 127)."""
-    if stored.dtype == torch.float32:
-        return stored
+    """Stored scales as FP32: float32, bfloat16 and float16 as the numbers they are, float8_e8m0fnu
+    or uint8 as 2^(byte - 127)."""
+    if stored.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return stored.float()
     if stored.dtype not in (torch.float8_e8m0fnu, torch.uint8):
         raise _wrong_scale_dtype(stored.dtype)
     exponent = stored.view(torch.uint8).to(torch.int32)
@@ -201,4 +202,4 @@ def decode_scale(stored: Shaped[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
 
 def _wrong_scale_dtype(dtype: torch.dtype) -> DSV3Error:
     return DSV3Error("wrong dtype of scales", found=dtype,
-                     expected="float32, float8_e8m0fnu or uint8")
+                     expected="float32, bfloat16, float16, float8_e8m0fnu or uint8")

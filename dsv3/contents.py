@@ -1,0 +1,216 @@
+"""What a checkpoint's files hold, against what its config.json calls for.
+
+Two things are told apart. What the model needs must be there, in the right shape and in a form
+that is read here; anything else would show up as noise in some layer. What says nothing new may be
+there: other tools write buffers that follow from the config (``rotary_emb.inv_freq``), a tied head
+that repeats the embedding, an MTP layer that config.json does not mention. A tensor of a name that
+nobody here knows is refused all the same: it may be a part of another model.
+
+The config speaks of the checkpoint as a whole, the files of each tensor. Where they differ in
+form only, the files are believed: in an FP8 checkpoint some weights may be plain numbers, and of
+an MTP layer that config.json promises (transformers writes so and saves none) nothing may be there.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dsv3.config import ModelConfig
+from dsv3.errors import DSV3Error, Notice
+from dsv3.layout import TensorSpec, layout
+from dsv3.shards import CheckpointReader
+
+PLAIN = ("BF16", "F32", "F16")
+_SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_ROTARY = re.compile(r"(?:.+\.)?rotary_(?:pos_)?emb\.(?:original_)?(inv_freq|cos_cached|sin_cached)")
+# Endings of names that other formats give to their tensors, and whose they are.
+_FORMATS = (
+    (("_scale", "_packed", ".weight_shape", ".weight_zero_point", ".input_scale"),
+     "quantised by compressed-tensors"),
+    ((".qweight", ".qzeros", ".g_idx"), "quantised by GPTQ or AWQ"),
+    ((".absmax", ".quant_map", ".nested_absmax", ".SCB", "bitsandbytes__nf4", "bitsandbytes__fp4"),
+     "quantised by bitsandbytes"),
+    ((".scales", ".biases"), "a checkpoint of MLX"),
+    ((".lora_A.weight", ".lora_B.weight"), "a LoRA adapter, which is no model by itself"),
+    (("experts.gate_up_proj", "switch_mlp.gate_proj.weight"), "experts packed into one tensor a layer"),
+)
+
+
+def open_checkpoint(folder: str | Path) -> tuple[ModelConfig, CheckpointReader, list[TensorSpec]]:
+    """Open a checkpoint in the released layout and hold it to its config.json.
+
+    Returns the config as the files bear it out (no MTP modules where none are stored), the reader,
+    and the tensors that are there, scales and copies included; an FP8 weight that is stored in
+    plain numbers has dtype "BF16" and no scale. A ``Notice`` is given for an MTP layer that is
+    missing as a whole or left out. Raises DSV3Error for whatever the model needs and is missing
+    or of the wrong shape or dtype, and for what does not belong to it; only headers are read, and
+    a tied head that is stored once more.
+    """
+    config = ModelConfig.from_pretrained(folder)
+    reader = CheckpointReader(folder)
+    notices: list[str] = []
+    try:
+        config = _mtp_as_stored(config, reader, notices)
+        specs = check_tensors(reader, {spec.hf_name: (spec, spec.shape) for spec in layout(config)},
+                              also=_redundant(config, reader, notices))
+    except BaseException:
+        reader.close()
+        raise
+    for notice in notices:
+        warnings.warn(Notice(f"{folder}: {notice}"), stacklevel=2)
+    return config, reader, specs
+
+
+def true_config(data: dict, config: ModelConfig) -> dict:
+    """The contents of a config.json, with the number of MTP modules that ``config`` has."""
+    names = [name for name in ("num_nextn_predict_layers", "num_mtp_layers")
+             if data.get(name) not in (None, config.num_nextn_predict_layers)]
+    return {**data, **dict.fromkeys(names, config.num_nextn_predict_layers)}
+
+
+def check_tensors(reader: CheckpointReader, expected: dict[str, tuple[TensorSpec, tuple[int, ...]]],
+                  also: frozenset[str] = frozenset()) -> list[TensorSpec]:
+    """The tensors that are there, as they are stored; DSV3Error unless all expected ones are.
+
+    expected: name in the files -> spec and shape. also: names that may be there besides. The MTP
+    modules' copies of embedding and head may be there or not.
+    """
+    stored, missing = [], []
+    plain = {spec.hf_name for name, (spec, _) in expected.items() if spec.dtype == "F8_E4M3"
+             and name in reader and reader.entry(name).dtype in PLAIN}
+    any_fp8 = any(entry.dtype == "F8_E4M3" for entry in map(reader.entry, reader.home))
+    for name, (spec, shape) in expected.items():
+        if spec.scale_of in plain:
+            if name in reader:
+                raise DSV3Error("scales beside a weight that is not FP8", where=name,
+                                found="a wrong dtype of the weight or a grid too many")
+            continue
+        if name not in reader:
+            if not spec.copy_of:
+                missing.append((name, spec))
+            continue
+        entry = reader.entry(name)
+        if spec.hf_name in plain and not any_fp8:
+            raise _wrong_dtype(reader, name, entry.dtype, spec)
+        if spec.hf_name not in plain and entry.dtype not in _accepted(spec):
+            raise _wrong_dtype(reader, name, entry.dtype, spec)
+        if entry.shape != shape:
+            raise DSV3Error("wrong shape", where=name, found=list(entry.shape),
+                            expected=list(shape), fix="config.json describes another model")
+        stored.append(replace(spec, dtype="BF16") if spec.hf_name in plain else spec)
+    if missing:
+        raise _missing(reader, missing)
+    unexpected = [name for name in reader.home if name not in expected and name not in also]
+    if unexpected:
+        raise DSV3Error("unexpected tensor"
+                        + (f", one of {len(unexpected)}" if len(unexpected) > 1 else ""),
+                        where=f"{reader.folder}: {unexpected[0]}",
+                        expected="only tensors that config.json calls for",
+                        fix=_another_format(reader))
+    return stored
+
+
+def _mtp_as_stored(config: ModelConfig, reader: CheckpointReader,
+                   notices: list[str]) -> ModelConfig:
+    """The config without MTP modules where it promises some and not one tensor is there."""
+    promised, first = config.num_nextn_predict_layers, config.num_hidden_layers
+    if not promised or any(layer >= first for layer, _ in _layers(reader)):
+        return config
+    notices.append(f"config.json promises {promised} MTP module" + "s" * (promised > 1)
+                   + " and the files hold none: drafting is off")
+    return config.but(num_nextn_predict_layers=0)
+
+
+def _layers(reader: CheckpointReader) -> set[tuple[int, str]]:
+    """(number, rest of the name) of every tensor that belongs to a layer."""
+    return {(int(match[1]), match[2]) for name in reader.home
+            if (match := _LAYER.fullmatch(name)) and len(match[1]) < 10}
+
+
+def _redundant(config: ModelConfig, reader: CheckpointReader,
+               notices: list[str]) -> frozenset[str]:
+    """Names of stored tensors that say nothing new, each checked as far as it can be."""
+    found = {name for name in reader.home if _is_rotary(name, reader, config)}
+    if config.tie_word_embeddings and "lm_head.weight" in reader:
+        _check_tied(reader, "lm_head.weight", "model.embed_tokens.weight")
+        found.add("lm_head.weight")
+    layers = _layers(reader)
+    known = config.num_hidden_layers + config.num_nextn_predict_layers
+    beyond = {layer for layer, _ in layers if layer >= known}
+    if beyond and all((layer, f"{part}.weight") in layers for layer in beyond
+                      for part in ("enorm", "hnorm", "eh_proj")):
+        notices.append(f"MTP layer {min(beyond)} is left out, since num_nextn_predict_layers in "
+                       f"config.json is {config.num_nextn_predict_layers}")
+        found |= {name for name in reader.home if (match := _LAYER.fullmatch(name))
+                  and int(match[1]) in beyond}
+    return frozenset(found)
+
+
+def _is_rotary(name: str, reader: CheckpointReader, config: ModelConfig) -> bool:
+    """Whether a tensor is a table of RoPE, which follows from the config, by name and by shape."""
+    match = _ROTARY.fullmatch(name)
+    if not match:
+        return False
+    width, shape = config.qk_rope_head_dim, reader.entry(name).shape
+    if match[1] == "inv_freq":
+        return shape == (width // 2,)
+    return len(shape) >= 2 and shape[-1] in (width, width // 2)
+
+
+def _check_tied(reader: CheckpointReader, head: str, embedding: str) -> None:
+    """Raise DSV3Error unless a stored head equals the embedding; both pass in bands."""
+    a, b = reader.entry(head), reader.entry(embedding)
+    same = a.shape == b.shape and {a.dtype, b.dtype} <= set(PLAIN)
+    for rows in a.bands(a.shape[0]) if same else ():
+        same &= torch.equal(reader.read(head, rows).float(), reader.read(embedding, rows).float())
+    if not same:
+        raise DSV3Error("two tensors that config.json calls one differ",
+                        where=f"{reader.folder}: {head} and {embedding}",
+                        found="tie_word_embeddings true",
+                        fix="Set tie_word_embeddings to false if the head is one of its own")
+
+
+def _accepted(spec: TensorSpec) -> tuple[str, ...]:
+    if spec.dtype == "F8_E4M3":
+        return ("F8_E4M3",)
+    return _SCALES if spec.scale_of else PLAIN  # another tool may have kept more bits
+
+
+def _wrong_dtype(reader: CheckpointReader, name: str, found: str, spec: TensorSpec) -> DSV3Error:
+    fix = _another_format(reader)
+    if fix is None and found == "F8_E4M3":
+        fix = ("An FP8 checkpoint needs quantization_config in its config.json"
+               if f"{name}_scale_inv" in reader else
+               "FP8 weights without a grid of scales for blocks of 128x128 are not supported")
+    elif fix is None and found in PLAIN and spec.dtype == "F8_E4M3":
+        fix = ("No tensor here is FP8: for a checkpoint that is not quantised, remove "
+               "quantization_config from config.json")
+    return DSV3Error("wrong dtype", where=name, found=found, fix=fix,
+                     expected=" or ".join(_accepted(spec)))
+
+
+def _missing(reader: CheckpointReader, missing: list[tuple[str, TensorSpec]]) -> DSV3Error:
+    for name, _ in missing:
+        if name in reader.astray:  # the index knows it: say what became of it
+            return reader.absent(name)
+    name, spec = missing[0]
+    return DSV3Error(
+        f"missing {'scale' if spec.scale_of else 'tensor'}"
+        + (f", one of {len(missing)} missing tensors" if len(missing) > 1 else ""),
+        where=f"{reader.folder}: {name}", fix=_another_format(reader))
+
+
+def _another_format(reader: CheckpointReader) -> str | None:
+    """What the files are by the names of their tensors, where that is another format."""
+    for endings, what in _FORMATS:
+        sign = next((name for name in reader.home if name.endswith(endings)), None)
+        if sign:
+            return (f"By the name {sign} this is {what}. Take the checkpoint as released, in FP8 "
+                    "or BF16")
+    return None
