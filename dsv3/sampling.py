@@ -54,9 +54,9 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     n: int = 1
-    eos_ids: Iterable[int] | None = None  # kept as tuples, as the next two
+    eos_ids: Iterable[int] | Tensor | None = None  # kept as tuples, as the next two
     stop: Iterable[str] = ()
-    banned_ids: Iterable[int] = ()
+    banned_ids: Iterable[int] | Tensor = ()
     logprobs: bool = False
     speculative: bool = False
     prefill_chunk: int | None = None
@@ -92,7 +92,7 @@ class Sampling:
         value = getattr(self, name)
         if value is None and name == "eos_ids":
             return
-        if isinstance(value, Tensor):
+        if hasattr(value, "tolist"):  # a tensor or an array
             value = value.tolist()
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise _unusable(name, value, f"a list of {expected}")

@@ -44,11 +44,14 @@ class RowText:
             return [Released(choice, "")]
         self._held.append((choice, self._token_bytes(choice.id)))
         text = b"".join(part for _, part in self._held)
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        # The one that is whole first counts, so that nothing depends on how tokens cut the text.
+        found = [(place + len(stop), place) for stop in self._stops
+                 if (place := text.find(stop)) >= 0]
+        if found:
             self.stopped = True
-            return self._release(min(places), cut=True)
-        return self._release(len(text) - max(_open_character(text), self._open_stop(text)))
+            return self._release(min(found)[1], cut=True)
+        text = text[: len(text) - self._open_stop(text)]
+        return self._release(len(text) - _open_character(text))
 
     def flush(self) -> list[Released]:
         """What was held back, at the end of the row: an unfinished character becomes U+FFFD."""
