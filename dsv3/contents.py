@@ -153,13 +153,17 @@ def _redundant(config: ModelConfig, reader: CheckpointReader,
 
 
 def _is_rotary(name: str, reader: CheckpointReader, config: ModelConfig) -> bool:
-    """Whether a tensor is a table of RoPE, which follows from the config, by name and by shape."""
+    """Whether a tensor is a table of RoPE, which follows from the config, by name and by shape.
+
+    Frequencies may be of any number. Nobody reads them, and what lies in the released files of
+    Kimi K2 (56 a layer) and Moonlight (64) are leftovers of other models: they turn by 32.
+    """
     match = _ROTARY.fullmatch(name)
     if not match:
         return False
     width, shape = config.qk_rope_head_dim, reader.entry(name).shape
     if match[1] == "inv_freq":
-        return shape == (width // 2,)
+        return len(shape) == 1
     return len(shape) >= 2 and shape[-1] in (width, width // 2)
 
 
