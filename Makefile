@@ -20,6 +20,9 @@ But soft, what light through yonder window breaks?
 endef
 endif
 TOKENS ?= 150
+# where `make train` trains a model, and how long: minutes, or nothing for the whole recipe
+OUT ?= runs/mini
+MINUTES ?=
 # test files, and notebooks, run at a time
 JOBS ?= 2
 # more arguments for JupyterLab, for example LAB_ARGS=--no-browser
@@ -29,15 +32,18 @@ AS_ROOT := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
 
 export PROMPT
 PY := $(VENV)/bin/python
-INSTALL := $(PY) -m pip --disable-pip-version-check --no-input -qq install -c constraints.txt
+# pip shows what it downloads and how far it is; -qq only where that takes no time.
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+INSTALL := $(PIP) install -c constraints.txt
 
-.PHONY: help run test lab reset clean FORCE
+.PHONY: help run lab reset train test clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run    generate text from the trained model: FP8, on two ranks (sets up what it needs)"
 	@echo "make lab    open the book in JupyterLab"
 	@echo "make reset CHAPTER=01   bring a chapter back as it was shipped; yours is kept beside it"
+	@echo "make train  train such a model, into OUT=$(OUT); MINUTES=M makes it shorter"
 	@echo "make test   run all tests, then all notebooks, comparing their outputs"
 	@echo "make clean  remove the environment and what Python left behind"
 	@echo "Options, with their values: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX)"
@@ -56,6 +62,10 @@ lab: $(VENV)/.stamp-lab
 reset: $(VENV)/.stamp-lab
 	@[ -n "$(CHAPTER)" ] || { echo "Name a chapter, for example: make reset CHAPTER=01" >&2; exit 1; }
 	@$(PY) -m dsv3.book --reset chapters/$(CHAPTER)_*.ipynb
+
+train: $(VENV)/.stamp-train
+	@echo "==> dsv3 train --preset mini --out $(OUT)$(if $(MINUTES), --max-minutes $(MINUTES))"
+	@$(VENV)/bin/dsv3 train --preset mini --out "$(OUT)" $(if $(MINUTES),--max-minutes "$(MINUTES)")
 
 # Debugger notes on stderr would differ from the stored outputs, hence PYDEVD_...
 NBVAL := PYDEVD_DISABLE_FILE_VALIDATION=1 $(PY) -m pytest --nbval --nbval-current-env \
@@ -98,10 +108,11 @@ $(VENV)/.stamp-venv:
 
 # torch comes first and alone, so that TORCH_INDEX is asked for torch and for nothing else.
 $(VENV)/.stamp-run: $(VENV)/.stamp-venv pyproject.toml constraints.txt
-	@echo "==> installing torch (by far the largest download)"
-	@$(INSTALL) setuptools
+	@echo "==> installing torch, by far the largest download: about 200 MB in its CPU build, several" \
+	  "GB in the CUDA build that pip takes on Linux without TORCH_INDEX (see README)"
+	@$(INSTALL) -qq setuptools
 	@$(INSTALL) --no-deps $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch
-	@echo "==> installing dsv3 and what it needs"
+	@echo "==> installing dsv3 and what it needs (a minute at most)"
 	@$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 
@@ -117,13 +128,18 @@ define PREPARE_BOOK
 endef
 
 $(VENV)/.stamp-lab: $(VENV)/.stamp-run
-	@echo "==> installing JupyterLab and what the notebooks import"
+	@echo "==> installing JupyterLab and what the notebooks import (a minute or two)"
 	@$(INSTALL) --no-build-isolation --editable '.[book]'
 	$(PREPARE_BOOK)
 	@touch $@
 
+$(VENV)/.stamp-train: $(VENV)/.stamp-run
+	@echo "==> installing the plays that the model learns from (a few MB)"
+	@$(INSTALL) --no-build-isolation --editable '.[train]'
+	@touch $@
+
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
-	@echo "==> installing what the tests and the notebooks need"
+	@echo "==> installing what the tests and the notebooks need (about 360 MB, a few minutes)"
 	@$(INSTALL) --no-build-isolation --editable '.[book,train,test]'
 	$(PREPARE_BOOK)
-	@touch $(VENV)/.stamp-lab $@
+	@touch $(VENV)/.stamp-lab $(VENV)/.stamp-train $@

@@ -90,7 +90,7 @@ def test_setup_files_name_no_download_address(name):
 def test_readme_commands_exist():
     blocks = "\n".join(code_blocks((ROOT / "README.md").read_text()))
     used = set(re.findall(r"^make(?: +[A-Z_]+=\S+)* +([a-z]+)", blocks, re.MULTILINE))
-    assert {"run", "test", "lab"} <= used <= make_targets()
+    assert {"run", "test", "lab", "train"} <= used <= make_targets()
 
 
 def test_readme_links_to_files_that_exist():
@@ -140,7 +140,7 @@ def clone(tmp_path):
 def ready(clone):
     """The same, with everything set up."""
     (clone / ".venv").mkdir()
-    for age, name in enumerate(["venv", "run", "lab", "test"]):
+    for age, name in enumerate(["venv", "run", "lab", "train", "test"]):
         stamp = clone / ".venv" / f".stamp-{name}"
         stamp.write_text(f"{clone}\n")
         os.utime(stamp, (2000 + age, 2000 + age))
@@ -153,10 +153,22 @@ def test_a_fresh_clone_is_set_up_with_what_the_command_needs(clone):
     assert "-m venv" in plan and "--editable ." in plan and "dsv3 generate" in plan
     assert "[book" not in plan and "jupyter" not in plan.lower()
     assert "[book,train,test]" in make(clone, "-n", "test").stdout
+    plan = make(clone, "-n", "train", "OUT=runs/other", "MINUTES=5").stdout
+    assert "-m venv" in plan and "'.[train]'" in plan and "test]" not in plan
+    assert 'dsv3 train --preset mini --out "runs/other" --max-minutes "5"' in plan
+    assert "--max-minutes" not in make(clone, "-n", "train").stdout
 
 
 @needs_make
-@pytest.mark.parametrize("command", ["run", "lab", "test"])
+def test_installing_says_how_much_and_shows_that_it_lives(clone):
+    plan = make(clone, "-n", "test").stdout
+    assert "200 MB" in plan and "360 MB" in plan
+    slow = [line for line in plan.splitlines() if "-m pip " in line and "setuptools" not in line]
+    assert len(slow) == 3 and not any("-q" in line for line in slow)
+
+
+@needs_make
+@pytest.mark.parametrize("command", ["run", "lab", "train", "test"])
 def test_a_second_call_installs_nothing(ready, command):
     plan = make(ready, "-n", command).stdout
     assert plan and "pip" not in plan and "-m venv" not in plan
