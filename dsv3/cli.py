@@ -301,12 +301,17 @@ def _train(commands) -> None:
             return launch(arguments, ranks, threads=machine.threads(ranks, spare=0))
         from dsv3.config import ModelConfig
         from dsv3.parallel.tensor import TensorGroup
-        from dsv3.training import Recipe, train
+        from dsv3.training import Recipe, train, usual_precision
 
         choices = {name: getattr(args, name) for name in (
             "precision", "tokens", "extension_tokens", "moments", "recompute", "seed")}
-        recipe = Recipe(**{name: value for name, value in choices.items() if value is not None})
         group = TensorGroup.from_environment(args.device)
+        if args.precision is None:  # rank 0 looks, and all do as it says
+            choices["precision"], why = group.broadcast_object(
+                usual_precision(args.out, group.device) if group.rank == 0 else None)
+            if group.rank == 0:
+                print(why, file=sys.stderr)
+        recipe = Recipe(**{name: value for name, value in choices.items() if value is not None})
         train(ModelConfig.mini(), args.out, recipe, max_minutes=args.max_minutes,
               plays=args.plays, code=args.code, group=group)
         group.close()
@@ -317,7 +322,8 @@ def _train(commands) -> None:
     p.add_argument("--preset", choices=("mini",), required=True)
     p.add_argument("--out", metavar="DIR", required=True)
     p.add_argument("--precision", choices=("fp32", "bf16", "fp8"),
-                   help="of the products; master weights are float32 (default: bf16)")
+                   help="of the products; master weights are float32 (default: bf16, or fp32 where "
+                   "bfloat16 is slow)")
     p.add_argument("--max-minutes", type=_minutes, metavar="M",
                    help="shorten the run to about M minutes")
     p.add_argument("--tokens", type=_count, metavar="N", help="tokens of pre-training")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.cli import build_parser
+from dsv3.cli import build_parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +37,8 @@ EXEMPT = {
 
 def examples(text: str) -> list[str]:
     """Commands of all fenced blocks without a language, each on one line."""
-    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    blocks = "\n".join(block for language, block in re.findall(
+        r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if not language)
     lines = blocks.replace("\\\n", " ").splitlines()
     return [" ".join(line.split("   #")[0].split()) for line in lines
             if re.match(r"(\w+=\S+ )*(dsv3|make|python|torchrun) ", line)]
@@ -69,9 +70,14 @@ def place(tmp_path_factory) -> dict[str, str]:
             "PYTHONPATH": str(ROOT), "VENV": str(folder), "MAKEFLAGS": ""}
 
 
-def shown(line: str, place: dict[str, str]) -> str:
-    """What an example prints, typed into bash in the root of the repository; 60 tokens will do."""
+def shown(line: str, place: dict[str, str], capfd) -> str:
+    """What an example prints, as bash reads it, in the root of the repository; 60 tokens will do."""
     line = re.sub(r"(TOKENS=|--max-new-tokens )\d{3}\b", r"\g<1>60", line)
+    if line.startswith("dsv3 ") and "--tp" not in line and "--interactive" not in line:
+        words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], check=True, text=True,
+                               capture_output=True).stdout.split("\0")[1:-1]
+        assert main(words) == 0             # here: torch is loaded already
+        return capfd.readouterr().out
     if line.startswith("make "):
         line += f" VENV={shlex.quote(place['VENV'])}" + " TOKENS=60" * ("TOKENS" not in line)
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=place, input="To be, or not?\n",
@@ -86,8 +92,9 @@ def test_examples_are_found():
 
 
 @pytest.mark.parametrize("line", RUN, ids=lambda line: line[:70])
-def test_example_shows_what_it_promises(line, place):
-    said = shown(line, place)
+def test_example_shows_what_it_promises(line, place, capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    said = shown(line, place, capfd)
     if "inspect" in line:
         assert re.search(r"\d", said) and ("671" in said or "13.6" in said or "13,6" in said)
     elif "37 + 45" in line:

@@ -15,7 +15,7 @@ from training_cases import RECIPE, TINY, little_text, write_texts
 
 from dsv3.errors import DSV3Error
 from dsv3.folder import claim
-from dsv3.training import LOG_FILE, Recipe, Run, train
+from dsv3.training import LOG_FILE, Recipe, Run, train, usual_precision
 from dsv3.training.state import digest, latest_state, remove_old
 
 FILES = ("state.json", "state.safetensors", "SHA256SUMS")
@@ -276,3 +276,14 @@ def test_a_model_that_was_not_trained_here_is_not_written_over(tmp_path, texts):
     with pytest.raises(DSV3Error, match="holds a model.*new --out folder"):
         train(TINY, tmp_path, RECIPE, progress=False, **texts)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+# Precision --------------------------------------------------------------------------------------
+
+def test_precision_follows_the_machine_and_then_the_run(stopped, tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    for slower, expected in ((30.0, "fp32"), (0.4, "bf16")):
+        monkeypatch.setattr("dsv3.machine.bf16_slowdown", lambda slower=slower: slower)
+        assert usual_precision(tmp_path, cpu)[0] == expected
+        assert usual_precision(stopped[0], cpu) == ("fp32", "precision fp32: this run began with it")
+    assert usual_precision(tmp_path, torch.device("cuda"))[0] == "bf16"

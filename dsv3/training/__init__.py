@@ -9,5 +9,6 @@ together.
 from dsv3.training.log import LOG_FILE
 from dsv3.training.recipe import Recipe
 from dsv3.training.run import Run, train
+from dsv3.training.usual import usual_precision
 
-__all__ = ["LOG_FILE", "Recipe", "Run", "train"]
+__all__ = ["LOG_FILE", "Recipe", "Run", "train", "usual_precision"]

@@ -26,19 +26,20 @@ def knows_its_speed(step: int, seconds: float, minutes: float) -> bool:
 
 
 def fit_minutes(recipe: Recipe, minutes: float, *, tokens: int, total: int, speed: float,
-                spent: float, held_out: int) -> tuple[dict[str, int], int | None]:
+                spent: float, cutting: float, held_out: int) -> tuple[dict[str, int], int | None]:
     """(tokens and extension_tokens of a run that takes ``minutes``, windows of each domain that
     the last validation reads, None for all).
 
     tokens: read so far, which stay read; total: of the whole run as it was meant; speed: tokens a
-    second of a step; spent: seconds since it was started; held_out: tokens there are to validate.
+    second of a step; spent: seconds since it was started; cutting: seconds that the text of the
+    second phase takes to be cut into tokens; held_out: tokens there are to validate.
     """
     validation, most = held_out / (_FORWARD_SPEED * speed), None
     if validation > _VALIDATION_SHARE * 60 * minutes:
         validation = _VALIDATION_SHARE * 60 * minutes
         length = recipe.extension_seq_len if recipe.extension_tokens else recipe.seq_len
         most = max(1, int(validation * _FORWARD_SPEED * speed / (3 * length)))
-    left = (60 * minutes - spent - validation - _EXPORT_SECONDS) * (1 - _KEPT_BACK)
+    left = (60 * minutes - spent - cutting - validation - _EXPORT_SECONDS) * (1 - _KEPT_BACK)
     share = min((tokens + max(left, 0.0) * speed) / total, 1.0)
     if tokens >= recipe.tokens:  # too late: phase one has its length, and the second is short
         return {}, most

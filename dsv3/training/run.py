@@ -89,6 +89,7 @@ class Run:
         self.seconds, self.cpu_seconds = 0.0, 0.0
         # What --max-minutes has decided: whether it has, and windows of the last validation.
         self.fitted, self.last_windows = False, None
+        self.cutting = None     # seconds that this process took to cut its text into tokens
         self.log, self.checkpoints = Log(out_dir), out_dir / CHECKPOINTS
         self._check_sizes()
         self._check_folder()
@@ -236,7 +237,7 @@ class Run:
         wall, cpu, saved = time.monotonic(), time.process_time(), time.monotonic()
         while self.tokens < self.total:
             values, windows = self._step_values()
-            batch = self.stream.draw(windows).to(self.group.device)
+            batch = self._draw(windows)
             result = train_step(self.model, self.optimizer, batch, values, self.watch, self.group)
             self._check_finite(result)
             read = windows * self.stream.length
@@ -280,19 +281,27 @@ class Run:
                   "--temperature 0.8 --prompt 'SCENE I. Verona. A street.'")
         return figures
 
+    def _draw(self, windows: int) -> torch.Tensor:
+        """The next windows; the first draw of a phase cuts all its text into tokens."""
+        first, start = self.cutting is None, time.monotonic()
+        batch = self.stream.draw(windows).to(self.group.device)
+        if first:
+            self.cutting = time.monotonic() - start
+        return batch
+
     def _fit_minutes(self) -> bool:
         """Fix the length of the run, once its speed is known, so that it takes max_minutes."""
         if self.max_minutes is None or self.fitted or not self.group.broadcast_object(
-                knows_its_speed(self.step, self.seconds, self.max_minutes)):
+                knows_its_speed(self.step, self.seconds - self.cutting, self.max_minutes)):
             return False
+        speed = self.tokens / max(self.seconds - self.cutting, 1e-9)
         recipe, self.last_windows = self.group.broadcast_object(fit_minutes(
-            self.recipe, self.max_minutes, tokens=self.tokens, total=self.total,
-            speed=self.tokens / self.seconds,
-            spent=max(self.seconds, time.monotonic() - self.began),
+            self.recipe, self.max_minutes, tokens=self.tokens, total=self.total, speed=speed,
+            spent=time.monotonic() - self.began, cutting=self._extends * self.cutting,
             held_out=sum(map(len, self.corpus.held_out.values()))))
         self.recipe, self.fitted = replace(self.recipe, **recipe), True
-        self._say(f"{self.max_minutes:g} minutes at {self.tokens / self.seconds:,.0f} tokens/s: "
-                  f"the run ends after {self.total:,} tokens")
+        self._say(f"{self.max_minutes:g} minutes at {speed:,.0f} tokens/s: the run ends after "
+                  f"{self.total:,} tokens")
         return True
 
     def _validate(self, most: int | None, bar: bool = False) -> dict[str, dict[str, float]]:

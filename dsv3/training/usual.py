@@ -1,0 +1,33 @@
+"""The precision of a run whose user names none.
+
+The shipped model was trained with products in bfloat16. A CPU without units for it converts every
+number on the way into a product, and a run of an hour would take days: there it is float32. A run
+that goes on keeps what it began with, whatever machine it goes on on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dsv3 import machine
+from dsv3.training.recipe import Recipe
+from dsv3.training.run import CHECKPOINTS
+from dsv3.training.state import latest_state, read_facts
+
+
+def usual_precision(out_dir: str | Path, device: torch.device) -> tuple[str, str]:
+    """(precision, why it is that one in one line)."""
+    path = latest_state(Path(out_dir) / CHECKPOINTS)
+    if path:
+        kept = Recipe.from_dict(read_facts(path)["recipe"]).precision
+        return kept, f"precision {kept}: this run began with it"
+    usual = Recipe().precision
+    if device.type != "cpu":
+        return usual, f"precision {usual}: as the shipped model was trained"
+    slower = machine.bf16_slowdown()
+    if slower < machine.SLOW:
+        return usual, f"precision {usual}: it is fast on this CPU"
+    return "fp32", (f"precision fp32: on this CPU a product in bfloat16 takes {slower:.0f} times as "
+                    "long (--precision bf16 asks for it all the same)")
