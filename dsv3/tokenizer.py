@@ -25,9 +25,10 @@ text; ``generate`` bans them when it is given the tokenizer.
 from __future__ import annotations
 
 import codecs
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import tokenizers
 import tokenizers.decoders
@@ -52,13 +53,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not file.exists():
         raise no_tokenizer(folder)
     settings = _read_settings(folder / "tokenizer_config.json")
-    try:
-        engine = tokenizers.Tokenizer.from_str(read_text(file))
-    except DSV3Error:
-        raise
-    except Exception as error:  # the library raises a bare Exception
-        raise DSV3Error("not a readable tokenizer", where=file, found=error,
-                        fix="Copy the file again from the checkpoint") from None
+    description = read_text(file)
+    with _library_failures("not a readable tokenizer", file,
+                           "Copy the file again from the checkpoint"):
+        engine = tokenizers.Tokenizer.from_str(description)
     if not isinstance(engine.decoder, tokenizers.decoders.ByteLevel):
         raise DSV3Error(
             "not a byte-level tokenizer", where=f"{file}: decoder",
@@ -85,7 +83,7 @@ class Tokenizer:
         self._renderer = Renderer()
         self.vocab_size = 1 + max(engine.get_vocab(with_added_tokens=True).values(), default=-1)
         if not self.vocab_size:
-            raise DSV3Error("a tokenizer without a single token", where=f"{source}/tokenizer.json",
+            raise DSV3Error("a tokenizer without a single token", where=self._file,
                             fix="Use the tokenizer.json that belongs to the checkpoint")
         self.bos_token, self.bos_id = self._special("bos_token")
         self.eos_token, self.eos_id = self._special("eos_token")
@@ -114,18 +112,16 @@ class Tokenizer:
             raise DSV3Error("text is not valid Unicode", where=f"character {error.start}",
                             found=repr(text[error.start]),
                             fix="Write the prompt in UTF-8") from None
-        try:
+        with _library_failures("the tokenizer cannot encode this text", self._file):
             ids = self._engine.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # a model of its file that has no token for a byte, say
-            raise DSV3Error("the tokenizer cannot encode this text",
-                            where=f"{self.source}/tokenizer.json", found=error) from None
         return [self.bos_id, *ids] if add_bos else ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of ``ids``. Bytes that are not UTF-8 become U+FFFD. ``skip_special`` leaves out
         the tokens that the file marks as special (bos and eos among them)."""
         self.check(ids)
-        return self._engine.decode(list(ids), skip_special_tokens=skip_special)
+        with _library_failures("the tokenizer cannot decode these ids", self._file):
+            return self._engine.decode(list(ids), skip_special_tokens=skip_special)
 
     def check(self, ids: Iterable[int]) -> None:
         """Raise ``DSV3Error`` for the first id that this tokenizer does not have."""
@@ -192,7 +188,7 @@ class Tokenizer:
         text = _token_text(self._settings.get(name))
         if text is None:
             return None, None
-        if not isinstance(text, str):
+        if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
             raise DSV3Error("not a token", where=f"{self._where()}: {name}", found=repr(text),
                             expected='a text, or {"content": a text}')
         id = self._engine.token_to_id(text)
@@ -200,6 +196,10 @@ class Tokenizer:
             raise DSV3Error(f"{name} is not in the vocabulary", where=self._where(),
                             found=repr(text), fix="The two tokenizer files do not belong together")
         return text, id
+
+    @property
+    def _file(self) -> str:
+        return f"{self.source}/tokenizer.json"
 
     def _where(self) -> str:
         return f"{self.source}/tokenizer_config.json"
@@ -246,6 +246,18 @@ _BYTE_OF_LETTER: Mapping[str, int] = _byte_letters()
 def _token_text(entry: Any) -> str | None:
     """A special token is written as plain text or as a dict with its text under "content"."""
     return entry.get("content") if isinstance(entry, Mapping) else entry
+
+
+@contextmanager
+def _library_failures(what: str, where: str | Path, fix: str | None = None) -> Iterator[None]:
+    """Whatever the tokenizers library raises inside, as our error. It is written in Rust: where
+    its own assumptions are broken it panics, which Python sees as no ordinary exception."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise DSV3Error(what, where=where, found=error, fix=fix) from None
+        raise
 
 
 def _template_files(folder: Path) -> list[dict[str, str]]:

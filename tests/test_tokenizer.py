@@ -12,6 +12,7 @@ import random
 import shutil
 from pathlib import Path
 
+import fuzz
 import pytest
 
 from dsv3.errors import DSV3Error
@@ -262,3 +263,78 @@ def test_tokenizer_of_another_kind(released, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
     with pytest.raises(DSV3Error, match="not a byte-level tokenizer.*Metaspace"):
         load_tokenizer(folder)
+
+
+def small_files(tiny_checkpoint: Path, folder: Path) -> dict[str, object]:
+    """The small model's tokenizer with fewer tokens, so that damage hits all kinds of fields."""
+    files = {name: json.loads((tiny_checkpoint / name).read_text(encoding="utf-8"))
+             for name in ("tokenizer.json", "tokenizer_config.json")}
+    model = files["tokenizer.json"]["model"]
+    model["vocab"] = {token: id for token, id in model["vocab"].items() if id < 270}
+    model["merges"] = [pair for pair in model["merges"]
+                       if "".join(pair) in model["vocab"] and {*pair} <= model["vocab"].keys()]
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    return files
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_damaged_files_are_read_or_refused_in_one_line(tiny_checkpoint, tmp_path, name):
+    """Everything that can be asked of a tokenizer, over 500 damaged files."""
+    files = small_files(tiny_checkpoint, tmp_path)
+    def use():
+        tokenizer = load_tokenizer(tmp_path)
+        ids = tokenizer.encode("In a word, é😀\0")
+        tokenizer.decode(ids)
+        for id in ids:
+            tokenizer.token_bytes(id)
+        assert tokenizer.chat_template is None or isinstance(tokenizer.chat_template, str)
+
+    data = json.dumps(files[name]).encode()
+    refused = 0
+    for text in fuzz.json_of(files[name], 300, seed=1):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        refused += fuzz.survives(use) is not None
+    for damaged in fuzz.bytes_of(data, 200, seed=2):
+        (tmp_path / name).write_bytes(damaged)
+        refused += fuzz.survives(use) is not None
+    assert 100 < refused < 500
+
+
+def test_files_in_other_formats_are_named(tiny_checkpoint, tmp_path):
+    """What lies there instead of tokenizer.json is said, with the way to one."""
+    small_files(tiny_checkpoint, tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
+    (tmp_path / "tokenizer.json").write_text(pointer)
+    with pytest.raises(DSV3Error, match="tokenizer.json.*git-LFS pointer.*git lfs pull"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(DSV3Error, match="no such file. Copy the checkpoint's tokenizer files"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(DSV3Error, match="vocab.json and merges.txt.*save_pretrained"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    with pytest.raises(DSV3Error, match="found a sentencepiece tokenizer, tokenizer.model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # as Llama 3 names its own
+    with pytest.raises(DSV3Error, match="tiktoken tokenizer, tokenizer.model.*TikTokenConverter"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tiktoken.model").write_text("IQ== 0\nIg== 1\n")
+    (tmp_path / "tokenization_moonshot.py").write_text("#\n")
+    with pytest.raises(DSV3Error, match="'tiktoken.model'.*tokenization_moonshot.py says P"):
+        load_tokenizer(tmp_path)
+
+
+def test_templates_in_files_of_their_own(released, tmp_path):
+    """chat_template.jinja is the default one; the folder's files are named after themselves."""
+    folder = edited(released, tmp_path, chat_template="config", bos_token=BOS, mask_token=None,
+                    pad_token={"content": "<｜▁pad▁｜>"}, sep_token=3)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(
+        "{{ tools[0].name }}{{ pad_token }}{{ mask_token }}{{ sep_token }}", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text("file", encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.apply_chat_template([]) == "file"
+    assert tokenizer.apply_chat_template([], tools=[{"name": "f"}]) == "f<｜▁pad▁｜>"
