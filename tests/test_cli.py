@@ -24,6 +24,7 @@ import pytest
 
 from dsv3 import cli, doctor
 from dsv3.checkpoint import load_model
+from dsv3.errors import DSV3Error
 from dsv3.generate import generate
 from dsv3.tokenizer import load_tokenizer
 
@@ -168,6 +169,76 @@ def test_chat_and_speculative(tiny_checkpoint, here):
     assert plain["acceptance"] is None and 0 <= drafted["acceptance"] <= 1
 
 
+def test_samples_stop_strings_and_logprobs(tiny_checkpoint, here):
+    words = ["generate", tiny_checkpoint, "--prompt", "Hi", "--json", "--max-new-tokens", 30,
+             "--precision", "fp32", "--temperature", 1.5, "--top-k", 300]
+    results = json.loads(here(*words, "--n", 2, "--logprobs")[0])["results"]
+    assert [result["sample"] for result in results] == [0, 1]
+    assert results[0]["ids"] != results[1]["ids"]
+    for result in results:
+        assert len(result["logprobs"]) == len(result["ids"]) and max(result["logprobs"]) < 0
+    assert json.loads(here(*words)[0])["results"][0]["ids"] == results[0]["ids"]
+    text = results[0]["text"]
+    stop = next(letter for letter in text[4:] if letter.isascii() and letter not in text[:4])
+    cut = json.loads(here(*words, "--stop", stop, "--stop", "never said")[0])["results"][0]
+    assert cut["text"] == text[:text.index(stop)] and cut["stopped_by"] == "stop"
+    # What is streamed is the same, without a piece of the stop string.
+    words.remove("--json")
+    shown = here(*words, "--stop", stop)[0]
+    assert shown == f"Hi{cut['text']}\n" == here(*words, "--stop", stop, "--no-stream")[0]
+    assert here(*words, "--n", 2)[0].count("Hi\n") == 2
+
+
+@pytest.fixture
+def generation_config(tiny_checkpoint, tmp_path):
+    """A copy of the checkpoint with what a test writes into its generation_config.json."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+
+    def write(content) -> Path:
+        (folder / "generation_config.json").write_text(json.dumps(content))
+        return folder
+
+    return write
+
+
+def test_generation_config_gives_defaults_and_flags_win(generation_config, tiny_checkpoint, here):
+    """Its end tokens count from Python, too."""
+    options = ["--prompt", "Hi", "--max-new-tokens", 12, "--precision", "fp32"]
+
+    def ids(folder, *words):
+        result = json.loads(here("generate", folder, *options, *words, "--json")[0])["results"][0]
+        return result["ids"]
+
+    greedy = ids(tiny_checkpoint)
+    drawn = ids(tiny_checkpoint, "--temperature", 2.0, "--top-k", 5, "--top-p", 0.9)
+    folder = generation_config({"do_sample": True, "temperature": 2.0, "top_k": 5, "top_p": 0.9,
+                                "min_p": 0.1})
+    assert ids(folder) == drawn != greedy == ids(folder, "--temperature", 0)
+    assert ids(folder, "--top-k", 1) == greedy
+    summary = here("generate", folder, *options)[1].splitlines()
+    assert summary[2] == ("sampling    temperature 2, top-p 0.9, top-k 5: from "
+                          "generation_config.json")
+    assert summary[3].endswith("not supported and left out: min_p of generation_config.json")
+    summary = here("generate", folder, *options, "--temperature", 0)[1].splitlines()
+    assert "temperature" not in summary[2]
+    folder = generation_config({"eos_token_id": [1, greedy[3]], "do_sample": False,
+                                "temperature": 0.6})
+    assert ids(folder) == greedy[:greedy.index(greedy[3])]
+    model = load_model(folder, "fp32")
+    assert model.eos_ids == (1, greedy[3])
+    prompt = load_tokenizer(folder).encode("Hi")
+    assert generate(model, [prompt], 12) == [greedy[:greedy.index(greedy[3])]]
+
+
+def test_a_damaged_generation_config_is_one_line(generation_config, here):
+    folder = generation_config({"temperature": "hot"})
+    line = one_line(here("generate", folder, "--prompt", "x", code=2)[1])
+    assert "generation_config.json: temperature: bad value (found 'hot'" in line
+    with pytest.raises(DSV3Error, match="generation_config.json: temperature"):
+        load_model(folder)
+
+
 def test_under_torchrun_the_ranks_that_are_there_are_used(tiny_checkpoint):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc-per-node", "2", "-m", "dsv3", "generate", str(tiny_checkpoint),
@@ -203,6 +274,10 @@ def test_tp_that_disagrees_with_torchrun(tiny_checkpoint, here, monkeypatch):
     (["--prompt", "x", "--input-file", "y"], "not allowed with argument --prompt"),
     (["--input-file", "no-such-file"], "no-such-file: cannot read the prompts"),
     (["--input-file", "/dev/null"], "no prompts in the file"),
+    (["--prompt", "x", "--top-k", "-1"], "top_k: not a usable value"),
+    (["--prompt", "x", "--stop", ""], "stop: not a usable value"),
+    (["--prompt", "x", "--logprobs"], "--logprobs: log-probabilities are a part of the JSON.*--json"),
+    (["--interactive", "--n", "2"], "--n: a conversation goes on from one answer"),
     ([], "one of the arguments --prompt --input-file --interactive is required"),
 ])
 def test_bad_options_and_prompts(tiny_checkpoint, here, words, message):

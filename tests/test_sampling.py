@@ -12,8 +12,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 
 from dsv3 import ModelConfig, Transformer, generate, load_model, load_tokenizer
+from dsv3.checkpoint import save_model
 from dsv3.errors import DSV3Error
 from dsv3.generate import complete, stream
 from dsv3.generation_config import FILE, GenerationConfig
@@ -24,7 +26,8 @@ from dsv3.stops import RowText
 CONFIG = ModelConfig.mini().but(vocab_size=96, hidden_size=64, intermediate_size=96,
                                 moe_intermediate_size=32, num_hidden_layers=2, n_routed_experts=8,
                                 num_experts_per_tok=2, max_position_embeddings=96,
-                                eos_token_id=None, initializer_range=0.2)
+                                eos_token_id=None, initializer_range=0.2,
+                                quantization_config=None)
 PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6]]
 
 
@@ -156,6 +159,30 @@ def test_samples_over_one_prefill_are_those_of_the_prompt_repeated(model, monkey
     assert sum(fed[:3]) == sum(map(len, PROMPTS))  # three chunks, of the prompts alone
     cache = model.new_cache(3, 6)  # room for the prompts
     assert speculative or complete(model, PROMPTS, n=3, cache=cache, **options).ids == run.ids
+
+
+# Several ranks -----------------------------------------------------------------------------------
+
+def account(model) -> tuple:
+    runs = [complete(model, PROMPTS, max_new_tokens=8, temperature=1.0, seed=3 + model.group.rank,
+                     n=2, logprobs=True, top_k=50, speculative=speculative)
+            for speculative in (False, True)]
+    return [run.ids for run in runs], [np.array(sum(run.logprobs, [])) for run in runs]
+
+
+def account_of_a_rank(group, folder):
+    return account(load_model(folder, "fp32", group=group))
+
+
+def test_two_ranks_draw_what_one_draws(model, tmp_path):
+    """Rank 1 has another seed: only rank 0's draws may count, and its log-probabilities."""
+    save_model(model, tmp_path)
+    ids, logprobs = account(load_model(tmp_path, "fp32"))
+    both = run_ranks(account_of_a_rank, 2, tmp_path)
+    for found, values in both:
+        assert found == ids
+        for mine, first, alone in zip(values, both[0][1], logprobs):
+            assert (mine == first).all() and np.allclose(mine, alone, atol=1e-4)
 
 
 # Caches that hold something already --------------------------------------------------------------
