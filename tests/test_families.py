@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
-from checkpoints import tiny_config, write_checkpoint
+from checkpoints import random_tensors, tiny_config, write_checkpoint
 from dsv3.cast import cast
 from dsv3.checkpoint import load_model
 from dsv3.config import ModelConfig, YarnScaling
 from dsv3.convert import convert
 from dsv3.families import FAMILIES, FIXED, spell, translate
+from test_config import GLM, KIMI_K2, MOONLIGHT
 
 SMALL = {
     "kimi_k2": tiny_config(
@@ -40,6 +41,30 @@ def test_a_family_stays_itself_through_cast_and_convert(tmp_path, name):
         # bfloat16 rounds codes times scales, and moves a token to another expert now and then
         gap = (model(text) - wanted).abs() / wanted.abs().max()
         assert gap.max() == 0 if folder == "one" else gap.median() < 0.02
+
+
+@pytest.mark.parametrize("published", [KIMI_K2, MOONLIGHT, GLM],
+                         ids=["kimi_k2", "moonlight", "glm-4.7-flash"])
+@torch.inference_mode()
+def test_a_folder_as_it_is_published_loads(tmp_path, published):
+    """The published config.json, made small; beside the weights what the publishers left there:
+    rotary tables of another length and, in Moonlight, router biases in bfloat16."""
+    sizes = dict(vocab_size=64, hidden_size=128, intermediate_size=256, moe_intermediate_size=128,
+                 num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                 n_routed_experts=8, kv_lora_rank=64, bos_token_id=1, eos_token_id=2)
+    fields = published | sizes
+    config = ModelConfig.from_dict(fields)
+    tensors = random_tensors(config)
+    for name in tensors:
+        if name.endswith("e_score_correction_bias"):
+            tensors[name] = tensors[name].bfloat16()
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(56)
+    write_checkpoint(tmp_path, config, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    model = load_model(tmp_path, precision="fp32")
+    assert model.config == config and len(model.mtp) == fields["num_nextn_predict_layers"]
+    assert model(torch.arange(20)[None]).isfinite().all()
 
 
 def test_every_family_spells_and_reads_its_own_presets():
