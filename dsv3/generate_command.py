@@ -56,8 +56,8 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
                   config.max_position_embeddings)
     if starts:
         with settings_kept(), handed_down(texts if args.input_file else None):
-            return launch(from_standard_input(arguments), ranks, threads=machine.threads(ranks),
-                          interactive=args.interactive)
+            return launch(("-m", "dsv3", *from_standard_input(arguments)), ranks,
+                          threads=machine.threads(ranks), interactive=args.interactive)
     group = TensorGroup.from_environment(args.device)
     torch.set_num_threads(machine.threads())
     model = load_model(args.model, precision=args.precision, group=group)

@@ -1,6 +1,6 @@
 """Start N ranks on this machine, and end them together.
 
-A tensor-parallel model is N processes that run the same command in step. Each rank runs the very
+A tensor-parallel model is N processes that run the same program in step. Each rank runs the very
 command that was typed; from RANK and WORLD_SIZE in its environment it knows that it is one of
 many. So ``dsv3 generate --tp 2`` and ``torchrun --nproc-per-node 2 -m dsv3 generate`` run the same
 code, and only the second knows about several machines.
@@ -81,10 +81,12 @@ class _Rank:
             os.kill(self.process.pid, number)  # not yet reaped, so the id is still its own
 
 
-def launch(arguments: Sequence[str], ranks: int, *, threads: int, interactive: bool = False) -> int:
-    """Run ``python -m dsv3 ARGUMENTS`` as ``ranks`` local ranks; return an exit code.
+def launch(command: Sequence[str | Path], ranks: int, *, threads: int = 1,
+           interactive: bool = False) -> int:
+    """Run ``python COMMAND`` as ``ranks`` ranks on this machine; return an exit code.
 
-    threads: of each rank. interactive: Ctrl-C is rank 0's to handle, and does not end the launcher.
+    command: ``("-m", "dsv3", ...)``, or a program and its arguments; it calls ``begin_rank`` first
+    and joins the others with ``TensorGroup.from_environment``. threads: of each rank. interactive: Ctrl-C is rank 0's to handle, and does not end the launcher.
     Raises RankFailed for the rank that failed first.
     """
     team: list[_Rank] = []
@@ -95,7 +97,7 @@ def launch(arguments: Sequence[str], ranks: int, *, threads: int, interactive: b
         try:
             for number in range(ranks):
                 if not received:
-                    team.append(_Rank(number, _start(arguments, number, common)))
+                    team.append(_Rank(number, _start(command, number, common)))
             return _watch(team, folder, received)
         finally:
             _end(team)
@@ -157,12 +159,13 @@ def _end(team: Sequence[_Rank]) -> None:
             rank.look()
 
 
-def _start(arguments: Sequence[str], number: int, common: dict[str, str]) -> subprocess.Popen:
+def _start(command: Sequence[str | Path], number: int,
+           common: dict[str, str]) -> subprocess.Popen:
     """One rank. Ctrl-C is held back until it can be heard, here and there (``begin_rank``)."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "dsv3", *arguments],
+            [sys.executable, "-P", *map(str, command)],
             env=common | {"RANK": str(number), "LOCAL_RANK": str(number)},
             stdin=None if number == 0 else subprocess.DEVNULL)
     finally:
