@@ -298,7 +298,8 @@ def _train(commands) -> None:
 
         ranks, starts = check_ranks(args.ranks, "--ranks", args.device)
         if starts:
-            return launch(("-m", "dsv3", *arguments), ranks, threads=machine.threads(ranks, spare=0))
+            return launch(("-m", "dsv3", *arguments), ranks,
+                          threads=machine.threads(ranks, spare=0))
         from dsv3.config import ModelConfig
         from dsv3.parallel.tensor import TensorGroup
         from dsv3.training import Recipe, train, usual_precision
