@@ -268,8 +268,12 @@ def test_nonsense_is_refused_by_name(tmp_path, field, value, words):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("{", "is not JSON"), ("[1]", "not a JSON object"), ('{"model_type": "deepseek_v3"}',
-                                                         "vocab_size"), ("\xff", "not a text in UTF-8")])
+    ("{", "is not JSON"), ("[1]", "not a JSON object"),
+    ('{"model_type": "deepseek_v3"}', "vocab_size"), ("\xff", "not a text in UTF-8"),
+    ('{"model_type": "gpt2", "model_type": "deepseek_v3"}', "twice"), ("[" * 10**5, "brackets"),
+    ('{"model_type": ' + "9" * 5000 + "}", "is not JSON"), ("", "empty"),
+    ("version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer")],
+    ids=lambda value: value[:20])
 def test_files_that_are_no_config(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(DSV3Error, match=words):
