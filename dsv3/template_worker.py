@@ -24,6 +24,7 @@ sys.path += FOLDERS
 import resource  # noqa: E402
 import signal  # noqa: E402
 from datetime import datetime  # noqa: E402
+from functools import lru_cache  # noqa: E402
 
 import jinja2  # noqa: E402
 import jinja2.ext  # noqa: E402
@@ -108,14 +109,14 @@ def line_of(error: BaseException) -> int | None:
     return line
 
 
-def answer(environment, request: dict) -> dict:
-    """{"text": ...}, or {"kind": ..., "error": ..., "line": ...}.
+def answer(compiled, request: dict) -> dict:
+    """{"text": ...}, or {"kind": ..., "error": ..., "line": ...}; compiled: text -> template.
 
     kind: "template" (it can be rendered for nobody), "refused" (by its own words), "sandbox",
     "render" (it met a value it could not handle), "memory", "size".
     """
     try:
-        template = environment.from_string(request["template"])
+        template = compiled(request["template"])
     except Exception as error:
         kind = "memory" if isinstance(error, MemoryError) else "template"
         return {"kind": kind, "error": told(error), "line": line_of(error)}
@@ -159,11 +160,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     lower(resource.RLIMIT_AS, int(MEMORY))
     lower(resource.RLIMIT_CORE, 0)
-    environment = sandbox()
+    compiled = lru_cache(4)(sandbox().from_string)
     for line in sys.stdin.buffer:  # ends when the parent closes the pipe, or is gone
         limit_seconds(float(SECONDS))
         try:
-            reply = json.dumps(answer(environment, json.loads(line)))
+            reply = json.dumps(answer(compiled, json.loads(line)))
         except (MemoryError, RecursionError):
             reply = '{"kind": "memory", "error": "MemoryError", "line": null}'
         limit_seconds(0)

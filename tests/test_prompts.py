@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
 import threading
@@ -82,6 +83,29 @@ def test_closed_streams():
     assert code == 1 and errors.startswith(b"dsv3: error: standard output: cannot write (Bad file")
     assert shell("$DSV3 swim 2>&-")[0] == 2
     assert shell("$DSV3 swim <&- >&- 2>&-")[0] == 2
+
+
+SAY = f"{sys.executable} -c \"from dsv3 import streams; import sys; streams.prepare(); " \
+      "print('caf\u00e9 \\x1b[2J\\ttab\\r'); print('bar\\r\\x9b2J', file=sys.stderr)\""
+
+
+def test_text_reaches_an_output_of_any_encoding():
+    """What an encoding lacks shows as a mark; what goes into a pipe stays as it is."""
+    code, output, _ = shell(SAY, PYTHONIOENCODING="ascii")
+    assert (code, output) == (0, b"caf? \x1b[2J\ttab\r\n")
+    code, output, errors = shell(SAY, PYTHONIOENCODING="latin-1")
+    assert (code, output) == (0, b"caf\xe9 \x1b[2J\ttab\r\n")
+
+
+def test_a_terminal_is_shown_text_only():
+    """Tabs, ends of lines and the return of progress bars pass; other controls show as marks."""
+    outside, inside = pty.openpty()
+    subprocess.run(["bash", "-c", SAY], stdout=inside, stderr=inside, timeout=60, check=True,
+                   env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"})
+    os.close(inside)
+    seen = os.read(outside, 4096).decode()
+    os.close(outside)
+    assert seen == "café \ufffd[2J\ttab\ufffd\r\nbar\r\ufffd2J\r\n"
 
 
 def test_a_name_with_escapes_reaches_no_terminal():
