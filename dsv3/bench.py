@@ -5,12 +5,17 @@ measured in turn, A B A B, so that a noisy machine disturbs both alike, and the 
 counts, since noise only ever adds time. Prefill: tokens per second over a prompt of so many
 tokens, into a new cache. Decode: tokens per second of 16 single-token steps with so many tokens
 in the cache. Before anything is timed, the logits of the two are compared in float32.
+
+How many rounds a cell gets follows from the minutes there are: what is left, over the cells to
+come. A CPU without bfloat16 units would otherwise spend ten minutes on two cells.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -25,6 +30,8 @@ CONFIG = ModelConfig(
     first_k_dense_replace=1, n_group=2, topk_group=1, routed_scaling_factor=2.5,
     max_position_embeddings=4096)
 PREFILL, DECODE, STEPS = (512, 2048), (64, 512, 2048), 16
+DTYPES = (torch.float32, torch.bfloat16)
+MOST_ROUNDS = 20
 
 # Our names of the weights that transformers keeps unfused, outside the layers and in them.
 OUTER = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
@@ -46,7 +53,8 @@ def make_pair(dtype: torch.dtype, device: torch.device):
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError:
         raise DSV3Error("transformers is not installed", where="bench",
-                        fix="In the checkout: pip install -c constraints.txt -e '.[book]'") from None
+                        fix="In the checkout: pip install -c constraints.txt "
+                        "-e '.[book]'") from None
 
     fields = CONFIG.to_dict() | {"num_mtp_layers": 0}
     theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**fields)).eval()
@@ -125,30 +133,58 @@ def theirs_decoder(model, tokens):
     return run
 
 
-def interleave(first, second, rounds: int) -> tuple[float, float]:
-    """The fastest round of each of two calls, measured in turn."""
-    first(), second()
-    times = [(seconds(first), seconds(second)) for _ in range(rounds)]
-    return tuple(min(column) for column in zip(*times))
+def interleave(first: Callable, second: Callable, allowed: float) -> tuple[float, float, int]:
+    """The fastest round of each of two calls, measured in turn, and how many rounds there were.
+
+    After a first call of each, as many rounds as ``allowed`` seconds hold, from 1 to MOST_ROUNDS.
+    """
+    spent = seconds(first) + seconds(second)
+    times: list[tuple[float, float]] = []
+    while not times or (len(times) < MOST_ROUNDS and spent + sum(times[-1]) <= allowed):
+        times.append((seconds(first), seconds(second)))
+        spent += sum(times[-1])
+    return (*(min(column) for column in zip(*times)), len(times))
+
+
+def cells(ours, theirs, text: torch.Tensor) -> Iterator[tuple]:
+    """(what, length, tokens a round, our call, theirs), each made when its turn comes."""
+    for n in PREFILL:
+        part = text[:, :n]
+        yield ("prefill", n, n, lambda: ours_prefill(ours, part),
+               lambda: theirs_prefill(theirs, part))
+    for n in DECODE:
+        part = text[:, :n]
+        yield "decode", n, STEPS, ours_decoder(ours, part), theirs_decoder(theirs, part)
 
 
 @torch.inference_mode()
-def measure(device: torch.device, rounds: int):
-    """One row a cell: {"dtype", "what", "length", "dsv3", "transformers", "ratio"}."""
-    for dtype in (torch.float32, torch.bfloat16):
+def measure(device: torch.device, minutes: float,
+            say: Callable[[str], None] = lambda text: None) -> Iterator[dict]:
+    """One row a cell: {"dtype", "what", "length", "rounds", "dsv3", "transformers", "ratio"}.
+
+    Cells for which no time is left are left out, and said to be.
+    """
+    end, left = time.monotonic() + 60 * minutes, len(DTYPES) * (len(PREFILL) + len(DECODE))
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        if time.monotonic() > end:
+            break
+        say(f"{name}: making both models (100M parameters, the same weights)")
         ours, theirs = make_pair(dtype, device)
         text = torch.randint(CONFIG.vocab_size, (1, max(PREFILL + DECODE)),
                              generator=torch.Generator().manual_seed(0)).to(device)
         if dtype == torch.float32:
+            say("comparing what they compute")
             check_equal(ours, theirs, text[:, :256])
-        cells = [("prefill", n, n, lambda n=n: ours_prefill(ours, text[:, :n]),
-                  lambda n=n: theirs_prefill(theirs, text[:, :n])) for n in PREFILL]
-        cells += [("decode", n, STEPS, ours_decoder(ours, text[:, :n]),
-                   theirs_decoder(theirs, text[:, :n])) for n in DECODE]
-        for what, length, tokens, mine, other in cells:
-            a, b = interleave(mine, other, rounds)
-            yield {"dtype": str(dtype).removeprefix("torch."), "what": what, "length": length,
+        for what, length, tokens, mine, other in cells(ours, theirs, text):
+            if time.monotonic() > end:
+                break
+            a, b, rounds = interleave(mine, other, (end - time.monotonic()) / left)
+            left -= 1
+            yield {"dtype": name, "what": what, "length": length, "rounds": rounds,
                    "dsv3": tokens / a, "transformers": tokens / b, "ratio": b / a}
+    if left:
+        say(f"left out, the {minutes:g} minutes being over: {left} cell{'s' * (left != 1)}. --minutes M gives more")
 
 
 def check_equal(ours, theirs, text: torch.Tensor) -> None:
@@ -160,16 +196,25 @@ def check_equal(ours, theirs, text: torch.Tensor) -> None:
                         expected="logits within 2e-5 of the largest")
 
 
-def bench(suite: str = "cpu", as_json: bool = False, rounds: int = 20) -> int:
-    """Measure and print all cells; suite "cpu" or "gpu". Returns an exit code."""
+def bench(suite: str = "cpu", as_json: bool = False, minutes: float = 5.0) -> int:
+    """Measure and print all cells; suite "cpu" or "gpu". Returns an exit code.
+
+    minutes: about how long it may take; what is being done is said on stderr.
+    """
     if suite == "gpu" and not torch.cuda.is_available():
         raise DSV3Error("no GPU to measure", where="--suite", found=suite, expected="cpu")
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+    say(f"prefill and decode, dsv3 and transformers in turn, on {torch.get_num_threads()} "
+        f"thread{'s' * (torch.get_num_threads() != 1)}: about {minutes:g} minutes")
     rows = []
-    for row in measure(torch.device("cuda" if suite == "gpu" else "cpu"), rounds):
+    for row in measure(torch.device("cuda" if suite == "gpu" else "cpu"), minutes, say):
         rows.append(row)
         if not as_json:
             print("{dtype:9} {what:8}{length:5}   dsv3 {dsv3:8.1f}   transformers "
-                  "{transformers:8.1f} tokens/s   ratio {ratio:.2f}".format(**row), flush=True)
+                  "{transformers:8.1f} tokens/s   ratio {ratio:.2f}   ({rounds} rounds)".format(
+                      **row), flush=True)
     if as_json:
-        print(json.dumps({"threads": torch.get_num_threads(), "rounds": rounds, "cells": rows}))
+        print(json.dumps({"threads": torch.get_num_threads(), "minutes": minutes, "cells": rows}))
     return 0

@@ -140,8 +140,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, run: Command, help: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+def _command(commands, name: str, run: Command, help: str,
+             example: str | None = None) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
+                                 epilog=example and f"Example: {example}")
     parser.set_defaults(command=run, command_name=name)
     return parser
 
@@ -182,7 +184,8 @@ def _generate(commands) -> None:
 
         return run(args, arguments)
 
-    p = _command(commands, "generate", run, "Continue a prompt, many prompts, or chat.")
+    p = _command(commands, "generate", run, "Continue a prompt, many prompts, or chat.",
+                 'dsv3 generate dsv3-mini --prompt "37 + 45 =" --max-new-tokens 21')
     p.add_argument("model", metavar="MODEL_DIR", type=_model, help="a checkpoint in the released "
                    "layout, or a converted one; or dsv3-mini, the small model that comes along")
     source = p.add_mutually_exclusive_group(required=True)
@@ -271,7 +274,8 @@ def _inspect(commands) -> None:
         return 0
 
     p = _command(commands, "inspect", run,
-                 "Parameters, bytes and tensors of a model, and what each rank holds.")
+                 "Parameters, bytes and tensors of a model, and what each rank holds.",
+                 "dsv3 inspect --preset deepseek-v3")
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("model", metavar="MODEL_DIR", nargs="?", type=_model)
     which.add_argument("--preset", choices=tuple(PRESETS), help="no files needed")
@@ -319,7 +323,8 @@ def _train(commands) -> None:
         return 0
 
     p = _command(commands, "train", run, "Train a small model; goes on where it was stopped. "
-                 "Several ranks share each batch.")
+                 "Several ranks share each batch.",
+                 "dsv3 train --preset mini --out runs/mini --max-minutes 10")
     p.add_argument("--preset", choices=("mini",), required=True)
     p.add_argument("--out", metavar="DIR", required=True)
     p.add_argument("--precision", choices=("fp32", "bf16", "fp8"),
@@ -348,10 +353,12 @@ def _bench(commands) -> None:
     def run(args, _):
         from dsv3.bench import bench
 
-        return bench(args.suite, as_json=args.json)
+        return bench(args.suite, as_json=args.json, minutes=args.minutes)
 
     p = _command(commands, "bench", run, "Speed against peers, in one run.")
     p.add_argument("--suite", choices=("cpu", "gpu"), default="cpu")
+    p.add_argument("--minutes", type=_minutes, default=5.0, metavar="M",
+                   help="fit the rounds to about M minutes (default: 5)")
     p.add_argument("--json", action="store_true")
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_cases import RECIPE, TINY, little_text, write_texts
 
+from dsv3 import data
 from dsv3.errors import DSV3Error
 from dsv3.folder import claim
 from dsv3.training import LOG_FILE, Recipe, Run, train, usual_precision
@@ -168,21 +169,21 @@ def test_another_recipe_is_told_by_its_options(folder, texts):
 
 # Fuzz -------------------------------------------------------------------------------------------
 
-def fuzzed(data: bytes, name: str, choose: random.Random) -> bytes:
+def fuzzed(content: bytes, name: str, choose: random.Random) -> bytes:
     """One damage: a bit, a cut, a piece twice, or another JSON value."""
     kind = choose.randrange(5)
-    if kind == 0 or not data:
-        at = choose.randrange(len(data) or 1)
-        return data[:at] + bytes([data[at] ^ 1 << choose.randrange(8)]) + data[at + 1:]
+    if kind == 0 or not content:
+        at = choose.randrange(len(content) or 1)
+        return content[:at] + bytes([content[at] ^ 1 << choose.randrange(8)]) + content[at + 1:]
     if kind == 1:
-        return data[:choose.randrange(len(data))]
+        return content[:choose.randrange(len(content))]
     if kind == 2:
-        at = choose.randrange(len(data))
-        return data[:at] + choose.randbytes(choose.randrange(1, 9)) + data[at:]
+        at = choose.randrange(len(content))
+        return content[:at] + choose.randbytes(choose.randrange(1, 9)) + content[at:]
     if kind == 3 or name != "state.json":
-        at = choose.randrange(min(len(data), 300))
-        return data[:at] + choose.randbytes(4) + data[at + 4:]
-    facts = json.loads(data)
+        at = choose.randrange(min(len(content), 300))
+        return content[:at] + choose.randbytes(4) + content[at + 4:]
+    facts = json.loads(content)
     place = choose.choice([facts, facts["recipe"], facts["config"]])
     place[choose.choice(sorted(place))] = choose.choice(
         [None, True, -1, 10**400, 1e308, float("nan"), "", "x" * 99, [], [[]], {}, {"a": 1}])
@@ -235,8 +236,9 @@ def test_a_damaged_tokenizer_is_made_again(stopped, folder, texts, damage):
 
 def test_a_tokenizer_that_comes_out_otherwise_is_refused(folder, texts, monkeypatch):
     (folder / "tokenizer.json").unlink()
-    monkeypatch.setattr("dsv3.data.train_tokenizer", lambda texts, size, train=__import__(
-        "dsv3.data", fromlist=["data"]).train_tokenizer: train(["another text " * 50] + texts, size))
+    learn = data.train_tokenizer
+    monkeypatch.setattr(data, "train_tokenizer", lambda texts, size: learn(
+        ["another text " * 50, *texts], size))
     with pytest.raises(DSV3Error, match="another tokenizer"):
         Run(TINY, folder, RECIPE, **texts)
 
@@ -285,5 +287,6 @@ def test_precision_follows_the_machine_and_then_the_run(stopped, tmp_path, monke
     for slower, expected in ((30.0, "fp32"), (0.4, "bf16")):
         monkeypatch.setattr("dsv3.machine.bf16_slowdown", lambda slower=slower: slower)
         assert usual_precision(tmp_path, cpu)[0] == expected
-        assert usual_precision(stopped[0], cpu) == ("fp32", "precision fp32: this run began with it")
+        assert usual_precision(stopped[0], cpu) == (
+            "fp32", "precision fp32: this run began with it")
     assert usual_precision(tmp_path, torch.device("cuda"))[0] == "bf16"

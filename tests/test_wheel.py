@@ -58,7 +58,8 @@ def test_the_wheel_holds_the_package_its_model_and_nothing_else(builds):
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "dsv3").rglob("*.py")}
     assert code == {name for name in names if name.endswith(".py")}
     kinds = {Path(name).suffix for name in names if ".dist-info" not in name}
-    assert kinds <= {".py", ".json", ".md", ".safetensors", ".js", ".css", ".mplstyle", ".typed", ""}
+    assert kinds <= {".py", ".json", ".md", ".safetensors", ".js", ".css", ".mplstyle", ".typed",
+                     ""}
 
 
 def test_the_source_archive_builds_the_same(builds):
