@@ -119,11 +119,14 @@ class Terminal:
             try:
                 return input(_PROMPT)
             except EOFError:
-                self.write("\n")  # the shell's own prompt begins on a line of its own
-                return None
-        self.write(_PROMPT)
-        line = sys.stdin.buffer.readline()
-        return line.decode("utf-8", errors="replace").rstrip("\r\n") if line else None
+                line = b""
+        else:
+            self.write(_PROMPT)
+            line = sys.stdin.buffer.readline()
+        if not line:
+            self.write("\n")  # the shell's own prompt begins on a line of its own
+            return None
+        return line.decode("utf-8", errors="replace").rstrip("\r\n")
 
 
 @contextmanager
