@@ -589,4 +589,5 @@ def test_doctor_names_what_is_missing_and_old(monkeypatch):
     lines = {thing: (state, remark) for state, thing, remark in doctor.check()}
     assert lines["torch 2.9.1+cpu"] == ("old", '2.11 or later: pip install "torch>=2.11"')
     assert lines["numpy"] == ("missing", 'for training data: pip install "numpy>=2.0"')
-    assert lines["jupyterlab 3.0"] == ("--", '4.2 or later: pip install "dsv3[book]"')
+    assert lines["jupyterlab 3.0"] == (
+        "--", '4.2 or later: in the checkout: pip install -c constraints.txt -e ".[book]"')
