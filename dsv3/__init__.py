@@ -9,6 +9,10 @@ The public face is five names; everything else is reached through its own module
     ids = generate(model, [tokenizer.encode("To be, or not to be")], max_new_tokens=32)
     print(tokenizer.decode(ids[0]))
 
+Under ``generate`` lie ``dsv3.generate.stream``, an iterator of tokens with their texts, and
+``complete``, with the full account; what may be asked of all three stands in
+``dsv3.sampling.Sampling``. The weights of a loaded model ask for no gradients.
+
 Shapes stand beside the tensors: ``Float[Tensor, "b s d"]`` is a tensor of floating-point numbers
 with three dimensions, and within one signature a name means one size. The names, everywhere:
 

@@ -130,9 +130,7 @@ class Stream(Iterator[Token]):
         if tokenizer is not None:
             absent = tokenizer.ids_without_token(config.vocab_size)
             sampling = sampling.but(banned_ids=(*sampling.banned_ids, *absent))
-
-            def token_bytes(id: int) -> bytes:
-                return b"" if tokenizer.is_special(id) else tokenizer.token_bytes(id)
+            token_bytes = tokenizer.text_bytes
         elif sampling.stop:
             raise DSV3Error("stop strings need a tokenizer", where="stop", found=sampling.stop,
                             fix="Give tokenizer=load_tokenizer(...)")

@@ -7,8 +7,8 @@ map between them and text. Three things are worth knowing.
 is written as UTF-8, each of the 256 byte values is given a printable stand-in letter, and frequent
 byte sequences are merged. So any text can be encoded, and there is no unknown token. The price:
 one character may be cut over several tokens (an emoji has four bytes). Whoever prints token by
-token must hold back an unfinished character until its last byte has arrived. ``StreamDecoder``
-does; printing ``decode([id])`` for each id shows replacement marks instead.
+token must hold back an unfinished character until its last byte has arrived. ``dsv3.stops`` does;
+printing ``decode([id])`` for each id shows replacement marks instead.
 
 **The beginning-of-sequence token (bos) is part of the input.** The model has never seen a text
 without it, and it was trained to rest attention there. A rendered conversation must be encoded
@@ -24,7 +24,6 @@ text; ``generate`` bans them when it is given the tokenizer.
 
 from __future__ import annotations
 
-import codecs
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,6 +143,10 @@ class Tokenizer:
         # An added token is stored as plain text and may hold letters outside the byte alphabet.
         return token.encode("utf-8") if None in letters else bytes(letters)
 
+    def text_bytes(self, id: int) -> bytes:
+        """The bytes that one token adds to a text as ``decode`` gives it: none if it is special."""
+        return b"" if self.is_special(id) else self.token_bytes(id)
+
     def is_special(self, id: int) -> bool:
         return id in self._special_ids
 
@@ -203,29 +206,6 @@ class Tokenizer:
 
     def _where(self) -> str:
         return f"{self.source}/tokenizer_config.json"
-
-
-class StreamDecoder:
-    """Text from ids that arrive one at a time.
-
-    ``push(id)`` returns the text that is now certain, often a word, sometimes "". ``flush()``
-    returns what is left at the end: an unfinished character becomes U+FFFD. All pieces together
-    equal ``tokenizer.decode`` of all ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        self._tokenizer, self._skip_special = tokenizer, skip_special
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, id: int) -> str:
-        if self._skip_special and self._tokenizer.is_special(id):
-            return ""
-        return self._utf8.decode(self._tokenizer.token_bytes(id))
-
-    def flush(self) -> str:
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
 
 
 def _byte_letters() -> dict[str, int]:

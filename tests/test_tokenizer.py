@@ -16,7 +16,9 @@ import fuzz
 import pytest
 
 from dsv3.errors import DSV3Error
-from dsv3.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from dsv3.sampling import Choice
+from dsv3.stops import RowText
+from dsv3.tokenizer import Tokenizer, load_tokenizer
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -174,33 +176,36 @@ def test_file_with_truncation_does_not_cut_prompts(released, tmp_path, tokenizer
     assert load_tokenizer(folder).encode(text) == tokenizer.encode(text)
 
 
+def pieces(token_bytes, ids: list[int]) -> list[str]:
+    """What comes out for each id that is pushed, and at the end."""
+    row = RowText(token_bytes)
+    pushed = ["".join(text for _, text in row.push(Choice(id))) for id in ids]
+    return [*pushed, "".join(text for _, text in row.flush())]
+
+
 def test_stream_never_breaks_a_character(tokenizer):
     """An emoji over several tokens appears whole, with its last token."""
     ids = tokenizer.encode("a👩‍🚀b", add_bos=False)
     assert len(ids) > 4  # the characters really are cut over tokens
-    stream = StreamDecoder(tokenizer)
-    pieces = [stream.push(id) for id in ids]
-    assert "".join(pieces) == "a👩‍🚀b" and stream.flush() == ""
-    assert "\ufffd" not in "".join(pieces) and "" in pieces
+    *said, rest = pieces(tokenizer.text_bytes, ids)
+    assert "".join(said) == "a👩‍🚀b" and rest == ""
+    assert "\ufffd" not in "".join(said) and "" in said
 
 
 def test_stream_flushes_an_unfinished_character(tokenizer):
     emoji = tokenizer.encode("👩‍🚀", add_bos=False)
-    stream = StreamDecoder(tokenizer)
-    pieces = [stream.push(id) for id in emoji[:-1]]
-    assert not "".join(pieces).endswith("\ufffd")
-    assert stream.flush() == "\ufffd"
-    assert stream.push(tokenizer.encode("x", add_bos=False)[0]) == "x"  # usable again after it
+    *said, rest = pieces(tokenizer.text_bytes, emoji[:-1])
+    assert not "".join(said).endswith("\ufffd") and rest == "\ufffd"
 
 
 @pytest.mark.parametrize("skip_special", [True, False])
 def test_stream_equals_decode_on_random_ids(tokenizer, oracle, skip_special):
     """Random ids are mostly invalid UTF-8: replacement marks must fall where decode puts them."""
     draw = random.Random(0)
+    token_bytes = tokenizer.text_bytes if skip_special else tokenizer.token_bytes
     for _ in range(200):
         ids = [draw.randrange(tokenizer.vocab_size) for _ in range(draw.randrange(1, 24))]
-        stream = StreamDecoder(tokenizer, skip_special)
-        text = "".join(map(stream.push, ids)) + stream.flush()
+        text = "".join(pieces(token_bytes, ids))
         assert text == tokenizer.decode(ids, skip_special)
         assert text == oracle.decode(ids, skip_special_tokens=skip_special)
 
@@ -226,7 +231,7 @@ def test_id_out_of_range(tokenizer, ids):
     with pytest.raises(DSV3Error, match="token id out of range.*found.*expected 0 to 128814"):
         tokenizer.decode(ids)
     with pytest.raises(DSV3Error, match="token id out of range"):
-        StreamDecoder(tokenizer).push(ids[-1])
+        tokenizer.text_bytes(ids[-1])
 
 
 def test_text_that_is_not_unicode(tokenizer):
