@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -92,6 +93,10 @@ class Renderer:
         self._owner = 0  # who started it: a fork of that process must not share its pipes
         self._lock = threading.Lock()
 
+    def __reduce__(self):
+        """A copy, or one sent to another process, starts a worker of its own."""
+        return Renderer, (self.seconds, self.memory)
+
     def render(self, template: str, variables: Mapping[str, Any], where: str) -> str:
         """The text. Raises DSV3Error, naming ``where`` and the line of the template."""
         try:
@@ -148,8 +153,6 @@ class Renderer:
         return self._how_it_ended(process.returncode, slow)
 
     def _how_it_ended(self, code: int, slow: bool) -> dict[str, Any]:
-        import signal
-
         if slow or code == -signal.SIGPROF:
             seconds = _PATIENCE if slow else self.seconds
             return {"kind": "time", "error": f"no result after {seconds:g} s"}

@@ -6,8 +6,10 @@ about the released tokenizer written down by hand, or what transformers computes
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -217,6 +219,13 @@ def test_template_spellings(released, tmp_path):
     assert load_tokenizer(folder).apply_chat_template([]) == "yes"
     (folder / "chat_template.jinja").write_text("file", encoding="utf-8")
     assert load_tokenizer(folder).apply_chat_template([]) == "file"
+
+
+def test_a_copy_renders_with_a_worker_of_its_own(tokenizer):
+    tokenizer.apply_chat_template(CONVERSATIONS[0])
+    for copied in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert copied.chat_ids(CONVERSATIONS[0]) == tokenizer.chat_ids(CONVERSATIONS[0])
+        assert copied._renderer._process.pid != tokenizer._renderer._process.pid
 
 
 def test_missing_template(tokenizer):
