@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,6 +41,9 @@ from jupyterlab.labapp import main
 main()
 """
 
+# What ``make lab`` has JupyterLab read.
+SETTINGS = Path(__file__).parents[1] / "dsv3" / "book" / "jupyter_server_config.py"
+
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
@@ -57,6 +61,8 @@ class JupyterLab:
             self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
         self.use_theme("JupyterLab Light")
         self._set("notification", fetchNews="false", checkForUpdates=False)
+        (home / "config").mkdir()
+        shutil.copy(SETTINGS, home / "config")
         self._log = open(home / "log", "w+")
         command = [sys.executable, "-c", SERVER, "--no-browser", "--ServerApp.ip=127.0.0.1",
                    f"--ServerApp.port={self.url.rpartition(':')[2]}",
@@ -152,10 +158,24 @@ class Notebook:
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_text("Run All Cells", exact=True).click()
 
+    def save(self) -> None:
+        """File > Save Notebook, and wait until the tab says that nothing is unsaved."""
+        self.page.get_by_role("menuitem", name="File", exact=True).click()
+        self.page.get_by_text("Save Notebook", exact=True).click()
+        self.page.locator(".lm-TabBar-tab.lm-mod-current.jp-mod-dirty").wait_for(state="detached")
+
     def select(self, number: int) -> None:
         """Select a code cell, counted from 0, with the kernel at rest."""
         self.page.get_by_text("| Idle").wait_for()
         self.page.locator(".jp-CodeCell .jp-InputPrompt").nth(number).click()
+
+    def go_to(self, number: int) -> None:
+        """Choose a cell, counted from 0: from the one before the first, so many down."""
+        self.page.locator(".jp-Notebook .jp-InputPrompt, .jp-Notebook .jp-MarkdownCell").first.click()
+        self.page.keyboard.press("Escape")
+        self.page.keyboard.press("Control+Home")
+        for _ in range(number):
+            self.page.keyboard.press("ArrowDown")
 
     def panel(self, title: str) -> Locator:
         """The widget whose drawing has this title, scrolled into view."""

@@ -16,6 +16,7 @@ import pytest
 from lab import JupyterLab, Notebook, open_browser
 
 from dsv3 import doctor, load_model, load_tokenizer
+from dsv3.book.saved import clean
 from dsv3.viz.scene import Scene, Text
 from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer
 
@@ -41,8 +42,7 @@ def book(tmp_path_factory) -> Path:
                     ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (folder / "assets").symlink_to(ROOT / "assets")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3",
-                                    "language": "python"}
+    clean(notebook)  # as a chapter is
     nbformat.write(notebook, folder / "chapters" / "widgets.ipynb")
     return folder
 
@@ -118,6 +118,46 @@ def test_a_slider_moved_by_keys_changes_picture_and_numbers(page, explorer, desc
     assert page.words(explorer.title) != before
 
 
+def test_sliders_say_their_name_and_their_value_as_it_is_shown(page):
+    """At first and after a move; ipywidgets' own text for "80 GB" is the number of the choice."""
+    said = {}
+    for title in ("Routing explorer", "KV-cache calculator", "Load-balancing simulator"):
+        said |= dict(page.panel(title).locator("[role='slider']").evaluate_all(
+            "nodes => nodes.map(n => [n.ariaLabel, n.getAttribute('aria-valuetext')])"))
+    assert said["Memory for it"] == "80 GB" and said["Skew of experts"] == "0.50"
+    assert said["Bias speed γ"] == "0.001" and len(said) == 13
+    handle = page.slider("KV-cache calculator", "Memory for it").locator("[role='slider']")
+    for key, now in (("ArrowRight", "160 GB"), ("ArrowLeft", "80 GB")):
+        handle.press(key)
+        page.page.wait_for_function("([node, text]) => node.ariaValueText === text",
+                                    arg=[handle.element_handle(), now])
+
+
+def test_widgets_of_one_page_share_no_id_and_nothing_scrolls_inside(page):
+    page.panel("Load-balancing simulator")
+    ids = page.page.locator(".dsv3-drawing [id]").evaluate_all("nodes => nodes.map(n => n.id)")
+    assert len(ids) == len(set(ids)) == 3
+    assert page.page.evaluate("""() => [...document.querySelectorAll(".jp-OutputArea *")].filter(
+        node => (node.scrollHeight > node.clientHeight
+                 && /auto|scroll/.test(getComputedStyle(node).overflowY))
+             || (node.scrollWidth > node.clientWidth
+                 && /auto|scroll/.test(getComputedStyle(node).overflowX))).length""") == 0
+
+
+def test_tab_leads_from_the_last_slider_into_the_picture(page):
+    """Past the slider's number, which can be edited, to a mark that the arrow keys move."""
+    page.slider("KV-cache calculator", "Memory for it").locator("[role='slider']").focus()
+    for _ in range(2):
+        page.page.keyboard.press("Tab")
+
+    def label() -> str:
+        return page.page.evaluate("() => document.activeElement.dataset.label ?? ''")
+
+    assert label().startswith("DeepSeek-V3, MLA: ")
+    page.page.keyboard.press("ArrowDown")
+    assert label().startswith("DeepSeek-V3 as MQA: ")
+
+
 def test_a_slider_dragged_by_the_pointer(page):
     calculator = KVCacheCalculator()
     track = page.slider(calculator.title, "Tokens a text").locator(".noUi-base")
@@ -141,9 +181,8 @@ def test_the_other_widgets_follow_their_sliders(page):
 def test_a_token_is_chosen_with_the_keyboard(page, explorer):
     """Tab into the drawing, arrows between its marks, Enter; the focus stays where it was."""
     page.slider(explorer.title, "Experts (top-k)").locator("[role='slider']").focus()
+    page.page.keyboard.press("Tab")  # the slider's number, which can be edited
     page.page.keyboard.press("Tab")
-    while page.focused()["key"] is None:  # past the slider's number, which can be edited
-        page.page.keyboard.press("Tab")
     assert page.focused()["key"] == f"token {explorer.token.value}"
     page.page.keyboard.press("Home")
     for _ in range(2):
@@ -180,6 +219,46 @@ def test_a_text_is_typed_and_one_that_cannot_be_read_is_refused(page, explorer):
     field.press("Enter")
     page.panel(explorer.title).get_by_text("there is no text").wait_for()
     check_shown(page, explorer.title, explorer.scene())
+
+
+def test_the_next_day(page, lab, browser, book, tmp_path):
+    """Saved after a run and opened again: still pictures that say how to move them."""
+    page.save()
+    again = Notebook(browser, lab, "chapters/widgets.ipynb", height=2400)
+    again.page.locator(".jp-OutputArea-output img").nth(2).wait_for()
+    assert again.page.locator(".jp-OutputArea-output img").count() == 3
+    assert not again.page.locator(".dsv3-drawing").count()
+    stored = nbformat.read(book / "chapters" / "widgets.ipynb", as_version=4)
+    assert [cell.outputs[-1].data["text/plain"].partition(".")[0] for cell in stored.cells] == [
+        "[Figure: Routing explorer", "[Figure: KV-cache calculator",
+        "[Figure: Load-balancing simulator"]
+    again.page.screenshot(path=tmp_path / "next_day.png")
+    assert not again.page.get_by_text("Error displaying widget").count()
+    assert again.complaints == []
+    again.page.close()
+
+
+def test_a_chapter_that_is_only_opened(lab, browser, book):
+    """Nothing of it changes when it is saved, an exercise names the section to run first, and a
+    link of the ledger opens the section that it names."""
+    path = book / "chapters" / "00_start_here.ipynb"
+    before = path.read_bytes()
+    page = Notebook(browser, lab, "chapters/00_start_here.ipynb")
+    page.page.get_by_text("| Idle").wait_for()  # what is known of the kernel goes into the notebook
+    page.page.locator(".lm-TabBar-tab.jp-mod-dirty").wait_for(state="attached")
+    page.save()
+    assert path.read_bytes() == before
+    ids = [cell.id for cell in nbformat.reads(before.decode(), as_version=4).cells]
+    page.go_to(ids.index("ex-next-token"))
+    page.page.keyboard.press("Control+Enter")
+    page.page.get_by_text("run the cell under “Before you start” first").wait_for()
+    page.go_to(ids.index("equations"))
+    page.page.get_by_role("link", name="2 · Equations 1, 2 and 5: latent, keys, values").first.click()
+    heading = page.page.get_by_role("heading", name="Equations 1, 2 and 5: latent, keys, values")
+    heading.wait_for()
+    page.page.wait_for_function("node => node.getBoundingClientRect().top < innerHeight",
+                                arg=heading.element_handle())
+    page.page.close()
 
 
 def test_the_explorer_in_its_chapter_on_a_dark_page(lab, browser, tmp_path):

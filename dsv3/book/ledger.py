@@ -50,7 +50,8 @@ class Place:
     def link(self) -> str:
         """As Markdown, from a notebook in chapters/."""
         if self.chapter:
-            anchor = quote(self.section.replace(" ", "-"))
+            # Only what would end the link: JupyterLab compares the rest as it stands.
+            anchor = quote(self.section.replace(" ", "-"), safe="!#$&'*+,/:;=?@[]·×")
             return f"[{int(self.chapter[:2])} · {self.section}]({self.chapter}#{anchor})"
         return f"[`{self.name}`](../{self.file})"
 
