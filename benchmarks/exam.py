@@ -32,7 +32,7 @@ from dsv3.model import Transformer
 from dsv3.training import exam, needle
 from dsv3.training.recipe import Recipe
 from dsv3.training.routing import expert_counts
-from dsv3.training.state import read_facts
+from dsv3.training.state import check_sum, read_facts
 
 PARTS = ("loss", "sums", "code", "drafts", "routing", "needle")
 
@@ -213,6 +213,7 @@ def before_extension(checkpoint: Path, folder: Path, precision: str) -> Transfor
         raise DSV3Error("the context has been extended already", where=checkpoint,
                         found=f"{facts['tokens']} tokens read",
                         expected=f"at most {facts['recipe']['tokens']}")
+    check_sum(checkpoint, "state.safetensors")
     tensors = load_file(checkpoint / "state.safetensors")
     model = Transformer(config, "fp32")
     with torch.no_grad():
