@@ -47,13 +47,16 @@ def no_launcher(monkeypatch):
 
 @pytest.fixture
 def ended():
-    """Start a command; whatever the test does, the command and all below it end with the test."""
+    """Start a command; whatever the test does, the command and all below it end with the test.
+
+    The interface that its user has set is not the one that ranks of one machine listen on.
+    """
     started = []
 
     def start(*words, **options) -> subprocess.Popen:
         process = subprocess.Popen([sys.executable, "-m", "dsv3", *map(str, words)],
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   env=environment(), **options)
+                                   env=environment(GLOO_SOCKET_IFNAME="nosuch0"), **options)
         started.append(process)
         return process
 
@@ -256,7 +259,11 @@ def test_a_stopped_rank_ends_with_a_killed_parent(tmp_path, ended):
     time.sleep(0.5)  # both have begun
     os.kill(below[1], signal.SIGSTOP)
     process.kill()
-    wait_until(lambda: not any(map(alive, below)), 30)
+    try:
+        wait_until(lambda: not any(map(alive, below)), 30)
+    finally:
+        for pid in filter(alive, below):
+            os.kill(pid, signal.SIGKILL)
 
 
 # What a launcher has said ------------------------------------------------------------------------
