@@ -280,7 +280,7 @@ def test_resumed_run_with_bfloat16_moments_in_fp8_is_bit_equal(texts, tmp_path):
     assert_same_end(*runs)
 
 
-def test_a_finished_run_is_left_as_it_is(whole, texts, tmp_path):
+def test_a_finished_run_is_left_as_it_is(whole, texts, tmp_path, capsys):
     once = Run(TINY, tmp_path, RECIPE, **texts)
     once.go()
     # As if it had been killed during the export, and before among its checkpoints.
@@ -291,6 +291,8 @@ def test_a_finished_run_is_left_as_it_is(whole, texts, tmp_path):
     assert len(list(once.checkpoints.iterdir())) == 2
     assert again.step == 9 and again.go() == whole.figures
     assert_same_end(again, whole)
+    Run(TINY, tmp_path, RECIPE, progress=True, **texts).go()
+    assert "this run has ended, after 544 tokens" in capsys.readouterr().err
 
 
 def test_a_tokenizer_cut_short_before_the_first_checkpoint_is_made_again(whole, texts, tmp_path):
@@ -558,6 +560,9 @@ def test_progress_goes_to_the_terminal_and_not_into_the_log(whole, texts, tmp_pa
     Run(TINY, tmp_path, RECIPE, progress=True, **texts).go()
     out, bar = capsys.readouterr()
     assert out == "" and "544" in bar and "loss=" in bar
+    for words in ("reading the plays", "counting", "from step 2 on", "validation on held-out text",
+                  f"the model is in {tmp_path}; try: dsv3 generate {tmp_path} "):
+        assert words in bar
     assert log_of(tmp_path) == log_of(whole.out_dir)
 
 
