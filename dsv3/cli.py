@@ -73,6 +73,7 @@ def _guarded(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    _check_working_folder()
     try:
         args = build_parser().parse_args(arguments)
     except SystemExit as done:  # argparse has printed --help or --version
@@ -80,6 +81,14 @@ def _run(arguments: Sequence[str]) -> int:
     if args.command_name != "doctor":  # which shows it among the other things to fix
         check_threads()
     return args.command(args, arguments)
+
+
+def _check_working_folder() -> None:
+    """Torch ends the process where there is none, and Python cannot say which file it means."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise DSV3Error("the working folder no longer exists", fix="cd to one that does") from None
 
 
 def _notify(otherwise: Callable) -> Callable:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from dsv3.errors import DSV3Error
+from dsv3.mla import check_is_cache
 from dsv3.rows import Rows, Token, as_prompts, check_prompts
 from dsv3.sampling import Choice, Chooser, Sampling
 from dsv3.speculative import Speculative
@@ -126,7 +127,7 @@ class Stream(Iterator[Token]):
     def __init__(self, model, prompts, sampling: Sampling, tokenizer=None,
                  should_stop: Callable[[], bool] | None = None, cache=None, draft_cache=None):
         config = model.config
-        token_bytes = None
+        token_bytes, absent = None, ()
         if tokenizer is not None:
             absent = tokenizer.ids_without_token(config.vocab_size)
             sampling = sampling.but(banned_ids=(*sampling.banned_ids, *absent))
@@ -135,11 +136,8 @@ class Stream(Iterator[Token]):
             raise DSV3Error("stop strings need a tokenizer", where="stop", found=sampling.stop,
                             fix="Give tokenizer=load_tokenizer(...)")
         prompts = as_prompts(prompts)
-        check_prompts(prompts, config.vocab_size, config.max_position_embeddings,
-                      sampling.banned_ids)
-        if cache is not None:
-            check_beginnings(prompts, cache, draft_cache, sampling,
-                             config.max_position_embeddings)
+        check_prompts(prompts, config.vocab_size, config.max_position_embeddings, absent)
+        check_beginnings(prompts, cache, draft_cache, sampling, config.max_position_embeddings)
         rows = [prompt for prompt in prompts for _ in range(sampling.n)]
         eos = model.eos_ids if sampling.eos_ids is None else sampling.eos_ids
         self._model, self._prompts, self._sampling = model, prompts, sampling
@@ -180,9 +178,15 @@ class Stream(Iterator[Token]):
             if choose.interrupted:
                 certain += rows.interrupt()
             self._seconds = time.perf_counter() - began
+            held = self._decoder.cache.lengths
             yield from certain
             if not any(rows.left):
                 return
+            if self._decoder.cache.lengths != held:
+                raise DSV3Error("the cache was used elsewhere while this stream was open",
+                                where="cache", found=f"lengths {self._decoder.cache.lengths}",
+                                expected=f"lengths {held}",
+                                fix="Close a stream before its cache serves another")
             self._passes += sum(room > 0 for room in rows.left)
             chosen = self._decoder.step([[choice.id for choice in some] for some in chosen],
                                         rows.left)
@@ -224,9 +228,13 @@ def check_beginnings(prompts: Sequence[Sequence[int]], cache, draft_cache, sampl
 
     An entry of a draft cache is about the token after its own.
     """
-    if len(cache.lengths) != len(prompts):
-        raise DSV3Error("the cache is for another batch", where="cache",
-                        found=f"{len(cache.lengths)} rows", expected=f"{len(prompts)}, one a prompt")
+    for name, kept in (("cache", cache), ("draft_cache", draft_cache)):
+        if kept is not None:
+            check_is_cache(kept, name)
+            if len(kept.lengths) != len(prompts):
+                raise DSV3Error("the cache is for another batch", where=name,
+                                found=f"{len(kept.lengths)} rows",
+                                expected=f"{len(prompts)}, one a prompt")
     for row, prompt in enumerate(prompts):
         for name, kept, ids in (("cache", cache, prompt), ("draft_cache", draft_cache, prompt[1:])):
             if kept is None or name == "draft_cache" and not sampling.speculative:
@@ -259,9 +267,9 @@ def prefill(model, cache, rows: Sequence[Sequence[int]], chunk: int | None = Non
     device = model.device
     counts = [len(row) for row in rows]
     width = max(counts)
-    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64, device="cpu")
     for row, ids in enumerate(rows):
-        tokens[row, : len(ids)] = torch.tensor(ids)
+        tokens[row, : len(ids)] = torch.tensor(ids, device="cpu")
     tokens = tokens.to(device)
     chunk = chunk or width
     last = None

@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-6, device=None):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim, device=device))
+        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32, device=device))
 
     def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
@@ -217,7 +217,8 @@ def quantized_storage(shape: tuple[int, ...], device) -> tuple[nn.Parameter, nn.
     grid = (*shape[:-2], -(-shape[-2] // fp8.BLOCK), -(-shape[-1] // fp8.BLOCK))
     data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
     return (nn.Parameter(data, requires_grad=False),
-            nn.Parameter(torch.empty(grid, device=device), requires_grad=False))
+            nn.Parameter(torch.empty(grid, dtype=torch.float32, device=device),
+                         requires_grad=False))
 
 
 def as_plain(name: str, value: Float[Tensor, "*shape"],

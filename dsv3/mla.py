@@ -28,7 +28,9 @@ The core computes from the stored values in both forms and rounds nothing on the
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +115,10 @@ class LatentCache:
 
     def __init__(self, config: ModelConfig, layers: int, batch_size: int, max_seq_len: int,
                  dtype: torch.dtype, device: torch.device | str):
+        for name, size in (("batch_size", batch_size), ("max_seq_len", max_seq_len)):
+            if isinstance(size, bool) or not isinstance(size, Integral) or size < 0:
+                raise DSV3Error("not a usable value", where=name, found=repr(size),
+                                expected="an integer of at least 0")
         with torch.inference_mode(False):  # wherever it is made, it can be written anywhere
             self.data = torch.zeros(layers, batch_size, max_seq_len, config.latent_dim,
                                     dtype=dtype, device=device)
@@ -167,7 +173,10 @@ class LatentCache:
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget each row's tokens from ``lengths`` on (rejected drafts, an edited prompt)."""
-        for row, (new, old) in enumerate(zip(lengths, self.lengths, strict=True)):
+        if not isinstance(lengths, Sequence) or len(lengths) != len(self.lengths):
+            raise DSV3Error("wrong row lengths", where="truncate", found=lengths,
+                            expected=f"a list of {len(self.lengths)}, one a row")
+        for row, (new, old) in enumerate(zip(lengths, self.lengths)):
             if not 0 <= new <= old:
                 raise DSV3Error("cannot grow a cache by truncating", where=f"row {row}",
                                 found=new, expected=f"0 to {old}")
@@ -190,6 +199,14 @@ class LatentCache:
                                 found=f"{length} + {count} tokens",
                                 expected=f"at most {self.max_seq_len}",
                                 fix="Make the cache longer (max_seq_len)")
+
+
+def check_is_cache(cache: object, name: str = "cache") -> None:
+    """Raise DSV3Error for what is no cache at all."""
+    if not all(hasattr(cache, part) for part in ("lengths", "tokens", "truncate")):
+        raise DSV3Error("not a cache", where=name, found=type(cache).__name__,
+                        expected="LatentCache",
+                        fix="Make it with new_cache, or new_draft_cache for an MTP module")
 
 
 def _words(layers: int, width: int, dtype: torch.dtype, device: torch.device) -> str:

@@ -21,7 +21,7 @@ from dsv3.block import Block
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.layers import Embedding, Head, RMSNorm
-from dsv3.mla import LatentCache, Step
+from dsv3.mla import LatentCache, Step, check_is_cache
 from dsv3.moe import Experts, Router
 from dsv3.mtp import MTPModule
 from dsv3.parallel.tensor import TensorGroup
@@ -99,14 +99,15 @@ class Transformer(nn.Module):
         """
         step, counts = self._step(tokens, cache, lengths)
         tokens = tokens.to(self.device)
-        x = self.embed(tokens)
-        for slot, layer in enumerate(self.layers):
-            x = layer(x, step, cache, slot)
-        hidden = self.norm(x)
-        if cache is not None:
-            cache.remember(tokens, step)
-            cache.advance(counts)
-        return self._answer(hidden, counts, last_only, return_hidden)
+        with _no_autocast(self.device):
+            x = self.embed(tokens)
+            for slot, layer in enumerate(self.layers):
+                x = layer(x, step, cache, slot)
+            hidden = self.norm(x)
+            if cache is not None:
+                cache.remember(tokens, step)
+                cache.advance(counts)
+            return self._answer(hidden, counts, last_only, return_hidden)
 
     def mtp_logits(self, hidden: Float[Tensor, "b s d"], tokens: Int[Tensor, "b s"],
                    cache: LatentCache | None = None, depth: int = 0,
@@ -123,11 +124,12 @@ class Transformer(nn.Module):
                             expected=f"below num_nextn_predict_layers ({len(self.mtp)})")
         step, counts = self._step(tokens, cache, lengths, layers=1)
         tokens = tokens.to(self.device)
-        hidden = self.mtp[depth](hidden, self.embed(tokens), step, cache)
-        if cache is not None:
-            cache.remember(tokens, step)
-            cache.advance(counts)
-        return self._answer(hidden, counts, last_only, return_hidden=True)        # eq. 23
+        with _no_autocast(self.device):
+            hidden = self.mtp[depth](hidden, self.embed(tokens), step, cache)
+            if cache is not None:
+                cache.remember(tokens, step)
+                cache.advance(counts)
+            return self._answer(hidden, counts, last_only, return_hidden=True)    # eq. 23
 
     def _answer(self, hidden: Float[Tensor, "b s d"], counts: list[int], last_only: bool,
                 return_hidden: bool) -> Logits | tuple[Logits, Float[Tensor, "b s d"]]:
@@ -144,9 +146,11 @@ class Transformer(nn.Module):
         if self.device.type == "meta":
             raise DSV3Error("the model has no weights to compute with", where="device",
                             found="meta", fix="Load it with load_model(folder, device=...)")
-        if tokens.dim() != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or (
+                tokens.dtype != torch.int64 or 0 in tokens.shape):
             raise DSV3Error("wrong token tensor", where="tokens",
-                            found=f"{tuple(tokens.shape)} {tokens.dtype}",
+                            found=f"{tuple(tokens.shape)} {tokens.dtype}"
+                            if isinstance(tokens, Tensor) else type(tokens).__name__,
                             expected="(batch, length) int64, neither of them 0")
         batch, width = tokens.shape
         low, high = tokens.aminmax()
@@ -154,12 +158,16 @@ class Transformer(nn.Module):
             raise DSV3Error("token id out of range", where="tokens",
                             found=int(low) if low < 0 else int(high),
                             expected=f"0 to {self.config.vocab_size - 1}")
+        if isinstance(lengths, int):
+            raise DSV3Error("wrong row lengths", where="lengths", found=lengths,
+                            expected="a list, a number for each row")
         counts = [width] * batch if lengths is None else [int(n) for n in lengths]
         if len(counts) != batch or not all(0 <= n <= width for n in counts):
             raise DSV3Error("wrong row lengths", where="lengths", found=counts,
                             expected=f"{batch} numbers from 0 to {width}")
         starts = [0] * batch
         if cache is not None:
+            check_is_cache(cache)
             if len(cache.lengths) != batch:
                 raise DSV3Error("the cache is for another batch", where="cache",
                                 found=f"{len(cache.lengths)} rows", expected=batch)
@@ -248,3 +256,8 @@ class Transformer(nn.Module):
                         parameter.normal_(0.0, embedding_std if wider else
                                           self.config.initializer_range, generator=random)
         return self
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    """A model multiplies as its precision says, also inside a caller's ``torch.autocast``."""
+    return torch.autocast(device.type, enabled=False)

@@ -45,10 +45,11 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig, precision: Precision, device=None):
         super().__init__()
         self.config, self.precision = config, precision
+        wide = dict(dtype=torch.float32, device=device)
         self.weight = nn.Parameter(                                   # e_i, (N_r, d)
-            torch.empty(config.n_routed_experts, config.hidden_size, device=device))
+            torch.empty(config.n_routed_experts, config.hidden_size, **wide))
         if config.gate_bias:                                          # b_i; no gradient moves it
-            self.bias = nn.Parameter(torch.empty(config.n_routed_experts, device=device),
+            self.bias = nn.Parameter(torch.empty(config.n_routed_experts, **wide),
                                      requires_grad=False)
         else:
             self.bias = None
@@ -186,7 +187,8 @@ class Experts(nn.Module):
                 parts.append(run(expert, x[start:end]))
             start = end
         others = len(token) - start
-        parts.append(torch.zeros(others, self.w2.shape[1], device=token.device))
+        parts.append(torch.zeros(others, self.w2.shape[1], dtype=torch.float32,
+                                 device=token.device))
         return torch.cat(parts)
 
     def expert(self, index: int,

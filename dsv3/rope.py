@@ -27,7 +27,7 @@ from dsv3.config import ModelConfig
 
 def plain_frequencies(dim: int, theta: float) -> Float32[Tensor, "pairs"]:
     """Angle per position of each pair of a dim-wide head, theta^(-2j / dim), in radians."""
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
 def inverse_frequencies(config: ModelConfig) -> Float32[Tensor, "pairs"]:
@@ -41,7 +41,7 @@ def inverse_frequencies(config: ModelConfig) -> Float32[Tensor, "pairs"]:
     if yarn is None:
         return frequency
     low, high = yarn_range(config)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low or 1e-3)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 1e-3)
     slowed = ramp.clamp(0, 1)  # 0: fast pair, left alone; 1: slow pair, divided by factor
     return frequency / yarn.factor * slowed + frequency * (1 - slowed)
 

@@ -30,16 +30,24 @@ def as_prompts(prompts) -> list[list[int]]:
         raise DSV3Error("not a list of prompts", where="prompts", found=type(prompts).__name__,
                         expected="list[list[int]], or ids of shape (b, s)",
                         fix="Give a list of prompts, encoded")
-    return [prompt.tolist() if hasattr(prompt, "tolist") else prompt for prompt in prompts]
+    return [_as_ids(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
+            for prompt in prompts]
+
+
+def _as_ids(prompt):
+    """A prompt with the ids that lie in it as tensors of one number as such."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (str, bytes)):
+        return prompt
+    return [id.tolist() if hasattr(id, "tolist") else id for id in prompt]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: int,
-                  banned_ids: Sequence[int] = ()) -> None:
-    """Raise DSV3Error for the first prompt that cannot be run."""
-    banned = set(banned_ids)
+                  no_tokens: Sequence[int] = ()) -> None:
+    """Raise DSV3Error for the first prompt that cannot be run. no_tokens: ids that are none."""
+    no_tokens = set(no_tokens)
     for row, prompt in enumerate(prompts):
         where = f"prompt {row}"
-        if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, (str, bytes)):
             raise DSV3Error("not a list of token ids", where=where, found=type(prompt).__name__,
                             expected="list[int]", fix="Give a list of prompts, encoded")
         if not prompt:
@@ -55,7 +63,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: in
                 raise DSV3Error("token id out of range", where=where, found=id,
                                 expected=f"0 to {vocab_size - 1}",
                                 fix="Encode with the tokenizer of this checkpoint")
-            if id in banned:
+            if id in no_tokens:
                 raise DSV3Error("an id that is no token", where=where, found=id,
                                 fix="Encode with the tokenizer of this checkpoint")
 

@@ -121,12 +121,14 @@ class SafetensorsFile:
         entry = self.entry(name)
         rows = range(entry.shape[0] if entry.shape else 1) if rows is None else rows
         if columns is None or len(columns) == entry.shape[1]:
-            out = torch.empty((len(rows), *entry.shape[1:]), dtype=DTYPES[entry.dtype])
+            out = torch.empty((len(rows), *entry.shape[1:]), dtype=DTYPES[entry.dtype],
+                              device="cpu")
             self._fill(out, entry, rows.start, name)
             return out if entry.shape else out.reshape(())
-        out = torch.empty((len(rows), len(columns), *entry.shape[2:]), dtype=DTYPES[entry.dtype])
+        out = torch.empty((len(rows), len(columns), *entry.shape[2:]), dtype=DTYPES[entry.dtype],
+                          device="cpu")
         for band in entry.bands(len(rows)):
-            whole = torch.empty((len(band), *entry.shape[1:]), dtype=out.dtype)
+            whole = torch.empty((len(band), *entry.shape[1:]), dtype=out.dtype, device="cpu")
             self._fill(whole, entry, rows.start + band.start, name)
             out[band.start:band.stop] = whole[:, columns.start:columns.stop]
         return out

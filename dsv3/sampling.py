@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -66,26 +67,30 @@ class Sampling:
             self._check_whole(name, least)
         if self.prefill_chunk is not None:
             self._check_whole("prefill_chunk", 1)
-        for name, fits, expected in (("temperature", lambda t: 0 <= t < math.inf, "0 or more"),
-                                     ("top_p", lambda p: 0 < p <= 1, "more than 0, at most 1")):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
-                raise _unusable(name, value, expected)
+        for name, fits, expected in (
+                ("temperature", lambda t: 0 <= t < math.inf, "0 or more, and finite"),
+                ("top_p", lambda p: 0 < p <= 1, "more than 0, at most 1")):
+            number = _as_float(getattr(self, name))
+            if not fits(number):
+                raise _unusable(name, getattr(self, name), expected)
+            object.__setattr__(self, name, number)
         for name in ("logprobs", "speculative"):
             if not isinstance(getattr(self, name), bool):
                 raise _unusable(name, getattr(self, name), "True or False")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name, kind, expected in (("eos_ids", int, "token ids"), ("banned_ids", int, "token ids"),
+        for name, kind, expected in (("eos_ids", Integral, "token ids"),
+                                     ("banned_ids", Integral, "token ids"),
                                      ("stop", str, "texts of at least one letter")):
             self._check_list(name, kind, expected)
 
     def _check_whole(self, name: str, least: int | None) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or (
+        if isinstance(value, bool) or not isinstance(value, Integral) or (
                 least is not None and value < least):
             raise _unusable(name, value, "an integer" if least is None
                             else f"an integer of at least {least}")
+        object.__setattr__(self, name, int(value))
 
     def _check_list(self, name: str, kind: type, expected: str) -> None:
         """A list becomes a tuple; its members must be of a kind, and none empty or negative."""
@@ -99,9 +104,9 @@ class Sampling:
         value = tuple(value)
         for item in value:
             if isinstance(item, bool) or not isinstance(item, kind) or (
-                    not item if kind is str else item < 0):
+                    not _is_text(item) if kind is str else item < 0):
                 raise _unusable(name, item, expected)
-        object.__setattr__(self, name, value)
+        object.__setattr__(self, name, value if kind is str else tuple(map(int, value)))
 
     def but(self, **changes) -> Sampling:
         """A copy with some fields changed, checked again. Raises DSV3Error for an unknown one."""
@@ -110,6 +115,21 @@ class Sampling:
             if name not in known:
                 raise DSV3Error("no such option", where=name, expected=", ".join(known))
         return replace(self, **changes)
+
+
+def _as_float(value: object) -> float:
+    """A number, of Python or of numpy; NaN for anything else, infinite for too large an integer."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string has letters, and UTF-8 can write them all (no half of a surrogate pair)."""
+    return bool(value) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _unusable(name: str, value, expected: str) -> DSV3Error:
@@ -160,7 +180,7 @@ def probabilities(logits: Float[Tensor, "*lead v"], temperature: float, top_p: f
 def draw(p: Float[Tensor, "v"], generator: torch.Generator) -> int:
     """One index from weights p >= 0 (any sum), by inverting their cumulative sum."""
     cumulative = p.double().cumsum(dim=0)
-    u = torch.rand((), dtype=torch.float64, generator=generator).to(p.device)
+    u = torch.rand((), dtype=torch.float64, device="cpu", generator=generator).to(p.device)
     # The first index whose cumulative sum exceeds the mark: an index of weight 0 never is.
     index = torch.searchsorted(cumulative, u * cumulative[-1], right=True)
     return min(int(index), int(p.nonzero()[-1]))
@@ -177,7 +197,8 @@ def sample(logits: Float[Tensor, "b v"], temperature: float, top_p: float,
 
 def row_generators(seed: int, rows: int) -> list[torch.Generator]:
     """One random generator a row. They live on the CPU, so a seed means the same everywhere."""
-    return [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in range(rows)]
+    return [torch.Generator("cpu").manual_seed((seed * 1_000_003 + row) % 2**63)
+            for row in range(rows)]
 
 
 class Chooser:
@@ -194,7 +215,7 @@ class Chooser:
         if len(banned) == vocab_size:
             raise DSV3Error("no token is left to choose", where="banned_ids", found="all ids",
                             expected=f"fewer than the model's vocab_size, {vocab_size}")
-        self.banned = torch.tensor(banned, dtype=torch.int64)
+        self.banned = torch.tensor(banned, dtype=torch.int64, device="cpu")
         self.interrupted = False
 
     def __call__(self, logits: Float[Tensor, "b v"]) -> list[list[Choice]]:

@@ -25,6 +25,7 @@ class Session:
         """room: tokens the first cache holds (288 MB at 671B)."""
         self.model, self._room = model, room
         self.prefilled = 0
+        self._running: Stream | None = None
         self._cache = self._draft_cache = None
 
     @property
@@ -42,14 +43,17 @@ class Session:
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling | None = None, tokenizer=None,
                should_stop=None, **options) -> Stream:
-        """The same, token by token, as ``dsv3.generate.stream``. One answer a turn: n is 1."""
+        """The same, token by token, as ``dsv3.generate.stream``. One answer a turn: n is 1. A turn
+        ends the stream of the turn before, which would go on from another text."""
         sampling = (sampling or Sampling()).but(**options)
         if sampling.n > 1:
             raise DSV3Error("a conversation goes on from one answer", where="n", found=sampling.n,
                             expected="1", fix="Use complete for several samples")
         prompt, = as_prompts([prompt])
         context = self.model.config.max_position_embeddings
-        check_prompts([prompt], self.model.config.vocab_size, context, sampling.banned_ids)
+        check_prompts([prompt], self.model.config.vocab_size, context)
+        if self._running:
+            self._running.close()
         self._make_room(min(len(prompt) + sampling.max_new_tokens, context))
         # The last prompt token is always computed: its logits choose the first new token.
         held, kept = self.ids, 0
@@ -64,8 +68,10 @@ class Session:
             kept = drafts_kept if sampling.speculative else kept
         self._cache.truncate([kept])
         self.prefilled = len(prompt) - kept
-        return stream(self.model, [prompt], sampling=sampling, tokenizer=tokenizer,
-                      should_stop=should_stop, cache=self._cache, draft_cache=self._draft_cache)
+        self._running = stream(self.model, [prompt], sampling=sampling, tokenizer=tokenizer,
+                               should_stop=should_stop, cache=self._cache,
+                               draft_cache=self._draft_cache)
+        return self._running
 
     def clear(self) -> None:
         """Forget the conversation and give its memory back."""

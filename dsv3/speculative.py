@@ -45,7 +45,7 @@ def verify(p: torch.Tensor, q: torch.Tensor, draft: int, generator: torch.Genera
     p, q: (v,) float64, the model's distribution and the draft's. A replacement never equals the
     draft, because p < q there.
     """
-    u = torch.rand((), dtype=torch.float64, generator=generator).item()
+    u = torch.rand((), dtype=torch.float64, device="cpu", generator=generator).item()
     if u * q[draft] < p[draft]:
         return draft
     missing = (p - q).clamp(min=0)
@@ -71,7 +71,9 @@ class Speculative:
         if draft_cache.lengths != cache.lengths:
             raise DSV3Error("the draft cache does not go with the cache", where="draft_cache",
                             found=f"lengths {draft_cache.lengths}",
-                            expected=f"lengths {cache.lengths}")
+                            expected=f"lengths {cache.lengths}",
+                            fix=f"Cut both back with truncate, at most to "
+                                f"{list(map(min, cache.lengths, draft_cache.lengths))}")
         self.model, self.cache, self.choose = model, cache, choose
         self.draft_cache = draft_cache
         self.hidden = None  # (b, s, d): states of the last pass, which the draft cache has not seen

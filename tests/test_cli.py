@@ -591,3 +591,12 @@ def test_doctor_names_what_is_missing_and_old(monkeypatch):
     assert lines["numpy"] == ("missing", 'for training data: pip install "numpy>=2.0"')
     assert lines["jupyterlab 3.0"] == (
         "--", '4.2 or later: in the checkout: pip install -c constraints.txt -e ".[book]"')
+
+
+def test_a_working_folder_that_is_gone(here, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for words in (["generate", "dsv3-mini", "--prompt", "O"], ["doctor"]):
+        assert here(*words, code=2) == (
+            "", "dsv3: error: the working folder no longer exists. cd to one that does\n")

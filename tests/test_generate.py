@@ -273,7 +273,8 @@ def test_bad_prompts(prompts, message):
     ("max_new_tokens", 1.5), ("seed", 0.5), ("prefill_chunk", 0), ("top_k", -1), ("top_k", True),
     ("n", 0), ("eos_ids", ["x"]), ("eos_ids", 3), ("eos_ids", [-1]), ("stop", [""]), ("stop", 3),
     ("banned_ids", [0.5]), ("logprobs", 1), ("speculative", "yes"),
-    ("temperature", "hot"), ("temperature", True),
+    ("temperature", "hot"), ("temperature", True), ("temperature", 10**400),
+    ("stop", ["a\ud800"]),
 ])
 def test_bad_options(as_in_use, option, value):
     with pytest.raises(DSV3Error, match=option):
@@ -296,8 +297,17 @@ def test_options_change_a_sampling():
 
 
 def test_a_prompt_with_an_id_that_is_no_token_is_refused():
+    words = SimpleNamespace(ids_without_token=lambda vocab: range(10, vocab),
+                            text_bytes=lambda id: b"x")
     with pytest.raises(DSV3Error, match="prompt 0: an id that is no token.*found 12"):
-        generate(Oracle(), [[12]], banned_ids=range(10, VOCAB))
+        generate(Oracle(), [[12]], tokenizer=words)
+
+
+def test_a_prompt_may_hold_what_must_not_be_chosen():
+    out = generate(Oracle(), [[12, 3]], 20, banned_ids=range(10, VOCAB))
+    assert out == Session(Oracle()).complete([12, 3], max_new_tokens=20,
+                                             banned_ids=range(10, VOCAB)).ids
+    assert max(out[0]) < 10
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,58 @@ def test_fp8_in_a_graph_runs_and_refuses_the_way_back(tiny_checkpoint, length):
         logits.sum().backward()
 
 
+@pytest.fixture
+def defaults():
+    """Torch's defaults as they were, whatever a test does to them."""
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_defaults_of_torch_change_nothing(tiny_checkpoint, defaults, precision, dtype):
+    """The released code sets both, and so do its users; "meta" stands for a GPU."""
+    tokens, prompts = text(2, 100), [[5, 6, 7], [8]]
+    options = dict(max_new_tokens=6, temperature=1.0, seed=1, n=2)
+
+    def outcome() -> list:
+        model = load_model(tiny_checkpoint, precision)
+        return [model.device.type, *(weight.dtype for weight in model.parameters()),
+                *model(tokens).flatten().tolist(),
+                *(generate(model, prompts, **options, speculative=drafts, banned_ids=[3])
+                  for drafts in (False, True))]
+
+    plain = outcome()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device("meta")
+    assert outcome() == plain
+
+
+def test_autocast_changes_nothing(model):
+    """Its products would be rounded in another way than the model's precision says."""
+    tokens = text(1, 5)
+    plain, ids = model(tokens), generate(model, [[5, 6]], 6, speculative=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(tokens), plain)
+        assert torch.equal(model(tokens, cache=model.new_cache(1, 8)), plain)
+        assert generate(model, [[5, 6]], 6, speculative=True) == ids
+
+
+def test_other_things_than_tokens_and_caches_are_refused(as_in_use, model):
+    tokens = text(1, 3)
+    for call, message in (
+            (lambda: model([[1, 2]]), "wrong token tensor.*found list"),
+            (lambda: model(tokens, lengths=3), "wrong row lengths.*found 3"),
+            (lambda: model(tokens, cache=True), "not a cache.*found bool"),
+            (lambda: model.new_cache(-1, 8), "batch_size: not a usable value.*found -1"),
+            (lambda: model.new_cache(1, "8"), "max_seq_len: not a usable value.*found '8'"),
+            (lambda: model.new_cache(2, 8).truncate([0]), "lengths.*expected a list of 2"),
+            (lambda: model.new_cache(1, 8).truncate(0), "wrong row lengths.*found 0")):
+        with pytest.raises(DSV3Error, match=message):
+            call()
+
+
 # Devices and dtypes ------------------------------------------------------------------------------
 
 CHANGES = {"to(bfloat16)": lambda m: m.to(torch.bfloat16), "half": lambda m: m.half(),

@@ -47,15 +47,17 @@ def words(tiny_checkpoint):
 @pytest.mark.parametrize("form", [
     lambda p: torch.tensor(p), lambda p: np.array(p), lambda p: [torch.tensor(row) for row in p],
     lambda p: [np.array(row) for row in p], lambda p: tuple(tuple(row) for row in p),
-    lambda p: [[np.int64(id) for id in row] for row in p]])
+    lambda p: [[np.int64(id) for id in row] for row in p],
+    lambda p: [[torch.tensor(id) for id in row] for row in p]])
 def test_prompts_in_every_form(model, form):
     prompts = [[5, 6], [7, 8]]
     assert generate(model, form(prompts), 4) == generate(model, prompts, 4)
 
 
 @pytest.mark.parametrize("prompts", [torch.tensor([1, 2]), np.array([1.5]), "text", 3,
-                                     [torch.tensor(3)], torch.tensor([[1.5, 2.0]]), [[True]]])
-def test_other_prompts_are_refused(model, prompts):
+                                     [torch.tensor(3)], torch.tensor([[1.5, 2.0]]), [[True]],
+                                     [b"bytes"]])
+def test_other_prompts_are_refused(as_in_use, model, prompts):
     with pytest.raises(DSV3Error, match="not a list of (token ids|prompts)|token id out of range"):
         generate(model, prompts)
 
@@ -217,6 +219,31 @@ def test_caches_of_another_text_are_refused(model):
             complete(model, prompts, max_new_tokens=6, cache=cache)
 
 
+def test_what_is_no_cache_of_the_prompts_is_refused(as_in_use, model):
+    drafts = dict(speculative=True, cache=model.new_cache(1, 20))
+    for options, message in (
+            (dict(cache=[5]), "cache: not a cache.*found list"),
+            (dict(drafts, draft_cache="x"), "draft_cache: not a cache.*found str"),
+            (dict(drafts, draft_cache=model.new_draft_cache(2, 20)),
+             "draft_cache: the cache is for another batch.*found 2 rows, expected 1"),
+            (dict(speculative=True, draft_cache=model.new_draft_cache(1, 3)),
+             "draft_cache, row 0: the cache is too short")):
+        with pytest.raises(DSV3Error, match=message):
+            complete(model, [[5, 6]], max_new_tokens=6, **options)
+
+
+def test_caches_of_a_speculative_run_are_cut_back_as_the_message_says(model):
+    cache, drafts = model.new_cache(1, 60), model.new_draft_cache(1, 60)
+    options = dict(max_new_tokens=6, speculative=True, cache=cache, draft_cache=drafts)
+    text = PROMPTS[0] + complete(model, [PROMPTS[0]], **options).ids[0]
+    with pytest.raises(DSV3Error, match=r"Cut both back with truncate, at most to \[\d+\]") as told:
+        complete(model, [text], **options)
+    advice = json.loads(told.value.fix.rpartition(" to ")[2])
+    cache.truncate(advice)
+    drafts.truncate(advice)
+    assert complete(model, [text], **options).ids == generate(model, [text], 6)
+
+
 # Streams -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("speculative", [False, True])
@@ -261,6 +288,22 @@ def test_a_session_goes_on_after_a_stream_that_was_closed(model):
     assert session.prefilled == 2
     with pytest.raises(DSV3Error, match="n: a conversation goes on from one answer"):
         session.complete(text, n=2, temperature=1.0)
+
+
+def test_two_texts_never_share_a_cache_in_silence(model):
+    session = Session(model)
+    old = session.stream(PROMPTS[0], max_new_tokens=20)
+    next(old)
+    other = [*PROMPTS[1], *PROMPTS[2]]
+    assert session.complete(other, max_new_tokens=5).ids == generate(model, [other], 5)
+    assert list(old) == []  # a conversation has one answer at a time
+    cache = model.new_cache(1, 40)
+    old = stream(model, [PROMPTS[0]], max_new_tokens=20, cache=cache)
+    next(old)
+    cache.truncate([0])
+    complete(model, [other], max_new_tokens=5, cache=cache)
+    with pytest.raises(DSV3Error, match="cache was used elsewhere while this stream was open"):
+        next(old)
 
 
 # Stop strings ------------------------------------------------------------------------------------
@@ -373,3 +416,11 @@ def test_a_damaged_generation_config_gives_one_line(tmp_path, content, message):
 def test_sampling_keeps_lists_as_tuples():
     sampling = Sampling(eos_ids=[1, 2], stop="end", banned_ids=torch.tensor([3]))
     assert (sampling.eos_ids, sampling.stop, sampling.banned_ids) == ((1, 2), ("end",), (3,))
+
+
+def test_numbers_of_numpy_are_numbers(as_in_use):
+    given = Sampling(max_new_tokens=np.int64(5), seed=np.uint8(3), temperature=np.float32(0.5),
+                     top_k=np.int32(4), eos_ids=[np.int64(2)])
+    assert given == Sampling(max_new_tokens=5, seed=3, temperature=0.5, top_k=4, eos_ids=[2])
+    assert [type(value) for value in (given.seed, given.temperature, given.eos_ids[0])] == [
+        int, float, int]

@@ -77,10 +77,10 @@ def shake_hands(place: Place, secret: bytes, limit: timedelta = _HANDSHAKE) -> N
     def proof(sender: int, receiver: int) -> torch.Tensor:
         text = f"dsv3 rank {sender} to rank {receiver}".encode()
         return torch.tensor(list(hashlib.blake2b(text, key=secret, digest_size=32).digest()),
-                            dtype=torch.uint8)
+                            dtype=torch.uint8, device="cpu")
 
     others = [rank for rank in range(place.size) if rank != place.rank]
-    got = {rank: torch.zeros(32, dtype=torch.uint8) for rank in others}
+    got = {rank: torch.zeros(32, dtype=torch.uint8, device="cpu") for rank in others}
     sending = [dist.isend(proof(place.rank, rank), rank) for rank in others]
     receiving = [dist.irecv(got[rank], rank) for rank in others]
     for work in [*sending, *receiving]:

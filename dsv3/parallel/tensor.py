@@ -141,7 +141,7 @@ class TensorGroup:
         text = json.dumps(value).encode() if self.rank == src else b""
         length = torch.tensor([len(text)], device=self.device)
         dist.broadcast(length, src, group=self._process_group)
-        data = torch.zeros(int(length), dtype=torch.uint8)
+        data = torch.zeros(int(length), dtype=torch.uint8, device="cpu")
         if self.rank == src:
             data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         data = data.to(self.device)
