@@ -99,6 +99,17 @@ def test_readme_links_to_files_that_exist():
     assert local and [link for link in local if not (ROOT / link).exists()] == []
 
 
+def test_readme_says_where_to_find_every_module():
+    part = (ROOT / "README.md").read_text().split("## The package")[1].split("\n## ")[0]
+    table = part[part.index("\n| | modules of `dsv3/` |\n") + 1:].partition("\n")[2]
+    named = set(re.findall(r"`([a-z0-9_]+(?:\.py|/))`", table))
+    package = ROOT / "dsv3"
+    there = {file.name for folder in (package, package / "parallel") for file in folder.glob("*.py")
+             if not file.name.startswith("__")}
+    there |= {f"{file.parent.name}/" for file in package.glob("*/__init__.py")}
+    assert named == there
+
+
 def test_checks_elsewhere_call_the_same_command():
     assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     assert os.access(ROOT / ".ci/run", os.X_OK)
