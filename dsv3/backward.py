@@ -1,11 +1,11 @@
 """Computations without a backward pass, which say so when somebody calls for one.
 
-Autograd notes every operation on a tensor that asks for a gradient, and goes back along its notes.
-Three things here cannot be gone back along. A product of stored E4M3 codes has lost the step from
-a number to its code; a collective leaves what the other ranks did out of this rank's notes; and
-both write into memory of their own (``out=``), which autograd refuses in words of its own. Left
-alone, one of them ends in a traceback that depends on the length of the text, and the other gives
-a gradient in silence that is wrong.
+Autograd records every operation on a tensor that asks for a gradient, and walks back along its
+record. Two things here cannot be walked back. A product of stored E4M3 codes: the step from a
+number to its code has no slope. A collective: what the other ranks did is not in this rank's
+record. Left alone, the first ends in a traceback for some lengths of text and not for others (where
+it writes into memory that it was given, ``out=``, autograd refuses), and the second gives a wrong
+gradient in silence.
 
 So their forward pass runs for whoever asks, and their backward pass raises ``DSV3Error``.
 """

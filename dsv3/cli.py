@@ -343,7 +343,7 @@ def _train(commands) -> None:
                    help="shorten the run to about M minutes")
     p.add_argument("--tokens", type=_count, metavar="N", help="tokens of pre-training")
     p.add_argument("--extension-tokens", type=int, metavar="N",
-                   help="tokens of the context extension behind it; 0 leaves it out")
+                   help="tokens of the context extension after it; 0 leaves it out")
     p.add_argument("--moments", choices=("fp32", "bf16"),
                    help="format of the optimizer's moments (default: fp32)")
     p.add_argument("--recompute", action="store_const", const=True,

@@ -4,7 +4,7 @@ An output of ``cast`` or ``convert`` should open wherever the input did. So what
 checkpoint comes along, and that includes the Python files which ``auto_map`` in config.json or
 tokenizer_config.json names. They are copied as text and never run here; whoever opens the output
 with ``trust_remote_code`` decides that anew. A pointer to a file that is not there is dropped,
-since with it nothing would open.
+since nothing would open with it.
 
 One rule about links: a companion is a plain file of the folder, or a link of the hub's cache into
 its own blobs; what any other link leads to is not copied. A ``LICENSE`` that leads to somebody's

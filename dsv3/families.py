@@ -1,7 +1,7 @@
 """Who else is a DeepSeek-V3: other names in ``config.json`` for the same computation.
 
 A good architecture is used again. Kimi K2 and GLM-4.7-Flash are DeepSeek-V3 with other sizes, and
-Moonlight does not even change the name; what differs stands in the files' *fields*, not in the
+Moonlight does not even change the name; what differs is in the files' *fields*, not in the
 model. So there is one model here, and this table in front of it: ``translate`` reads a config.json
 of any family as DeepSeek-V3's own file would say it, ``spell`` writes one back.
 
@@ -53,7 +53,7 @@ FAMILIES: Mapping[str, Family] = {
 
 # Relatives that compute something else, and what.
 _OTHERS: Mapping[str, str] = {
-    "axk1": "post_mlp_layernorm, a norm behind the experts",
+    "axk1": "post_mlp_layernorm, a norm after the experts",
     "axk2": "index_topk, an indexer that picks the tokens attention sees, and gated norms",
     "deepseek_v2": "its choice of experts (topk_method greedy or group_limited_greedy, with "
                    "scoring_func softmax)",

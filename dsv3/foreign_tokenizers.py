@@ -1,7 +1,7 @@
 """Tokenizers in other formats than tokenizer.json: what they are, and the way to one.
 
 A checkpoint whose folder holds no tokenizer.json often holds its tokenizer all the same, in the
-format of another library. To copy the files again would not help there, so each is recognised by
+format of another library. Copying the files again would not help there, so each is recognised by
 its name and its first bytes, and the message says how a tokenizer.json is made of it.
 """
 

@@ -1,7 +1,7 @@
 """Writing a new folder of weight files from an old one: plan, stream, resume.
 
 ``convert`` and ``cast`` differ in which tensors a file holds and where their bytes come from. All
-else is the same and stands here. A file is written with its header first and its tensors at their
+else is the same and is here. A file is written with its header first and its tensors at their
 places, a band of rows at a time, so memory stays at a few bands whatever the checkpoint's size.
 
 A job of 689 GB is likely to be interrupted. Each file appears under its name only when complete,

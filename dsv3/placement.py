@@ -3,13 +3,13 @@
 A model's place is where its weights lie. Two more things depend on it: the group, whose
 collectives need their tensors there, and the precision, which sums FP8 products in float64 on a
 CPU and in float32 on a GPU. Were each to remember a device of its own, a model that was moved
-would sum in one format with weights in another, or send from where nothing lies. So they are told
-here, by the one thing that knows.
+would sum in one format with weights in another, or send from where nothing lies. So the model,
+which knows where its weights are, tells both; this module is how.
 
-``nn.Module`` moves a model by a function that is put over every tensor, and the same door serves
-``half()`` and ``to(torch.bfloat16)``. Behind it, E4M3 codes would become bfloat16 numbers without
-their scales, and the router and the norms would lose the bits that the precision promises. A dtype
-is not changed by moving: it is chosen when the model is loaded.
+``nn.Module`` moves a model by a function that it applies to every tensor, and does the same for
+``half()`` and ``to(torch.bfloat16)``. Here, those would turn E4M3 codes into bfloat16 numbers
+without their scales, and take from the router and the norms the bits that the precision promises.
+A dtype is not changed by moving: it is chosen when the model is loaded.
 """
 
 from __future__ import annotations

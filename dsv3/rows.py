@@ -1,4 +1,4 @@
-"""The rows of a batch: prompts as they come in, and the texts that grow behind them."""
+"""The rows of a batch: prompts as they come in, and the texts that grow from them."""
 
 from __future__ import annotations
 

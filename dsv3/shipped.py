@@ -2,7 +2,7 @@
 
 In a checkout it lies in ``assets/dsv3-mini``; a wheel carries it along (``dsv3/assets`` holds a
 link to it, and a build follows the link). So its name, or the path that README writes, stands for
-it wherever no folder of that name is: ``load_model("dsv3-mini")`` and ``dsv3 generate dsv3-mini``
+it where there is no folder of that name: ``load_model("dsv3-mini")`` and ``dsv3 generate dsv3-mini``
 work from any place, installed in any way.
 """
 
@@ -25,7 +25,7 @@ def model_folder(path: str | Path) -> Path:
         return path
     shipped = Path(__file__).resolve().parent / "assets" / NAME
     if not (shipped / "config.json").exists():
-        raise DSV3Error("the small model does not lie here, and this installation has none",
+        raise DSV3Error("the small model is not here, and this installation has none",
                         where=path, fix=f"It is the folder assets/{NAME} of the repository: "
                         "clone it, or build the wheel from a whole checkout")
     return shipped

@@ -6,7 +6,7 @@ ASCII and nothing else: the first é ends the program. And a terminal obeys what
 so a file name or a model's text can move the cursor, clear the screen or set the window's title.
 
 ``prepare`` is called once, before anything else: afterwards there are three streams, every text
-can be written (what the encoding lacks shows as a mark), and a terminal is shown text only. What
+can be written (what the encoding lacks is shown as a mark), and a terminal is shown text only. What
 goes into a file or a pipe stays as it is.
 """
 

@@ -7,12 +7,12 @@ own (``dsv3.template_worker``) with limits of time and memory: it can read the m
 else, and the worst it can do is to be stopped.
 
 A checkpoint may name several templates; "default" is meant, or "tool_use" where tools are given.
-They stand in tokenizer_config.json, or, newer, in chat_template.jinja and the folder
+They are in tokenizer_config.json or, in newer checkpoints, in chat_template.jinja and the folder
 additional_chat_templates.
 
 When something is wrong, it matters where. A template with a mistake in it renders nothing for
 anybody; one that refuses a conversation (two questions in a row, say) says so in its own words;
-one that meets a message it did not expect fails somewhere in its middle. Each is told by its name.
+one that meets a message it did not expect fails somewhere in its middle. Each has a message of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A JupyterLab of our own and a browser in front of it, for tests of what a reader sees.
 
 ``JupyterLab(folder)`` serves a folder on a free port with a token, its settings and run-time
-files in a temporary place; ``open_browser`` starts Chromium, ``Page`` opens a notebook in it. All of it ends with the ``with`` block: the server's whole process group is killed.
+files in a temporary place; ``open_browser`` starts Chromium, ``Notebook`` opens a notebook in it.
+All of it ends with the ``with`` block: the server's whole process group is killed.
 """
 
 from __future__ import annotations

@@ -133,10 +133,10 @@ def equation_ledger() -> Markdown:
     rows = []
     for equation in load("equations"):
         code, tests, cells = split(places().get(("eq.", equation["number"]), ()))
-        rows.append((equation["number"], f"${equation['tex']}$", equation["about"], _links(code),
-                     _links(tests), _links(cells)))
+        rows.append((equation["number"], f"${equation['tex']}$<br>{equation['about']}",
+                     f"{_links(code)}<br>{_links(tests)}", _links(cells)))
     return Markdown(markdown_table(
-        ("eq.", "equation", "what", "computed by", "held by", "taught in"), rows))
+        ("eq.", "equation", "computed by, held by", "taught in"), rows))
 
 
 def fact_ledger() -> Markdown:

@@ -11,7 +11,7 @@ seat in strange hands ends the run with a line that says so.
 *Several machines* (``torchrun``). torch's meeting point, a TCPStore, listens on MASTER_PORT on
 *every* interface of the head machine, whatever its address says, and asks for no password; Gloo
 and NCCL listen on the chosen interface, and nothing is encrypted. torchrun's own state in that
-store is a pickle: who reaches the port can run code as you. So everyone who can reach these
+store is a pickle: whoever reaches the port can run code as you. So everyone who can reach these
 machines over the network must be trusted: use a private network, or a firewall that lets only the
 machines of the run reach each other, and name the private interface in GLOO_SOCKET_IFNAME or
 NCCL_SOCKET_IFNAME. No option of torchrun replaces that.

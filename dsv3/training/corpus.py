@@ -2,7 +2,7 @@
 
 The tokenizer follows from the text, and so a file that is missing or cut is simply made again. A
 run that goes on must have the very same one, though: every id that the model has learned would
-otherwise mean another piece of text. Its digest therefore stands in each checkpoint.
+otherwise mean another piece of text. So each checkpoint holds its digest.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The shipped model was trained with products in bfloat16. A CPU without units for it converts every
 number on the way into a product, and a run of an hour would take days: there it is float32. A run
-that goes on keeps what it began with, whatever machine it goes on on.
+that is resumed keeps what it began with, on whatever machine.
 """
 
 from __future__ import annotations
