@@ -184,7 +184,8 @@ def measure(device: torch.device, minutes: float,
             yield {"dtype": name, "what": what, "length": length, "rounds": rounds,
                    "dsv3": tokens / a, "transformers": tokens / b, "ratio": b / a}
     if left:
-        say(f"left out, the {minutes:g} minutes being over: {left} cell{'s' * (left != 1)}. --minutes M gives more")
+        say(f"left out, the {minutes:g} minutes being over: {left} cell{'s' * (left != 1)}. "
+            "--minutes M gives more")
 
 
 def check_equal(ours, theirs, text: torch.Tensor) -> None:

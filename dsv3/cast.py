@@ -5,8 +5,8 @@
 
 BF16 is what GPUs without FP8 units and most other tools want. What is stored wider than the
 released layout has it, as in a float32 checkpoint, is rounded on the way, except the router bias;
-weights that a tool kept plain in an FP8 checkpoint stay as they are, or become FP8 too. No detail comes back that FP8 has
-dropped; the numbers only return to a wider format.
+weights that a tool kept plain in an FP8 checkpoint stay as they are, or become FP8 too. No detail
+comes back that FP8 has dropped; the numbers only return to a wider format.
 
 There and back. With power-of-two scales (ue8m0) code * scale needs 4 bits of mantissa, so bfloat16
 holds it exactly: every value returns, and so do the bits of codes and scales, except in blocks

@@ -116,7 +116,8 @@ def translate(data: dict) -> dict:
 
     rope_scaling becomes the arguments of ``YarnScaling`` or None, quantization_config those of
     ``QuantizationConfig`` or None; values themselves are checked there and in ``ModelConfig``.
-    Raises DSV3Error, naming the field, for another architecture and for what this model does not do.
+    Raises DSV3Error, naming the field, for another architecture and for what this model does not
+    do.
     """
     if not isinstance(data, dict):
         raise DSV3Error("is not a JSON object", where="config", found=type(data).__name__)

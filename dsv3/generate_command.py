@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     check_sharding(config, ranks,
                    blocks=args.precision == "fp8" or config.quantization_config is not None)
     tokenizer = load_tokenizer(args.model)
-    # Rank 0's prompts are everybody's: a pipe can be read once, and a template may ask for the time.
+    # Rank 0's prompts are everybody's: a pipe can be read once, a template may ask for the time.
     texts = read_prompts(args) if (place := whoami()) is None or place.rank == 0 else []
     prompts = [prompt_ids(tokenizer, text, args.chat) for text in texts]
     check_prompts(prompts, min(tokenizer.vocab_size, config.vocab_size),

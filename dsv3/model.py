@@ -2,10 +2,10 @@
 
 One class serves training, prefill, decoding, one process and many. What differs comes in as
 objects: ``Precision`` says how to multiply, ``TensorGroup`` who holds what, ``LatentCache`` what
-is remembered. Where the model lives is one fact, and its weights state it; tokens are brought
-there, and precision and group follow when it is moved (``dsv3.placement``). Names of weights are those of the released inference code (``embed``,
-``layers.0.attn.wq_a``, ``layers.3.ffn.experts.7.w2``, ``norm``, ``head``), so a converted
-checkpoint loads without renaming.
+is remembered. The model lives where its weights are: tokens are brought there, and precision and
+group follow when it is moved (``dsv3.placement``). Names of weights are those of the released
+inference code (``embed``, ``layers.0.attn.wq_a``, ``layers.3.ffn.experts.7.w2``, ``norm``,
+``head``), so a converted checkpoint loads without renaming.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ class Transformer(nn.Module):
                 return_hidden: bool = False) -> Logits | tuple[Logits, Float[Tensor, "b s d"]]:
         """Scores of the next token after each token.
 
-        tokens: (b, s) int64, on any device. With a cache they continue each row's text (chunked prefill,
-        decoding, another turn); without one they are the whole text. lengths: true new tokens of
-        each row, 0 to s, when rows are padded on the right; what stands behind a row's length is
+        tokens: (b, s) int64, on any device. With a cache they continue each row's text (chunked
+        prefill, decoding, another turn); without one they are the whole text. lengths: true new
+        tokens of each row, 0 to s, when rows are padded on the right; what stands behind a row's length is
         ignored (a row of 0 leaves its cache alone, and its answer means nothing). Returns logits
         (b, s, vocab_size) float32, or (b, vocab_size) of each row's last true token with
         last_only; with return_hidden also the states after the final norm (b, s, d). Raises

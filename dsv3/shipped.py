@@ -2,8 +2,8 @@
 
 In a checkout it lies in ``assets/dsv3-mini``; a wheel carries it along (``dsv3/assets`` holds a
 link to it, and a build follows the link). So its name, or the path that README writes, stands for
-it where there is no folder of that name: ``load_model("dsv3-mini")`` and ``dsv3 generate dsv3-mini``
-work from any place, installed in any way.
+it where there is no folder of that name: ``load_model("dsv3-mini")`` and
+``dsv3 generate dsv3-mini`` work from any place, installed in any way.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ additional_chat_templates.
 
 When something is wrong, it matters where. A template with a mistake in it renders nothing for
 anybody; one that refuses a conversation (two questions in a row, say) says so in its own words;
-one that meets a message it did not expect fails somewhere in its middle. Each has a message of its own.
+one that meets a message it did not expect fails somewhere in its middle. Each is reported in its
+own way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Notebooks as they are stored: clean, also after a reader has worked in them, and as shipped again.
+"""Notebooks as they are stored: clean, also after a reader's work in them, and as shipped again.
 
 An editor leaves much in a notebook that is not for the reader: versions, ids of widgets that die
 with their kernel, counts of how often a cell was run. ``clean`` takes it out. ``keep_clean`` does

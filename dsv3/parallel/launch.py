@@ -86,7 +86,8 @@ def launch(command: Sequence[str | Path], ranks: int, *, threads: int = 1,
     """Run ``python COMMAND`` as ``ranks`` ranks on this machine; return an exit code.
 
     command: ``("-m", "dsv3", ...)``, or a program and its arguments; it calls ``begin_rank`` first
-    and joins the others with ``TensorGroup.from_environment``. threads: of each rank. interactive: Ctrl-C is rank 0's to handle, and does not end the launcher.
+    and joins the others with ``TensorGroup.from_environment``. threads: of each rank. interactive:
+    Ctrl-C is rank 0's to handle, and does not end the launcher.
     Raises RankFailed for the rank that failed first.
     """
     team: list[_Rank] = []

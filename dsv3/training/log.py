@@ -1,8 +1,9 @@
 """``log.jsonl``: one JSON object a line, written as it happens.
 
 A run that is killed and goes on repeats the steps since its last checkpoint, and their lines with
-them. A checkpoint therefore knows how long the log was, and whatever comes after is cut off. The log is
-for people and plots; no step depends on it, so a run goes on when its log was removed or cut.
+them. A checkpoint therefore knows how long the log was, and whatever comes after is cut off. The
+log is for people and plots; no step depends on it, so a run goes on when its log was removed or
+cut.
 """
 
 from __future__ import annotations
