@@ -19,7 +19,7 @@ from typing import NoReturn
 from collections.abc import Callable, Sequence
 
 from dsv3 import __version__, streams
-from dsv3.errors import DSV3Error, Notice
+from dsv3.errors import DSV3Error, Notice, shown
 from dsv3.machine import check_threads
 from dsv3.parallel.rank import (
     PEER_LOST,
@@ -63,7 +63,7 @@ def _guarded(arguments: Sequence[str]) -> int:
             # Nothing was opened by name, so it is a stream: a closed pipe, a full disk.
             _drop_output()
             return _fail(f"standard output: cannot write ({error.strerror or error})", 1)
-        return _fail(f"{error.filename}: {error.strerror}", 1)
+        return _fail(f"{shown(error.filename)}: {error.strerror}", 1)
     except MemoryError:
         return _fail("out of memory. Use fewer or shorter prompts, or more ranks", 1)
     except RuntimeError as error:

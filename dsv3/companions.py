@@ -45,9 +45,7 @@ def copy_companions(source: Path, target: Path) -> None:
                 or path.suffix in (*PICKLES, ".safetensors", PARTIAL)):
             continue
         if not _belongs(path):
-            if path.is_symlink() and path.exists():
-                warnings.warn(Notice(f"{path}: left out, since it is a link that leads out of "
-                                     "the folder"), stacklevel=2)
+            warnings.warn(Notice(f"{path}: left out, since it is {_what(path)}"), stacklevel=2)
             continue
         if path.name == TOKENIZER_CONFIG:
             write_text(target / path.name, openable(read_text(path), source))
@@ -75,7 +73,7 @@ def openable(text: str, source: Path) -> str:
     if not isinstance(pointers, dict):
         return text
     kept = {name: value for name, value in pointers.items()
-            if all(_belongs(source / file) for file in _code_files(value))}
+            if all(file and _belongs(source / file) for file in _code_files(value))}
     if kept == pointers:
         return text
     del data["auto_map"]
@@ -99,12 +97,20 @@ def has_code(source: Path) -> bool:
 
 def _code_files(pointer: Any) -> Iterator[str]:
     """Names of the files that an auto_map or a value of it needs ("module.Class"; pointers into
-    another repository, "name--module.Class", need none here)."""
+    another repository, "name--module.Class", need none here); "" for what is no such pointer."""
     if isinstance(pointer, (list, dict)):
         for value in pointer.values() if isinstance(pointer, dict) else pointer:
             yield from _code_files(value)
-    elif isinstance(pointer, str) and (match := _CODE.fullmatch(pointer)):
-        yield f"{match[1]}.py"
+    elif isinstance(pointer, str) and "--" not in pointer:
+        match = _CODE.fullmatch(pointer)
+        yield f"{match[1]}.py" if match else ""
+
+
+def _what(path: Path) -> str:
+    """Why a file does not belong to its folder."""
+    if not path.is_symlink():
+        return "a folder" if path.is_dir() else "not a plain file"
+    return "a link that leads " + ("out of the folder" if path.exists() else "nowhere")
 
 
 def _belongs(path: Path) -> bool:

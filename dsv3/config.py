@@ -11,6 +11,7 @@ Silently building another model than the one that was trained is the worst answe
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -218,7 +219,7 @@ class ModelConfig:
     def from_pretrained(cls, path: str | Path) -> ModelConfig:
         """Read ``config.json``, given itself or its folder."""
         path = model_folder(path)
-        file = path / CONFIG_FILE if path.is_dir() else path
+        file = path / CONFIG_FILE if os.path.isdir(path) else path
         data = read_json(file, unique=True, absent="Name a folder that holds a checkpoint in the "
                          "released layout")
         try:

@@ -27,6 +27,9 @@ from dsv3.shards import CheckpointReader
 
 PLAIN = ("BF16", "F32", "F16")
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+# What config.json says of a checkpoint in FP8, for who has to write it.
+_SAID = ('"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", '
+         '"weight_block_size": [128, 128]}')
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _ROTARY = re.compile(r"(?:.+\.)?rotary_(?:pos_)?emb\.(?:original_)?(inv_freq|cos_cached|sin_cached)")
 # Endings of names that other formats give to their tensors, and whose they are.
@@ -102,7 +105,9 @@ def check_tensors(reader: CheckpointReader, expected: dict[str, tuple[TensorSpec
             raise _wrong_dtype(reader, name, entry.dtype, spec)
         if entry.shape != shape:
             raise DSV3Error("wrong shape", where=name, found=list(entry.shape),
-                            expected=list(shape), fix="config.json describes another model")
+                            expected=list(shape),
+                            fix="Scales are read for blocks of 128x128 of their weight"
+                            if spec.scale_of else "config.json describes another model")
         stored.append(replace(spec, dtype="BF16") if spec.hf_name in plain else spec)
     if missing:
         raise _missing(reader, missing)
@@ -146,7 +151,8 @@ def _redundant(config: ModelConfig, reader: CheckpointReader,
     if beyond and all((layer, f"{part}.weight") in layers for layer in beyond
                       for part in ("enorm", "hnorm", "eh_proj")):
         notices.append(f"MTP layer {min(beyond)} is left out, since num_nextn_predict_layers in "
-                       f"config.json is {config.num_nextn_predict_layers}")
+                       f"config.json is {config.num_nextn_predict_layers}; "
+                       f"{known + len(beyond) - config.num_hidden_layers} would draft with it")
         found |= {name for name in reader.home if (match := _LAYER.fullmatch(name))
                   and int(match[1]) in beyond}
     return frozenset(found)
@@ -189,7 +195,7 @@ def _accepted(spec: TensorSpec) -> tuple[str, ...]:
 def _wrong_dtype(reader: CheckpointReader, name: str, found: str, spec: TensorSpec) -> DSV3Error:
     fix = _another_format(reader)
     if fix is None and found == "F8_E4M3":
-        fix = ("An FP8 checkpoint needs quantization_config in its config.json"
+        fix = (f"An FP8 checkpoint needs {_SAID} in its config.json"
                if f"{name}_scale_inv" in reader else
                "FP8 weights without a grid of scales for blocks of 128x128 are not supported")
     elif fix is None and found in PLAIN and spec.dtype == "F8_E4M3":

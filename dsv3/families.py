@@ -276,10 +276,10 @@ def _quantization(data) -> dict | None:
     method = data.get("quant_method")
     if method != "fp8":
         missing = method is None
+        there = f"only {', '.join(map(quoted, data))}" if data else "an empty object"
         raise DSV3Error("missing field" if missing else "unsupported value",
                         where=f"{name}.quant_method", expected="fp8",
-                        found=f"only {', '.join(map(quoted, data)) or 'nothing'}" if missing
-                        else quoted(method), fix="This package reads fp8, which is E4M3 in blocks of "
+                        found=there if missing else quoted(method), fix="This package reads fp8, which is E4M3 in blocks of "
                         "128x128, and weights that are not quantised")
     for key, value in data.items():
         off = value is None or (value is False and key not in _QUANTIZATION)

@@ -63,6 +63,9 @@ def open_plain(path: str | Path, *, absent: str | None = None) -> FileIO:
                 return file
             file.close()
     except FileNotFoundError:
+        if path.is_symlink():
+            raise DSV3Error("a link that leads nowhere", where=path, found=os.readlink(path),
+                            fix="Fetch the file that it stands for") from None
         raise DSV3Error("no such file", where=path, fix=absent) from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise unreadable(path, error) from None
@@ -116,6 +119,12 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
         return json.loads(text, object_pairs_hook=no_duplicates if unique else None)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        if "digits" in str(error):  # Python's words tell programmers how to lift its limit
+            raise ValueError("a number in it has thousands of digits") from None
+        raise
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

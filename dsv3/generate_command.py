@@ -144,9 +144,9 @@ class Job:
         single = len(prompts) * self.sampling.n == 1
         streams = single and not self.args.no_stream and not self.args.json
         echo = "" if self.args.chat else texts[0]
-        if streams:
-            self.terminal.write(echo)
         run = stream(self.model, prompts, sampling=self.sampling, tokenizer=self.tokenizer)
+        if streams:  # now that all is checked
+            self.terminal.write(echo)
         for token in run:
             if streams:
                 self.terminal.write(token.text)

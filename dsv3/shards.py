@@ -48,7 +48,7 @@ class CheckpointReader:
         try:
             if files is not None:
                 self._open_all(files)
-            elif (self.folder / INDEX_FILE).exists():
+            elif os.path.lexists(self.folder / INDEX_FILE):
                 self.indexed = True
                 self._open_indexed(self.folder / INDEX_FILE)
             else:
@@ -103,9 +103,9 @@ class CheckpointReader:
                          fix="Download it, or the whole checkpoint again")
 
     def _only_file(self) -> str:
+        if os.path.lexists(self.folder / SINGLE_FILE):
+            return SINGLE_FILE  # whatever it is: who opens it says so
         names = sorted(p.name for p in self.folder.iterdir() if p.is_file())
-        if SINGLE_FILE in names:
-            return SINGLE_FILE
         shards = [n for n in names if n.endswith(".safetensors")]
         found = shards or [n for n in names if n.endswith(PICKLES)] or ["no safetensors file"]
         fix = None

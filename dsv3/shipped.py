@@ -21,7 +21,7 @@ def model_folder(path: str | Path) -> Path:
     Raises DSV3Error when the shipped model is asked for and this installation has none.
     """
     path = Path(path)
-    if path.exists() or path not in (Path(NAME), Path("assets") / NAME):
+    if path not in (Path(NAME), Path("assets") / NAME) or path.exists():
         return path
     shipped = Path(__file__).resolve().parent / "assets" / NAME
     if not (shipped / "config.json").exists():

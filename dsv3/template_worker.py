@@ -112,7 +112,7 @@ def line_of(error: BaseException) -> int | None:
 def answer(compiled, request: dict) -> dict:
     """{"text": ...}, or {"kind": ..., "error": ..., "line": ...}; compiled: text -> template.
 
-    kind: "template" (it can be rendered for nobody), "refused" (by its own words), "sandbox",
+    kind: "template" (it fails for plain conversations too), "refused" (by its own words), "sandbox",
     "render" (it met a value it could not handle), "memory", "size".
     """
     try:
@@ -128,13 +128,31 @@ def answer(compiled, request: dict) -> dict:
         kind = ("memory" if isinstance(error, MemoryError)
                 else "sandbox" if isinstance(error, SecurityError)
                 # A filter or test that does not exist, in a branch that was taken.
-                else "template" if isinstance(error, jinja2.TemplateRuntimeError)
-                and "found" in str(error) and not isinstance(error, jinja2.UndefinedError)
+                else "template" if not renders(template, request["variables"])
                 else "render")
         return {"kind": kind, "error": told(error), "line": line_of(error)}
     if len(text) > MOST:
         return {"kind": "size", "error": f"{len(text)} characters", "line": None}
     return {"text": text}
+
+
+def renders(template, variables: dict) -> bool:
+    """Whether a template does for any of some plain conversations, as every chat model has them.
+
+    Where it does for none, the messages it was given are not at fault. A refusal in the template's
+    own words is no failure.
+    """
+    roles = ("system", "user", "assistant", "user")
+    for part in (roles[1:2], roles[:2], roles):
+        talk = [{"role": role, "content": "Hello"} for role in part]
+        try:
+            template.render({**variables, "messages": talk, "tools": None, "documents": None})
+        except Refused:
+            return True
+        except Exception:
+            continue
+        return True
+    return False
 
 
 def told(error: BaseException) -> str:

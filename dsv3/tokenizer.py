@@ -24,6 +24,7 @@ text; ``generate`` bans them when it is given the tokenizer.
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read ``tokenizer.json`` and ``tokenizer_config.json`` from a checkpoint folder."""
     folder = model_folder(path)
     file = folder / "tokenizer.json"
-    if not file.exists():
+    if folder.is_file():
+        raise DSV3Error("not a folder", where=folder, found="a file",
+                        fix="Name the folder that holds the checkpoint")
+    if not os.path.lexists(file):
         raise no_tokenizer(folder)
     settings = _read_settings(folder / "tokenizer_config.json")
     description = read_text(file)
     with _library_failures("not a readable tokenizer", file,
-                           "Copy the file again from the checkpoint"):
+                           "Copy the file again from the checkpoint"), _panics_unprinted():
         engine = tokenizers.Tokenizer.from_str(description)
     if not isinstance(engine.decoder, tokenizers.decoders.ByteLevel):
         raise DSV3Error(
@@ -185,6 +189,10 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of a conversation. The template writes bos itself, so none is added here."""
         text = self.apply_chat_template(messages, add_generation_prompt, **variables)
+        if not text:
+            raise DSV3Error("the chat template makes no text of these messages",
+                            where=self.source,
+                            fix="Use the template of the original checkpoint")
         return self.encode(text, add_bos=False)
 
     def _special(self, name: str) -> tuple[str | None, int | None]:
@@ -240,13 +248,31 @@ def _library_failures(what: str, where: str | Path, fix: str | None = None) -> I
         raise
 
 
+@contextmanager
+def _panics_unprinted() -> Iterator[None]:
+    """What Rust prints of a panic goes nowhere: it writes past Python, to the stream's number."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
 def _template_files(folder: Path) -> list[dict[str, str]]:
     """The templates that stand in files of their own, in the form of ``chat_template``."""
     files = {"default": folder / "chat_template.jinja"}
     files |= {file.stem: file for file in
               sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     return [{"name": name, "template": read_text(file)} for name, file in files.items()
-            if file.exists()]
+            if os.path.lexists(file)]
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -319,6 +319,28 @@ def test_missing_file(tiny_checkpoint, tmp_path, here, missing):
     assert missing in one_line(here("generate", folder, "--prompt", "x", code=2)[1])
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "/" + "x/" * 2500])
+def test_a_name_that_no_file_can_have_is_one_short_line(here, name):
+    for words in (["inspect", name], ["generate", name, "--prompt", "x"],
+                  ["cast", name, "out", "--to", "bf16"]):
+        line = one_line(here(*words, code=2)[1])
+        assert "File name too long" in line and len(line) < 600
+
+
+def test_a_file_in_the_place_of_the_folder(tiny_checkpoint, here):
+    _, errors = here("generate", tiny_checkpoint / "config.json", "--prompt", "x", code=2)
+    assert "config.json: not a folder" in one_line(errors)
+
+
+def test_nothing_is_printed_before_all_is_checked(tiny_checkpoint, tmp_path, here):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    output, errors = here("generate", folder, "--prompt", "x", "--speculative", code=2)
+    assert output == "" and "cannot draft" in errors and "1 would draft with it" in errors
+
+
 def test_full_output_on_two_ranks(tiny_checkpoint):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")

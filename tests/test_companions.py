@@ -79,9 +79,11 @@ def test_a_link_out_of_the_folder_is_not_copied(source, tmp_path, job):
     (source / "chat_template.jinja").write_text("plain")
     (source / "LICENSE-3").symlink_to("chat_template.jinja")  # within the folder
     os.mkfifo(source / "tokenizer.pipe")
-    with pytest.warns(Notice, match="LICENSE: left out"):
+    with pytest.warns(Notice, match="left out") as told:
         JOBS[job](source, tmp_path / "out")
     out = {path.name: path for path in (tmp_path / "out").iterdir()}
+    assert [str(one.message).partition(": ")[0] for one in told] == [
+        str(source / name) for name in ("LICENSE", "LICENSE-2", "tokenizer.pipe")]
     assert "LICENSE" not in out and "LICENSE-2" not in out and "tokenizer.pipe" not in out
     assert out["LICENSE-3"].read_text() == "plain" and not out["LICENSE-3"].is_symlink()
     assert not any(b"a key" in path.read_bytes() for path in out.values())
@@ -106,3 +108,16 @@ def test_save_model_takes_the_tokenizers_code_along(source, tmp_path):
     (source / "tok.py").write_text("")
     save_model(Transformer(tiny_config()).init_weights(0), tmp_path / "out", tokenizer_dir=source)
     assert (tmp_path / "out" / "tok.py").exists()
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_what_cannot_come_along_is_named_and_no_pointer_leads_to_it(source, tmp_path, job):
+    edit(source / "config.json", auto_map={"AutoConfig": "sub.configuration_x.XConfig"})
+    edit(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["../../etc.X", None]})
+    (source / "tokenizer.json").symlink_to("gone")
+    with pytest.warns(Notice, match="tokenizer.json: left out, since it is a link that leads now"):
+        JOBS[job](source, tmp_path / "out")
+    for name in ("config.json", "tokenizer_config.json"):
+        assert auto_map(tmp_path / "out" / name) is None
+
+

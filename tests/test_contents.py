@@ -234,3 +234,22 @@ def test_fp8_without_blocks_is_not_told_to_add_a_quantization_config(tmp_path):
     write_checkpoint(tmp_path, config, tensors)
     with pytest.raises(DSV3Error, match="without a grid of scales"):
         load_model(tmp_path)
+
+
+def test_the_advice_for_fp8_without_quantization_config_works(tmp_path):
+    tensors = random_tensors(tiny_config())
+    write_checkpoint(tmp_path, tiny_config(quantization_config=None), tensors)
+    with pytest.raises(DSV3Error, match="An FP8 checkpoint needs") as error:
+        load_model(tmp_path)
+    said = json.loads("{" + str(error.value).partition("needs ")[2].partition(" in its ")[0] + "}")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **said}))
+    load_model(tmp_path)
+
+
+def test_a_grid_of_scales_of_another_size(tmp_path):
+    tensors = random_tensors(tiny_config())
+    tensors[WO + "_scale_inv"] = torch.ones(7, 7)
+    write_checkpoint(tmp_path, tiny_config(), tensors)
+    with pytest.raises(DSV3Error, match="wrong shape.*blocks of 128x128"):
+        load_model(tmp_path)

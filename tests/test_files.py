@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dsv3.errors import DSV3Error, shown
 from dsv3.files import no_duplicates, open_plain, parse_json, read_json, read_text
 from dsv3.safetensors_io import SafetensorsFile
 from dsv3.shards import CheckpointReader, read_index
+from dsv3.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 INDEX = "model.safetensors.index.json"
@@ -220,3 +222,31 @@ def test_fuzzed_indexes(tmp_path):
         path.write_bytes(content)
         refused += fuzz.survives(read) is not None
     assert refused > 600
+
+
+@pytest.mark.parametrize("name", [INDEX, "config.json", "tokenizer.json", "chat_template.jinja",
+                                  "tokenizer_config.json", "model.safetensors"])
+def test_a_link_that_leads_nowhere_is_said_to_be_one(tiny_checkpoint, tmp_path, name):
+    """As a hub's cache has them after a download that was broken off; nothing else is read."""
+    folder = tmp_path / "in"
+    shutil.copytree(tiny_checkpoint, folder)
+    if name == "model.safetensors":
+        (folder / INDEX).unlink(missing_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../blobs/gone")
+    with pytest.raises(DSV3Error, match=f"{name}: a link that leads nowhere .found ../blobs/gone"):
+        load_model(folder)
+        load_tokenizer(folder)
+
+
+def test_a_single_file_of_weights_that_is_a_pipe_is_named(tmp_path):
+    write_checkpoint(tmp_path, tiny_config(), shards=1)
+    (tmp_path / "model.safetensors").unlink()
+    make_pipe(tmp_path / "model.safetensors")
+    with pytest.raises(DSV3Error, match="model.safetensors: not a plain file .found a pipe"):
+        load_model(tmp_path)
+
+
+def test_numbers_of_thousands_of_digits_are_no_advice_to_programmers():
+    with pytest.raises(ValueError, match="^a number in it has thousands of digits$"):
+        parse_json("9" * 5000)

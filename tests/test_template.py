@@ -86,17 +86,19 @@ def test_rendered_as_transformers_does(renderer, name, extras):
     # It speaks.
     ("{{ raise_exception('roles must alternate') }}", "refuses these messages.*roles must alt"),
     ("{{ raise_exception(3) }}", "refuses these messages .found 3"),
+    ("\n\n{{ messages[0].content + none }}", "chat_template:3: the chat template has a mistake"),
+    ("{{ messages[9].content.x }}", "has a mistake in it.*UndefinedError"),
     # It meets something it did not expect.
-    ("\n\n{{ messages[0].content + none }}", "chat_template:3: the chat template cannot render"),
-    ("{{ messages[9].content.x }}", "cannot render these messages.*UndefinedError"),
+    ("\n\n{{ messages[1].content }}", "chat_template:3: the chat template cannot render these"),
+    ("{{ messages[1:][0].content.x.y if messages | length < 2 }}", "cannot render.*UndefinedErr"),
     ("{{ messages.append(1) }}", "reaches for what a template may not have"),
     ("{{ messages[0].update({'role': 'x'}) }}", "reaches for what"),
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "reaches for what"),
     ("{{ '%s'.__format__.__self__.__class__.__base__ }}", "reaches for what|cannot render"),
     ("{% set n = namespace(__init__=1) %}", "reaches for what"),
-    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot render.*RecursionError"),
-    ("{% include 'x' %}", "cannot render|mistake"),
-    ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "has a mistake.*RecursionError"),
+    ("{% include 'x' %}", "has a mistake"),
+    ("{{ 1 / 0 }}", "has a mistake.*ZeroDivisionError"),
     ("{{ strftime_now(3) }}", "TypeError"),
     # It would never end, or eat the machine.
     ("{{ 2 ** 99999999999 }}", "does not come to an end|memory"),
@@ -108,7 +110,7 @@ def test_rendered_as_transformers_does(renderer, name, extras):
     ("{{ messages * 10 ** 9 }}", "needs too much memory"),
     ("{{ '%1000000000d' % 1 }}", "needs too much memory|cannot render"),
     ("{{ 'a' * (17 * 1024 * 1024) }}", "makes too long a text"),
-    ("{{ range(10 ** 9) | list }}", "cannot render.*OverflowError"),
+    ("{{ range(10 ** 9) | list }}", "has a mistake.*OverflowError"),
 ])
 def test_trouble_is_one_line_that_says_whose_it_is(renderer, template, what):
     variables = {"messages": [{"role": "user", "content": "a"}]}
@@ -116,6 +118,12 @@ def test_trouble_is_one_line_that_says_whose_it_is(renderer, template, what):
         renderer.render(template, variables, where="folder")
     assert str(error.value).startswith("folder: chat_template") and "\n" not in str(error.value)
     assert renderer.render("{{ messages[0].role }}", variables, where="x") == "user"  # it goes on
+
+
+def test_contents_of_another_form_are_the_messages_fault(renderer):
+    variables = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}
+    with pytest.raises(DSV3Error, match="cannot render these messages.*TypeError"):
+        renderer.render("{{ '<' + messages[0].content }}", variables, where="x")
 
 
 def test_which_template_is_meant():

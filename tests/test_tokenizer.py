@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import pickle
 import random
 import shutil
@@ -313,6 +314,24 @@ def test_damaged_files_are_read_or_refused_in_one_line(tiny_checkpoint, tmp_path
         (tmp_path / name).write_bytes(damaged)
         refused += fuzz.survives(use) is not None
     assert 100 < refused < 500
+
+
+def test_a_panic_of_the_library_is_one_line(tiny_checkpoint, tmp_path, capfd):
+    """What Rust prints by itself is not shown, and stderr is there again afterwards."""
+    description = small_files(tiny_checkpoint, tmp_path)["tokenizer.json"]
+    description["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
+    with pytest.raises(DSV3Error, match="not a readable tokenizer.*precompiled_charsmap"):
+        load_tokenizer(tmp_path)
+    os.write(2, b"and on")
+    assert capfd.readouterr().err == "and on"
+
+
+def test_a_template_without_text_is_not_the_prompts_fault(tiny_checkpoint, tmp_path):
+    settings = small_files(tiny_checkpoint, tmp_path)["tokenizer_config.json"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": ""}))
+    with pytest.raises(DSV3Error, match="the chat template makes no text of these messages"):
+        load_tokenizer(tmp_path).chat_ids([{"role": "user", "content": "Hi"}])
 
 
 def test_files_in_other_formats_are_named(tiny_checkpoint, tmp_path):
