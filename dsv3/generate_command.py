@@ -83,6 +83,9 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     if args.interactive and args.n > 1:
         raise DSV3Error("a conversation goes on from one answer", where="--n", found=args.n,
                         expected="1 with --interactive")
+    if args.interactive and args.json:
+        raise DSV3Error("a conversation is no JSON", where="--json",
+                        fix="Leave it out, or give --prompt or --input-file")
     if args.logprobs and (args.interactive or not args.json):
         raise DSV3Error("log-probabilities are a part of the JSON", where="--logprobs",
                         fix="Give --json as well, and no --interactive")

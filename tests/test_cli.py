@@ -278,6 +278,7 @@ def test_tp_that_disagrees_with_torchrun(tiny_checkpoint, here, monkeypatch):
     (["--prompt", "x", "--stop", ""], "stop: not a usable value"),
     (["--prompt", "x", "--logprobs"], "--logprobs: log-probabilities are a part of the JSON.*--json"),
     (["--interactive", "--n", "2"], "--n: a conversation goes on from one answer"),
+    (["--interactive", "--json"], "--json: a conversation is no JSON"),
     ([], "one of the arguments --prompt --input-file --interactive is required"),
 ])
 def test_bad_options_and_prompts(tiny_checkpoint, here, words, message):
@@ -622,3 +623,16 @@ def test_a_working_folder_that_is_gone(here, tmp_path, monkeypatch):
     for words in (["generate", "dsv3-mini", "--prompt", "O"], ["doctor"]):
         assert here(*words, code=2) == (
             "", "dsv3: error: the working folder no longer exists. cd to one that does\n")
+
+
+@pytest.mark.parametrize("words, line", [
+    (["train", "--preset", "mini", "--out", ""], "argument --out: an empty name"),
+    (["cast", "dsv3-mini", "", "--to", "bf16"], "argument OUT_DIR: an empty name"),
+    (["inspect", ""], "argument MODEL_DIR: an empty name"),
+    (["train", "--preset", "mini", "--out", "run", "--ranks", "99"],
+     "batch_first: fewer windows in a step than ranks (found 3, expected 99 or more). Start fewer"),
+])
+def test_refused_before_anything_is_made_or_started(here, tmp_path, monkeypatch, words, line):
+    monkeypatch.chdir(tmp_path)
+    out, err = here(*words, code=2)
+    assert not out and line in err and err.count("\n") == 1 and not list(tmp_path.iterdir())

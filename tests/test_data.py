@@ -121,6 +121,17 @@ def test_missing_plays_are_named(tmp_path):
         data.read_plays(tmp_path)
     with pytest.raises(DSV3Error, match="timon-of-athens"):
         data.split({"king-john": ""})
+    for read in (data.read_plays, data.read_modules):
+        with pytest.raises(DSV3Error, match="absent: no such folder"):
+            read(tmp_path / "absent")
+
+
+def test_plays_that_are_no_text_are_named_and_line_ends_are_one(tmp_path):
+    (tmp_path / "a.md").write_bytes("\ufeffROMEO:\r\nWhat?\r".encode())
+    assert data.read_plays(tmp_path) == {"a": "ROMEO:\nWhat?\n"}
+    (tmp_path / "a.md").write_bytes(b"caf\xe9")
+    with pytest.raises(DSV3Error, match="a.md: not a text in UTF-8.*byte 0xe9 at 3"):
+        data.read_plays(tmp_path)
 
 
 def test_scenes_cut_before_headings_and_lose_nothing(plays):

@@ -58,7 +58,8 @@ def read_modules(folder: str | Path | None = None) -> dict[str, str]:
                     continue
                 modules[".".join(parts)] = clean_code(text)
     if not modules:
-        raise DSV3Error("no modules", where=folder, expected="Python files (*.py)")
+        raise DSV3Error("no modules" if folder.is_dir() else "no such folder", where=folder,
+                        expected="Python files (*.py)")
     return dict(sorted(modules.items()))
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from dsv3.data.vocabulary import ASSISTANT, BOS, EOS, USER
 from dsv3.errors import DSV3Error
+from dsv3.files import read_text
 
 # A history, a tragedy and a comedy that share no cast with the other plays.
 HELD_OUT = ("king-john", "timon-of-athens", "two-gentlemen-of-verona")
@@ -60,8 +61,9 @@ def read_plays(folder: str | Path | None = None) -> dict[str, str]:
         folder = Path(next(iter(spec.submodule_search_locations))) / "plays"
     files = sorted(Path(folder).rglob("*.md"), key=lambda file: file.stem)
     if not files:
-        raise DSV3Error("no plays", where=folder, expected="markdown files (*.md)")
-    return {file.stem: clean(file.read_text(encoding="utf-8")) for file in files}
+        raise DSV3Error("no plays" if Path(folder).is_dir() else "no such folder", where=folder,
+                        expected="markdown files (*.md)")
+    return {file.stem: clean(re.sub("\r\n?", "\n", read_text(file))) for file in files}
 
 
 def split(plays: dict[str, str]) -> tuple[list[str], list[str]]:

@@ -136,11 +136,7 @@ class Run:
             raise unwritable(self.out_dir, error) from None
 
     def _check_sizes(self) -> None:
-        for what in ("batch_first", "batch_last", *["extension_batch"] * self._extends):
-            if getattr(self.recipe, what) < self.group.size:
-                raise DSV3Error("fewer windows in a step than ranks", where=what,
-                                found=getattr(self.recipe, what),
-                                expected=f"{self.group.size} or more")
+        self.recipe.check_ranks(self.group.size, self._extends)
         for what, length, most in (
                 ("seq_len", self.recipe.seq_len, self._phase_config(extending=False)
                  .max_position_embeddings),
