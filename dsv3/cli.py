@@ -205,7 +205,7 @@ def _generate(commands) -> None:
     p.add_argument("model", metavar="MODEL_DIR", type=_model, help="a checkpoint in the released "
                    "layout, or a converted one; or dsv3-mini, the small model that comes along")
     source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT", help="a text to continue")
+    source.add_argument("--prompt", metavar="TEXT", type=streams.typed, help="a text to continue")
     source.add_argument("--input-file", metavar="FILE",
                         help="a text file with one prompt a line, a pipe, or - for standard input; "
                         "empty lines are skipped")
@@ -225,7 +225,7 @@ def _generate(commands) -> None:
                    help=f"draw from the K most probable tokens ({own} 0, all)")
     p.add_argument("--top-p", type=float, metavar="P",
                    help=f"draw from the most probable tokens that sum to P ({own} 1, all)")
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT",
+    p.add_argument("--stop", action="append", default=[], type=streams.typed, metavar="TEXT",
                    help="end a text before TEXT; may be given several times")
     p.add_argument("--n", type=_count, default=1, metavar="N",
                    help="samples of each prompt, over one prefill (default: 1)")

@@ -31,7 +31,7 @@ from dsv3.safetensors_io import PARTIAL, PICKLES, remove, write_text
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Small files that belong to a checkpoint and are carried along; none of them is run.
 COMPANIONS = ("*token*", "vocab.json", "merges.txt", "chat_template*", "generation_config.json",
-              "LICENSE*", "*.tiktoken", "*.model")
+              "LICENSE*", "*.tiktoken", "*.model", "additional_chat_templates/*.jinja")
 _CODE = re.compile(r"([A-Za-z_]\w*)\.\w+")
 
 
@@ -44,20 +44,22 @@ def copy_companions(source: Path, target: Path) -> None:
         if (path.name in (CONFIG_FILE, LOCK_FILE)
                 or path.suffix in (*PICKLES, ".safetensors", PARTIAL)):
             continue
-        if not _belongs(path):
+        if not _belongs(path, source):
             warnings.warn(Notice(f"{path}: left out, since it is {_what(path)}"), stacklevel=2)
             continue
         if path.name == TOKENIZER_CONFIG:
             write_text(target / path.name, openable(read_text(path), source))
             continue
-        partial = target / (path.name + PARTIAL)
+        copied = target / path.relative_to(source)
+        partial = copied.with_name(path.name + PARTIAL)
         try:
+            copied.parent.mkdir(exist_ok=True)
             with open_plain(path) as original, open(partial, "wb") as copy:
                 shutil.copyfileobj(original, copy)
-            partial.replace(target / path.name)
+            partial.replace(copied)
         except OSError as error:
             remove(partial)
-            raise unwritable(target / path.name, error) from None
+            raise unwritable(copied, error) from None
 
 
 def openable(text: str, source: Path) -> str:
@@ -73,7 +75,7 @@ def openable(text: str, source: Path) -> str:
     if not isinstance(pointers, dict):
         return text
     kept = {name: value for name, value in pointers.items()
-            if all(file and _belongs(source / file) for file in _code_files(value))}
+            if all(file and _belongs(source / file, source) for file in _code_files(value))}
     if kept == pointers:
         return text
     del data["auto_map"]
@@ -108,16 +110,16 @@ def _code_files(pointer: Any) -> Iterator[str]:
 
 def _what(path: Path) -> str:
     """Why a file does not belong to its folder."""
-    if not path.is_symlink():
-        return "a folder" if path.is_dir() else "not a plain file"
-    return "a link that leads " + ("out of the folder" if path.exists() else "nowhere")
+    if path.is_symlink() and not path.exists():
+        return "a link that leads nowhere"
+    if path.is_symlink() or path.is_file():
+        return "a link that leads out of the folder"
+    return "a folder" if path.is_dir() else "not a plain file"
 
 
-def _belongs(path: Path) -> bool:
-    """Whether a file is a plain one of its folder, or a link of the hub's cache into its blobs."""
-    if not path.is_symlink():
-        return path.is_file()
-    folder, real = path.parent.resolve(), path.resolve()
+def _belongs(path: Path, source: Path) -> bool:
+    """Whether a file is a plain one of ``source``, or a link of the hub's cache into its blobs."""
+    folder, real = source.resolve(), path.resolve()
     blobs = folder.parent.parent / "blobs"
     in_cache = folder.parent.name == "snapshots" and real.parent == blobs.resolve()
-    return real.is_file() and (real.parent == folder or in_cache)
+    return real.is_file() and (real.is_relative_to(folder) or in_cache)

@@ -107,13 +107,21 @@ class CheckpointReader:
             return SINGLE_FILE  # whatever it is: who opens it says so
         names = sorted(p.name for p in self.folder.iterdir() if p.is_file())
         shards = [n for n in names if n.endswith(".safetensors")]
-        found = shards or [n for n in names if n.endswith(PICKLES)] or ["no safetensors file"]
+        found = (shards or [n for n in names if n.endswith((*PICKLES, ".gguf"))]
+                 or ["no safetensors file"])
         fix = None
         if ranks := converted_ranks(self.folder):
             fix = (f"This folder was converted for {ranks} ranks; name the folder that it was "
                    "made from")
+        elif any("adapter" in name for name in shards):
+            fix = "An adapter is no model by itself: merge it into the model that it was made for"
+        elif len(shards) == 1 and "-of-" not in shards[0]:
+            fix = f"If that file holds the whole model, call it {SINGLE_FILE}"
         elif shards:
             fix = "Download the index that belongs to the shards"
+        elif found[0].endswith(".gguf"):
+            fix = ("GGUF is a format of llama.cpp: download the safetensors files of the original "
+                   "checkpoint")
         elif found[0].endswith(PICKLES):
             fix = "These are pickle files, which can run code and are never opened here"
         raise DSV3Error("no checkpoint in this folder", where=self.folder,

@@ -31,6 +31,17 @@ def prepare() -> None:
     sys.stderr = _ready(sys.stderr, _CONTROLS_OF_BARS)
 
 
+def typed(word: str) -> str:
+    """A word of the command line as text. Where the locale knows ASCII only, Python keeps each
+    byte of an é as half a surrogate pair; most terminals send UTF-8 all the same."""
+    if not any("\udc80" <= letter <= "\udcff" for letter in word):
+        return word
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        return word  # the tokenizer says what is wrong with it
+
+
 class Guarded(io.TextIOWrapper):
     """A terminal that shows control characters as marks instead of obeying them."""
 

@@ -342,6 +342,16 @@ def test_nothing_is_printed_before_all_is_checked(tiny_checkpoint, tmp_path, her
     assert output == "" and "cannot draft" in errors and "1 would draft with it" in errors
 
 
+def test_words_in_utf8_where_the_locale_knows_ascii_only(tiny_checkpoint):
+    ascii_only = environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv3", "generate", tiny_checkpoint, "--prompt", "café", "--json",
+         "--max-new-tokens", "1", "--precision", "fp32"], env=ascii_only, capture_output=True,
+        timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["results"][0]["prompt"] == "café"
+
+
 def test_full_output_on_two_ranks(tiny_checkpoint):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")

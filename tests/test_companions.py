@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 
 import pytest
 
@@ -121,3 +122,16 @@ def test_what_cannot_come_along_is_named_and_no_pointer_leads_to_it(source, tmp_
         assert auto_map(tmp_path / "out" / name) is None
 
 
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_further_templates_go_along_if_they_are_of_the_folder(source, tmp_path, job, where):
+    folder = (source if where == "inside" else tmp_path) / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("t")
+    if where == "outside":
+        (source / folder.name).symlink_to(folder)
+    with nullcontext() if where == "inside" else pytest.warns(Notice, match="leads out of the"):
+        JOBS[job](source, tmp_path / "out")
+    copied = tmp_path / "out" / folder.name / "tool_use.jinja"
+    assert copied.read_text() == "t" if where == "inside" else not copied.exists()

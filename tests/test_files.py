@@ -250,3 +250,15 @@ def test_a_single_file_of_weights_that_is_a_pipe_is_named(tmp_path):
 def test_numbers_of_thousands_of_digits_are_no_advice_to_programmers():
     with pytest.raises(ValueError, match="^a number in it has thousands of digits$"):
         parse_json("9" * 5000)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("adapter_model.safetensors", "adapter is no model by itself"),
+    ("consolidated.safetensors", "If that file holds the whole model, call it model.safetensors"),
+    ("model-00001-of-00002.safetensors", "Download the index"),
+    ("model-Q4_K.gguf", "found model-Q4_K.gguf.*format of llama.cpp"),
+])
+def test_what_lies_there_instead_of_a_checkpoint(tmp_path, name, words):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DSV3Error, match=f"no checkpoint in this folder.*{words}"):
+        CheckpointReader(tmp_path)
