@@ -98,8 +98,11 @@ def test_links_of_the_hubs_cache(source, tmp_path):
     for number, path in enumerate(sorted(source.iterdir())):
         path.rename(blobs / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    (tmp_path / "private").write_text("a key")
+    (snapshot / "LICENSE-2").symlink_to(tmp_path / "private")  # in the cache, and no blob of it
     JOBS["cast"](snapshot, tmp_path / "out")
     assert (tmp_path / "out" / "LICENSE").read_text() == "MIT"
+    assert not (tmp_path / "out" / "LICENSE-2").exists()
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     load_model(tmp_path / "out")
 

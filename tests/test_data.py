@@ -1,6 +1,7 @@
 """Plays to text, text to tokens."""
 
 import json
+import resource
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -226,3 +227,15 @@ def test_documents_begin_and_end_and_pack_without_gaps(tokenizer):
     ids = data.pack(tokenizer, documents)
     assert ids.dtype == np.int32 and ids[0] == 0 and ids[-1] == 1
     assert tokenizer.decode(ids, skip_special_tokens=False) == "".join(documents)
+
+
+def test_a_tokenizer_that_does_not_fit_on_the_disk_leaves_nothing_half_written(tmp_path):
+    tokenizer = data.train_tokenizer(["a text of words"], 270)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))  # as a full disk, but for the code
+    try:
+        with pytest.raises(DSV3Error, match="tokenizer.json: cannot be written.*File too large"):
+            data.save_tokenizer(tokenizer, tmp_path, 512)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())

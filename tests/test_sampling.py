@@ -413,6 +413,13 @@ def test_a_damaged_generation_config_gives_one_line(tmp_path, content, message):
         written(tmp_path, content)
 
 
+def test_a_loaded_model_ends_where_its_generation_config_says(tiny_checkpoint, tmp_path):
+    for file in tiny_checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / FILE).write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert load_model(tmp_path, "fp32").eos_ids == (7, 9)
+
+
 def test_sampling_keeps_lists_as_tuples():
     sampling = Sampling(eos_ids=[1, 2], stop="end", banned_ids=torch.tensor([3]))
     assert (sampling.eos_ids, sampling.stop, sampling.banned_ids) == ((1, 2), ("end",), (3,))

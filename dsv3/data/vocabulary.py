@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from dsv3.errors import DSV3Error
+from dsv3.safetensors_io import write_text
 
 # The released tokenizer's names (fullwidth bars, U+2581 for the gaps) and its first three ids.
 BOS = "<｜begin▁of▁sentence｜>"
@@ -71,7 +72,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, max_length: int) ->
     """Write tokenizer.json and tokenizer_config.json, as transformers and dsv3 read them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     save_tokenizer_settings(folder, max_length)
 
 
@@ -81,8 +82,8 @@ def save_tokenizer_settings(folder: Path, max_length: int) -> None:
         "add_bos_token": True, "add_eos_token": False, "bos_token": BOS, "eos_token": EOS,
         "pad_token": PAD, "clean_up_tokenization_spaces": False, "model_max_length": max_length,
         "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / "tokenizer_config.json",
+               json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
