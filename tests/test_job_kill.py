@@ -134,7 +134,8 @@ def test_just_enough_room(stopped, monkeypatch):
     assert RECORD_FILE not in os.listdir(stopped / "out")
 
 
-@pytest.mark.parametrize("how", ["copied over with its times", "other content, its times set back"])
+@pytest.mark.parametrize("how", ["copied over with its times", "other content, its times set back",
+                                 "one value that no sample meets, its times set back"])
 def test_input_that_was_replaced_is_noticed(stopped, how):
     path = stopped / "in" / "model.safetensors"
     old = path.stat()
@@ -145,6 +146,11 @@ def test_input_that_was_replaced_is_noticed(stopped, how):
     os.utime(new, ns=(old.st_atime_ns, old.st_mtime_ns))
     if how.startswith("copied"):
         shutil.copy2(new, path)
+    elif how.startswith("one value"):
+        with open(path, "r+b") as file:
+            file.seek(-10, os.SEEK_END)
+            file.write(b"\x01")
+        os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
     else:
         new.replace(path)
     assert path.stat().st_mtime_ns == old.st_mtime_ns
