@@ -223,6 +223,7 @@ def test_a_text_is_typed_and_one_that_cannot_be_read_is_refused(page, explorer):
 
 def test_the_next_day(page, lab, browser, book, tmp_path):
     """Saved after a run and opened again: still pictures that say how to move them."""
+    page.page.locator(".dsv3-drawing").nth(2).wait_for()  # the run has drawn all three
     page.save()
     again = Notebook(browser, lab, "chapters/widgets.ipynb", height=2400)
     again.page.locator(".jp-OutputArea-output img").nth(2).wait_for()
