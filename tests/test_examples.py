@@ -68,7 +68,8 @@ def place(tmp_path_factory) -> dict[str, str]:
     for name in ("venv", "run"):
         (folder / f".stamp-{name}").write_text(f"{ROOT}\n")
     return {**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT), "VENV": str(folder), "MAKEFLAGS": ""}
+            "PYTHONPATH": str(ROOT), "VENV": str(folder), "MAKEFLAGS": "",
+            "MAKELEVEL": "0"}  # under `make test` too, a line of make comes first
 
 
 def shown(line: str, place: dict[str, str], capfd) -> str:
