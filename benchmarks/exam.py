@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from dsv3 import data
-from dsv3.checkpoint import load_model, save_model
+from dsv3.checkpoint.loading import load_model
+from dsv3.checkpoint.saving import save_model
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.model import Transformer

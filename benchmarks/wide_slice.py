@@ -25,12 +25,12 @@ from pathlib import Path
 
 import torch
 
-from dsv3.cast import cast
+from dsv3.checkpoint.cast import cast
 from dsv3.config import CONFIG_FILE, ModelConfig
-from dsv3.convert import convert
-from dsv3.layout import TensorSpec, layout
-from dsv3.safetensors_io import DTYPES, StreamWriter
-from dsv3.shards import INDEX_FILE, CheckpointReader, index_text
+from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.layout import TensorSpec, layout
+from dsv3.checkpoint.safetensors_io import DTYPES, StreamWriter
+from dsv3.checkpoint.reader import INDEX_FILE, CheckpointReader, index_text
 
 RANKS = 2
 

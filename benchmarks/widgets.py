@@ -23,7 +23,8 @@ from pathlib import Path
 import nbformat
 import torch
 
-from dsv3 import doctor, load_model, load_tokenizer
+from dsv3 import load_model, load_tokenizer
+from dsv3.commands import doctor
 from dsv3.viz.widgets import (KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer,
                               balance)
 

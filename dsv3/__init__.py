@@ -9,9 +9,9 @@ The public face is five names; everything else is reached through its own module
     ids = generate(model, [tokenizer.encode("To be, or not to be")], max_new_tokens=32)
     print(tokenizer.decode(ids[0]))
 
-Under ``generate`` lie ``dsv3.generate.stream``, an iterator of tokens with their texts, and
-``complete``, with the full account; what may be asked of all three stands in
-``dsv3.sampling.Sampling``. The weights of a loaded model ask for no gradients.
+Beside ``generate`` stand ``dsv3.generation.loop.stream``, an iterator of tokens with their texts,
+and ``complete``, with the full account; what may be asked of all three stands in
+``dsv3.generation.sampling.Sampling``. The weights of a loaded model ask for no gradients.
 
 Shapes stand beside the tensors: ``Float[Tensor, "b s d"]`` is a tensor of floating-point numbers
 with three dimensions, and within one signature a name means one size. The names, everywhere:
@@ -34,19 +34,17 @@ before torch.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from dsv3.machine import wait_passively
 
 if TYPE_CHECKING:  # what an editor or a type checker reads
-    from dsv3.checkpoint import load_model
+    from dsv3.checkpoint.loading import load_model
     from dsv3.config import ModelConfig
-    from dsv3.generate import generate
+    from dsv3.generation.loop import generate
     from dsv3.model import Transformer
-    from dsv3.tokenizer import load_tokenizer
+    from dsv3.generation.tokenizer import load_tokenizer
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 __all__ = ["ModelConfig", "Transformer", "load_model", "load_tokenizer", "generate"]
@@ -56,9 +54,9 @@ wait_passively()
 _HOME = {
     "ModelConfig": "dsv3.config",
     "Transformer": "dsv3.model",
-    "load_model": "dsv3.checkpoint",
-    "load_tokenizer": "dsv3.tokenizer",
-    "generate": "dsv3.generate",
+    "load_model": "dsv3.checkpoint.loading",
+    "load_tokenizer": "dsv3.generation.tokenizer",
+    "generate": "dsv3.generation.loop",
 }
 
 
@@ -70,19 +68,3 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """This module's class. It keeps ``dsv3.generate`` the function.
-
-    When Python has imported a submodule it binds it to the package under its own name: without
-    this, ``from dsv3 import generate`` would give the function or the module, depending on what
-    was imported before.
-    """
-
-    def __setattr__(self, name: str, value) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

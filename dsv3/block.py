@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
 from dsv3.layers import RMSNorm, SwiGLU
-from dsv3.mla import MLA, LatentCache, Step
+from dsv3.cache import LatentCache, Step
+from dsv3.mla import MLA
 from dsv3.moe import MoE
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision

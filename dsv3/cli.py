@@ -18,7 +18,8 @@ import warnings
 from typing import NoReturn
 from collections.abc import Callable, Sequence
 
-from dsv3 import __version__, streams
+from dsv3 import __version__
+from dsv3.commands import streams
 from dsv3.errors import DSV3Error, Notice, shown
 from dsv3.machine import check_threads
 from dsv3.parallel.rank import (
@@ -196,7 +197,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def _generate(commands) -> None:
     def run(args, arguments):
-        from dsv3.generate_command import run
+        from dsv3.commands.generate import run
 
         return run(args, arguments)
 
@@ -241,7 +242,7 @@ def _generate(commands) -> None:
 
 def _convert(commands) -> None:
     def run(args, _):
-        from dsv3.convert import convert
+        from dsv3.checkpoint.convert import convert
 
         plan = convert(args.source, args.target, tp=args.tp, dry_run=args.dry_run,
                        progress=not args.dry_run)
@@ -256,7 +257,7 @@ def _convert(commands) -> None:
 
 def _cast(commands) -> None:
     def run(args, _):
-        from dsv3.cast import cast
+        from dsv3.checkpoint.cast import cast
 
         plan = cast(args.source, args.target, to=args.to, scale_fmt=args.scale_fmt,
                     dry_run=args.dry_run, progress=not args.dry_run)
@@ -274,7 +275,7 @@ def _cast(commands) -> None:
 def _show_plan(plan: dict, dry_run: bool) -> int:
     """The plan of a dry run; a real run has shown its progress."""
     if dry_run:
-        from dsv3.jobs import plan_text
+        from dsv3.checkpoint.jobs import plan_text
 
         print(plan_text(plan))
     return 0
@@ -284,7 +285,7 @@ def _inspect(commands) -> None:
     from dsv3.config import PRESETS
 
     def run(args, _):
-        from dsv3.inspect import inspect
+        from dsv3.checkpoint.inspect import inspect
 
         inspect(args.model, preset=args.preset, ranks=args.tp, as_json=args.json)
         return 0
@@ -301,7 +302,7 @@ def _inspect(commands) -> None:
 
 def _diff(commands) -> None:
     def run(args, _):
-        from dsv3.diff import diff
+        from dsv3.commands.diff import diff
 
         return diff(args.model)
 
@@ -372,7 +373,7 @@ def _train(commands) -> None:
 
 def _bench(commands) -> None:
     def run(args, _):
-        from dsv3.bench import bench
+        from dsv3.commands.bench import bench
 
         return bench(args.suite, as_json=args.json, minutes=args.minutes)
 
@@ -385,7 +386,7 @@ def _bench(commands) -> None:
 
 def _doctor(commands) -> None:
     def run(args, _):
-        from dsv3.doctor import doctor
+        from dsv3.commands.doctor import doctor
 
         return doctor()
 

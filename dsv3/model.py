@@ -21,7 +21,7 @@ from dsv3.block import Block
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.layers import Embedding, Head, RMSNorm
-from dsv3.mla import LatentCache, Step, check_is_cache
+from dsv3.cache import LatentCache, Step, check_is_cache
 from dsv3.moe import Experts, Router
 from dsv3.mtp import MTPModule
 from dsv3.parallel.tensor import TensorGroup

@@ -23,7 +23,7 @@ from torch import Tensor
 from dsv3.block import Block
 from dsv3.config import ModelConfig
 from dsv3.layers import Linear, RMSNorm
-from dsv3.mla import LatentCache, Step
+from dsv3.cache import LatentCache, Step
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 

@@ -9,8 +9,8 @@ import torch
 
 # Modules whose annotations say the shapes of tensors. Every test run checks them at every call:
 # the hook rewrites these modules when they are imported, so it must come before any of dsv3.
-SHAPED = ["dsv3.rope", "dsv3.precision", "dsv3.layers", "dsv3.attention", "dsv3.mla", "dsv3.moe",
-          "dsv3.block", "dsv3.mtp", "dsv3.model", "dsv3.sampling", "dsv3.fp8", "dsv3.data",
+SHAPED = ["dsv3.rope", "dsv3.precision", "dsv3.layers", "dsv3.attention", "dsv3.cache", "dsv3.mla", "dsv3.moe",
+          "dsv3.block", "dsv3.mtp", "dsv3.model", "dsv3.generation.sampling", "dsv3.fp8", "dsv3.data",
           "dsv3.training", "dsv3.book.held_out", "dsv3.viz.widgets"]
 jaxtyping.install_import_hook(SHAPED, "annotations.check")
 
@@ -36,7 +36,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     Every mechanism of the large model is in it, sizes cut over 1 and 2 ranks, and its embedding
     has 84 rows that are no tokens.
     """
-    from dsv3.checkpoint import save_model
+    from dsv3.checkpoint.saving import save_model
     from dsv3.config import ModelConfig
     from dsv3.data import save_tokenizer, train_tokenizer
     from dsv3.model import Transformer

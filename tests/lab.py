@@ -25,7 +25,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Locator, sync_playwright
 
-from dsv3 import doctor
+from dsv3.commands import doctor
 
 # No update checks, no first-run pages: nothing is asked of the network.
 FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

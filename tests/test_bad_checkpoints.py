@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import random_tensors, tiny_config, write_checkpoint
-from dsv3.cast import cast
-from dsv3.checkpoint import load_model
+from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.loading import load_model
 from dsv3.config import QuantizationConfig
-from dsv3.convert import convert
+from dsv3.checkpoint.convert import convert
 from dsv3.errors import DSV3Error
-from dsv3.inspect import report
+from dsv3.checkpoint.inspect import report
 
 DOORS = {
     "load": lambda folder, out: load_model(folder),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv3 import bench
+from dsv3.commands import bench
 from dsv3.errors import DSV3Error
 
 

@@ -20,7 +20,7 @@ from dsv3.book.notebook import run
 from dsv3.book.ready import NotReady
 from dsv3.book.saved import clean, keep_clean, reset
 from dsv3.errors import DSV3Error
-from dsv3.layout import TABLE
+from dsv3.checkpoint.layout import TABLE
 from dsv3.moe import Router
 from dsv3.precision import Precision
 from dsv3.rope import rotate

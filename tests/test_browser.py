@@ -15,7 +15,8 @@ import nbformat
 import pytest
 from lab import JupyterLab, Notebook, open_browser
 
-from dsv3 import doctor, load_model, load_tokenizer
+from dsv3 import load_model, load_tokenizer
+from dsv3.commands import doctor
 from dsv3.book.saved import clean
 from dsv3.viz.scene import Scene, Text
 from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer

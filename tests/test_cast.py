@@ -12,12 +12,12 @@ from safetensors import safe_open
 
 from checkpoints import (quantize_naive, random_tensors, read_folder, released_shapes, same_bits,
                          tiny_config, write_checkpoint)
-from dsv3.cast import cast
-from dsv3.checkpoint import load_model
+from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.loading import load_model
 from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.errors import DSV3Error
-from dsv3.jobs import RECORD_FILE
-from dsv3.safetensors_io import StreamWriter
+from dsv3.checkpoint.jobs import RECORD_FILE
+from dsv3.checkpoint.safetensors_io import StreamWriter
 
 UE8M0 = QuantizationConfig(scale_fmt="ue8m0")
 INDEX = "model.safetensors.index.json"
@@ -75,7 +75,7 @@ def test_bands_do_not_show(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "in", tiny_config())
     whole = run(tmp_path / "in", tmp_path / "whole")
     back = run(tmp_path / "whole", tmp_path / "back", "fp8")
-    monkeypatch.setattr("dsv3.safetensors_io.PIECE", 1000)
+    monkeypatch.setattr("dsv3.checkpoint.safetensors_io.PIECE", 1000)
     pieces = run(tmp_path / "in", tmp_path / "pieces")
     pieces_back = run(tmp_path / "pieces", tmp_path / "pieces_back", "fp8")
     assert all(same_bits(pieces[n], whole[n]) for n in whole)
@@ -219,8 +219,8 @@ def test_resume(tmp_path, monkeypatch, to):
 MEMORY = """
 import sys, threading, time
 import torch
-from dsv3.cast import cast
-from dsv3.convert import convert
+from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.convert import convert
 
 def anonymous():
     with open("/proc/self/status") as status:

@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import read_folder, released_shapes, same_bits, tiny_config, write_checkpoint
-from dsv3.checkpoint import load_model, save_model
+from dsv3.checkpoint.loading import load_model
+from dsv3.checkpoint.saving import save_model
 from dsv3.config import QuantizationConfig
 from dsv3.errors import DSV3Error
-from dsv3.layout import layout
+from dsv3.checkpoint.layout import layout
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.safetensors_io import SafetensorsFile
+from dsv3.checkpoint.safetensors_io import SafetensorsFile
 
 
 def dequantized(tensors, name):

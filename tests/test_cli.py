@@ -22,11 +22,12 @@ from pathlib import Path
 
 import pytest
 
-from dsv3 import cli, doctor
-from dsv3.checkpoint import load_model
+from dsv3 import cli
+from dsv3.commands import doctor
+from dsv3.checkpoint.loading import load_model
 from dsv3.errors import DSV3Error
-from dsv3.generate import generate
-from dsv3.tokenizer import load_tokenizer
+from dsv3.generation.loop import generate
+from dsv3.generation.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 120  # seconds; reached only when something hangs

@@ -7,9 +7,10 @@ from contextlib import nullcontext
 import pytest
 
 from checkpoints import tiny_config, write_checkpoint
-from dsv3.cast import cast
-from dsv3.checkpoint import load_model, save_model
-from dsv3.convert import convert
+from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.loading import load_model
+from dsv3.checkpoint.saving import save_model
+from dsv3.checkpoint.convert import convert
 from dsv3.errors import Notice
 from dsv3.model import Transformer
 

@@ -288,7 +288,7 @@ def test_no_file(tmp_path):
 def test_the_mini_model_has_every_mechanism():
     """What the shipped model must have: one shared and 16 routed experts in 4 groups, MTP,
     a ragged FP8 block in wkv_a, and cuts at block boundaries over 2 ranks."""
-    from dsv3.layout import check_sharding
+    from dsv3.checkpoint.layout import check_sharding
     config = ModelConfig.mini()
     assert config.n_shared_experts == 1 and config.n_routed_experts >= 16
     assert config.n_group == 4 and config.num_nextn_predict_layers == 1

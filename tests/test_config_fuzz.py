@@ -11,7 +11,7 @@ from dsv3 import ModelConfig
 from dsv3.config import QuantizationConfig, YarnScaling
 from dsv3.costs import break_even_queries, expected_groups
 from dsv3.errors import DSV3Error
-from dsv3.layout import layout, valid_sizes
+from dsv3.checkpoint.layout import layout, valid_sizes
 from dsv3.rope import inverse_frequencies, rotation_scale, softmax_scale
 from fuzz import bytes_of, json_of, survives
 from test_config import GLM, KIMI_K2, RELEASED

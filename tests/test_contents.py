@@ -8,11 +8,11 @@ import torch
 
 from checkpoints import (quantize_naive, random_tensors, read_folder, released_shapes, same_bits,
                          tiny_config, write_checkpoint)
-from dsv3.cast import cast
-from dsv3.checkpoint import load_model
-from dsv3.convert import convert
+from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.loading import load_model
+from dsv3.checkpoint.convert import convert
 from dsv3.errors import DSV3Error, Notice
-from dsv3.inspect import report
+from dsv3.checkpoint.inspect import report
 from dsv3.parallel.tensor import TensorGroup
 from test_checkpoint import dequantized
 

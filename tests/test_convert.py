@@ -13,15 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoints import same_bits, tiny_config, write_checkpoint
-from dsv3.checkpoint import load_model
+from dsv3.checkpoint.loading import load_model
 from dsv3.config import QuantizationConfig
-from dsv3.convert import convert
+from dsv3.checkpoint.convert import convert
 from dsv3.errors import DSV3Error
-from dsv3.folder import LOCK_FILE
-from dsv3.jobs import RECORD_FILE
+from dsv3.checkpoint.folder import LOCK_FILE
+from dsv3.checkpoint.jobs import RECORD_FILE
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.safetensors_io import StreamWriter
-from dsv3.shards import converted_ranks
+from dsv3.checkpoint.safetensors_io import StreamWriter
+from dsv3.checkpoint.reader import converted_ranks
 
 # released word -> (short word, dimension that is cut)
 RULE = {
@@ -172,9 +172,9 @@ def test_output_folder_in_use(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from dsv3.convert import convert
-from dsv3.safetensors_io import StreamWriter
-from dsv3.shards import converted_ranks
+from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.safetensors_io import StreamWriter
+from dsv3.checkpoint.reader import converted_ranks
 
 write = StreamWriter.write
 def deadly(self, name, value, first_row=0):

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3 import ModelConfig, costs
-from dsv3.mla import LatentCache, Step
+from dsv3.cache import LatentCache, Step
 from dsv3.model import Transformer
 
 LARGE = ModelConfig.deepseek_v3()

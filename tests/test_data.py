@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from dsv3 import data
 from dsv3.errors import DSV3Error
-from dsv3.tokenizer import load_tokenizer
+from dsv3.generation.tokenizer import load_tokenizer
 
 MARKDOWN = """# King Nobody
 

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
-from dsv3 import diff as diff_module
-from dsv3.checkpoint import load_model, save_model
+from dsv3.commands import diff as diff_module
+from dsv3.checkpoint.loading import load_model
+from dsv3.checkpoint.saving import save_model
 from dsv3.config import ModelConfig, QuantizationConfig, YarnScaling
-from dsv3.diff import TheirModel, compare, diff
+from dsv3.commands.diff import TheirModel, compare, diff
 from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES
 from dsv3.model import Transformer

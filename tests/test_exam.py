@@ -13,7 +13,7 @@ from training_cases import ROUTERS, TINY, window
 
 from dsv3 import data
 from dsv3.errors import DSV3Error
-from dsv3.generate import Generation
+from dsv3.generation.loop import Generation
 from dsv3.model import Transformer
 from dsv3.training import exam, needle, routing
 from dsv3.training.balance import RouterWatch, max_violation

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from checkpoints import random_tensors, tiny_config, write_checkpoint
-from dsv3.cast import cast
-from dsv3.checkpoint import load_model
+from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.loading import load_model
 from dsv3.config import ModelConfig, YarnScaling
-from dsv3.convert import convert
+from dsv3.checkpoint.convert import convert
 from dsv3.families import FAMILIES, FIXED, spell, translate
 from test_config import GLM, KIMI_K2, MOONLIGHT
 

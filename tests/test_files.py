@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 import fuzz
 from checkpoints import random_tensors, tiny_config, write_checkpoint
-from dsv3.cast import cast
-from dsv3.checkpoint import load_model
+from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.loading import load_model
 from dsv3.errors import DSV3Error, shown
 from dsv3.files import no_duplicates, open_plain, parse_json, read_json, read_text
-from dsv3.safetensors_io import SafetensorsFile
-from dsv3.shards import CheckpointReader, read_index
-from dsv3.tokenizer import load_tokenizer
+from dsv3.checkpoint.safetensors_io import SafetensorsFile
+from dsv3.checkpoint.reader import CheckpointReader, read_index
+from dsv3.generation.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 INDEX = "model.safetensors.index.json"
@@ -146,7 +146,7 @@ def test_the_plan_of_a_job_shows_names_harmlessly(tmp_path, capsys):
 MEMORY = """
 import resource, sys
 from dsv3.errors import DSV3Error
-from dsv3.safetensors_io import SafetensorsFile
+from dsv3.checkpoint.safetensors_io import SafetensorsFile
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     SafetensorsFile(sys.argv[1])

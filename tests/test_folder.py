@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 
 from checkpoints import tiny_config, write_checkpoint
-from dsv3.cast import cast
-from dsv3.checkpoint import save_model
-from dsv3.convert import convert
+from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.saving import save_model
+from dsv3.checkpoint.convert import convert
 from dsv3.errors import DSV3Error
-from dsv3.folder import LOCK_FILE, claim
+from dsv3.checkpoint.folder import LOCK_FILE, claim
 from dsv3.model import Transformer
 
 ROOT = Path(__file__).parent.parent
 HOLDER = """
 import sys, time
-from dsv3.folder import claim
+from dsv3.checkpoint.folder import claim
 with claim(sys.argv[1], "holding still"):
     print("held", flush=True)
     time.sleep(60)

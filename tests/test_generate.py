@@ -15,11 +15,11 @@ import torch
 
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
-from dsv3.generate import complete, generate, prefill, stream
+from dsv3.generation.loop import complete, generate, prefill, stream
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.sampling import Sampling, draw, probabilities, row_generators, sample
-from dsv3.session import Session
+from dsv3.generation.sampling import Sampling, draw, probabilities, row_generators, sample
+from dsv3.generation.session import Session
 
 VOCAB, CONTEXT = 50, 64
 

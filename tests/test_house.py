@@ -5,22 +5,22 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "dsv3"
 
-# From the ground up; a module may import from lower floors and from its own folder.
+# From the ground up; a module may import from lower floors and from its own room.
 FLOORS = [
-    ["errors", "streams", "template_worker"],
-    ["families", "backward", "files", "machine", "prompts", "shipped", "template"],
-    ["config", "folder", "foreign_tokenizers", "kernels", "doctor"],
-    ["costs", "layout", "rope", "fp8", "parallel", "safetensors_io", "tokenizer"],
-    ["companions", "data", "generation_config", "precision", "recompute", "sampling", "shards",
-     "terminal"],
-    ["contents", "layers", "jobs", "stops"],
-    ["attention", "mla", "moe", "rows", "convert", "cast"],
-    ["block", "placement", "speculative"],
-    ["mtp", "generate"],
-    ["model", "session"],
-    ["checkpoint", "inspect"],
-    ["training", "diff", "bench", "talk"],
-    ["generate_command"],
+    ["errors"],
+    ["families", "backward", "files", "machine", "shipped"],
+    ["config", "kernels"],
+    ["costs", "rope", "fp8", "parallel"],
+    ["cache", "precision", "recompute"],
+    ["layers"],
+    ["attention", "mla", "moe"],
+    ["block", "placement"],
+    ["mtp"],
+    ["model"],
+    ["checkpoint"],
+    ["generation", "data"],
+    ["training"],
+    ["commands"],
     ["viz"],
     ["book"],
     ["cli"],
@@ -36,7 +36,7 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0:
             found.add(node.module)
-            if node.module in ("dsv3", "dsv3.parallel"):
+            if (PACKAGE.parent / node.module.replace(".", "/")).is_dir():
                 found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -63,7 +63,8 @@ def test_every_module_has_a_floor_and_stands_on_lower_ones():
 def test_only_figures_import_figure_libraries():
     for path in PACKAGE.rglob("*.py"):
         used = {name.split(".")[0] for name in imports(path)} & HEAVY
-        assert not used or room(path) in ("viz", "book", "doctor"), f"{path.name} imports {used}"
+        assert not used or room(path) in ("viz", "book") or path.stem == "doctor", (
+            f"{path.name} imports {used}")
 
 
 def test_modules_fit_in_a_head():

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 from checkpoints import released_shapes, tiny_config, write_checkpoint
 from dsv3.config import ModelConfig, QuantizationConfig
-from dsv3.convert import convert
+from dsv3.checkpoint.convert import convert
 from dsv3.errors import DSV3Error
-from dsv3.inspect import (activated_parameters, cache_bytes_per_token, inspect, memory_per_rank,
+from dsv3.checkpoint.inspect import (activated_parameters, cache_bytes_per_token, inspect, memory_per_rank,
                           report, table)
 from dsv3.model import Transformer
 

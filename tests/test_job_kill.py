@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 
 from checkpoints import random_tensors, tiny_config, write_checkpoint
-from dsv3.convert import convert
+from dsv3.checkpoint.convert import convert
 from dsv3.errors import DSV3Error
-from dsv3.folder import LOCK_FILE
-from dsv3.jobs import RECORD_FILE
-from dsv3.safetensors_io import PARTIAL, StreamWriter
+from dsv3.checkpoint.folder import LOCK_FILE
+from dsv3.checkpoint.jobs import RECORD_FILE
+from dsv3.checkpoint.safetensors_io import PARTIAL, StreamWriter
 
 # A process that forks for every life, so that torch is imported once. Prints the number of lives.
 KILLER = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-from dsv3.cast import cast
-from dsv3.convert import convert
+from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.convert import convert
 source, out, task, fresh = sys.argv[1:]
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
@@ -112,7 +112,7 @@ def stopped(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(StreamWriter, "write", killed)
-        patch.setattr("dsv3.safetensors_io.remove", lambda path: None)  # a kill cleans nothing up
+        patch.setattr("dsv3.checkpoint.safetensors_io.remove", lambda path: None)  # a kill cleans nothing up
         convert(tmp_path / "in", tmp_path / "out", 2, progress=False)
     assert (tmp_path / "out" / ("model1-mp2.safetensors" + PARTIAL)).stat().st_blocks > 0
     return tmp_path
@@ -172,8 +172,8 @@ def test_replaced_input_is_noticed_by_its_content_where_no_time_tells(stopped, m
         def __getattr__(self, name):
             return 0 if name.endswith("time_ns") else getattr(self.real, name)
 
-    monkeypatch.setattr("dsv3.safetensors_io.os.fstat", Timeless)
-    from dsv3.safetensors_io import SafetensorsFile
+    monkeypatch.setattr("dsv3.checkpoint.safetensors_io.os.fstat", Timeless)
+    from dsv3.checkpoint.safetensors_io import SafetensorsFile
     with SafetensorsFile(stopped / "in" / "model.safetensors") as file:
         first = file.fingerprint()
     write_checkpoint(stopped / "other", tiny_config(), random_tensors(tiny_config(), seed=1),

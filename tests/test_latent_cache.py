@@ -6,7 +6,8 @@ import torch
 
 from dsv3 import ModelConfig, costs
 from dsv3.fp8 import quantize_activation
-from dsv3.mla import MLA, Step
+from dsv3.cache import Step
+from dsv3.mla import MLA
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 

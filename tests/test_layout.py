@@ -7,7 +7,7 @@ import pytest
 from checkpoints import released_shapes, tiny_config
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
-from dsv3.layout import TABLE, check_sharding, layout, valid_sizes
+from dsv3.checkpoint.layout import TABLE, check_sharding, layout, valid_sizes
 
 
 @pytest.fixture(scope="module")

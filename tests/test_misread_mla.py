@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsv3 import ModelConfig, costs
 from dsv3.book import mutated
 from dsv3.config import YarnScaling
-from dsv3.mla import MLA, LatentCache, LatentUpProjection, Step
+from dsv3.cache import LatentCache, Step
+from dsv3.mla import MLA, LatentUpProjection
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 from dsv3.rope import inverse_frequencies

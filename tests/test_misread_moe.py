@@ -17,7 +17,7 @@ from training_cases import ROUTERS, TINY, window
 from dsv3 import ModelConfig, load_model, load_tokenizer
 from dsv3.book import held_out, mutated
 from dsv3.config import QuantizationConfig
-from dsv3.layout import layout
+from dsv3.checkpoint.layout import layout
 from dsv3.model import Transformer
 from dsv3.moe import Experts, MoE, Router
 from dsv3.training import balance, objective

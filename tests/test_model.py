@@ -8,7 +8,7 @@ import torch
 from dsv3 import ModelConfig, Transformer
 from dsv3.config import YarnScaling
 from dsv3.errors import DSV3Error
-from dsv3.mla import LatentCache, Step
+from dsv3.cache import LatentCache, Step
 from dsv3.moe import MoE, Router
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision

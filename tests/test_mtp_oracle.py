@@ -10,9 +10,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv3.checkpoint import load_model
+from dsv3.checkpoint.loading import load_model
 from dsv3.config import YarnScaling
-from dsv3.generate import complete
+from dsv3.generation.loop import complete
 
 from test_diff import CONFIG as BASE
 from test_diff import save_random

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dsv3 import ModelConfig, load_model
-from dsv3.generate import generate
+from dsv3.generation.loop import generate
 
 transformers = pytest.importorskip("transformers")
 
@@ -229,7 +229,7 @@ def test_every_ramp_is_transformers(original, betas, dim, theta):
 def test_transformers_reads_a_family_that_we_write(tmp_path, case):
     """save_model keeps the published name; and transformers' own class loads the folder. It does
     not know the name kimi_k2, so there it is told deepseek_v3, as Kimi K2's card says."""
-    from dsv3.checkpoint import save_model
+    from dsv3.checkpoint.saving import save_model
     _, ours = random_pair(tmp_path / "theirs", CASES[case])
     save_model(ours, tmp_path / "ours")
     fields = json.loads((tmp_path / "ours" / "config.json").read_text())

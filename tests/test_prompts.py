@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.errors import DSV3Error
-from dsv3.prompts import read_prompts
+from dsv3.generation.prompts import read_prompts
 
 ROOT = Path(__file__).parents[1]
 # Ten characters at which Python's splitlines cuts, less the line feed itself.
@@ -85,7 +85,7 @@ def test_closed_streams():
     assert shell("$DSV3 swim <&- >&- 2>&-")[0] == 2
 
 
-SAY = f"{sys.executable} -c \"from dsv3 import streams; import sys; streams.prepare(); " \
+SAY = f"{sys.executable} -c \"from dsv3.commands import streams; import sys; streams.prepare(); " \
       "print('caf\u00e9 \\x1b[2J\\ttab\\r'); print('bar\\r\\x9b2J', file=sys.stderr)\""
 
 

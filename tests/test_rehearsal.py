@@ -9,7 +9,7 @@ from safetensors import safe_open
 from benchmarks import sparse_671b, wide_slice
 from checkpoints import tiny_config
 from dsv3.config import ModelConfig
-from dsv3.inspect import report
+from dsv3.checkpoint.inspect import report
 from dsv3.parallel.tensor import TensorGroup
 
 

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoints import same_bits
-from dsv3 import safetensors_io
+from dsv3.checkpoint.loading import safetensors_io
 from dsv3.errors import DSV3Error
-from dsv3.safetensors_io import DTYPE_NAMES, DTYPES, SafetensorsFile, StreamWriter, write_text
-from dsv3.shards import CheckpointReader
+from dsv3.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, SafetensorsFile, StreamWriter, write_text
+from dsv3.checkpoint.reader import CheckpointReader
 
 
 def of_every_dtype() -> dict[str, torch.Tensor]:

@@ -15,13 +15,13 @@ import torch
 from ranks import run_ranks
 
 from dsv3 import ModelConfig, Transformer, generate, load_model, load_tokenizer
-from dsv3.checkpoint import save_model
+from dsv3.checkpoint.saving import save_model
 from dsv3.errors import DSV3Error
-from dsv3.generate import complete, stream
-from dsv3.generation_config import FILE, GenerationConfig
-from dsv3.sampling import Choice, Sampling, probabilities
-from dsv3.session import Session
-from dsv3.stops import RowText
+from dsv3.generation.loop import complete, stream
+from dsv3.checkpoint.generation_config import FILE, GenerationConfig
+from dsv3.generation.sampling import Choice, Sampling, probabilities
+from dsv3.generation.session import Session
+from dsv3.generation.stops import RowText
 
 CONFIG = ModelConfig.mini().but(vocab_size=96, hidden_size=64, intermediate_size=96,
                                 moe_intermediate_size=32, num_hidden_layers=2, n_routed_experts=8,

@@ -104,8 +104,9 @@ def test_readme_says_where_to_find_every_module():
     table = part[part.index("\n| | modules of `dsv3/` |\n") + 1:].partition("\n")[2]
     named = set(re.findall(r"`([a-z0-9_]+(?:\.py|/))`", table))
     package = ROOT / "dsv3"
-    there = {file.name for folder in (package, package / "parallel") for file in folder.glob("*.py")
-             if not file.name.startswith("__")}
+    opened = ("checkpoint", "generation", "commands", "parallel")
+    there = {file.name for folder in (package, *map(package.joinpath, opened))
+             for file in folder.glob("*.py") if not file.name.startswith("__")}
     there |= {f"{file.parent.name}/" for file in package.glob("*/__init__.py")}
     assert named == there
 
@@ -263,7 +264,7 @@ def test_the_public_face_needs_no_optional_package():
 
 
 def test_generate_is_the_function_whatever_was_imported_before():
-    assert python("import dsv3.generate\nfrom dsv3 import generate\n"
+    assert python("import dsv3.generation.loop\nfrom dsv3 import generate\n"
                   "print(type(generate).__name__)") == "function"
 
 

@@ -17,7 +17,7 @@ from conftest import SHAPED
 from dsv3.config import ModelConfig
 from dsv3.fp8 import QuantizedTensor
 from dsv3.layers import RMSNorm
-from dsv3.mla import Step
+from dsv3.cache import Step
 from dsv3.moe import Router
 from dsv3.precision import Precision
 from dsv3.rope import rotate

@@ -16,10 +16,10 @@ from ranks import run_ranks
 from tokenizers import Tokenizer
 
 from dsv3 import ModelConfig, data, load_model, load_tokenizer
-from dsv3.cast import cast
-from dsv3.generate import complete
-from dsv3.inspect import held_bytes, report
-from dsv3.layout import layout
+from dsv3.checkpoint.cast import cast
+from dsv3.generation.loop import complete
+from dsv3.checkpoint.inspect import held_bytes, report
+from dsv3.checkpoint.layout import layout
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.training import exam
 from dsv3.training.needle import loss_by_position

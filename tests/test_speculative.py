@@ -14,15 +14,16 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from dsv3 import speculative
-from dsv3.checkpoint import load_model, save_model
+from dsv3.generation import speculative
+from dsv3.checkpoint.loading import load_model
+from dsv3.checkpoint.saving import save_model
 from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.errors import DSV3Error
-from dsv3.generate import complete
+from dsv3.generation.loop import complete
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.sampling import draw, probabilities
-from dsv3.session import Session
+from dsv3.generation.sampling import draw, probabilities
+from dsv3.generation.session import Session
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,

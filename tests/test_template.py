@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.errors import DSV3Error
-from dsv3.template import Renderer, choose, template_messages
+from dsv3.generation.template import Renderer, choose, template_messages
 
 TOOLS = [{"type": "function", "function": {
     "name": "weather", "description": "Of <a> city & more", "parameters": {
@@ -165,7 +165,7 @@ def test_a_worker_that_was_killed_is_started_again(renderer):
 @pytest.mark.parametrize("template", ["a", "{{ 2 ** 99999999999 }}"])
 def test_no_worker_outlives_its_parent(template):
     """Neither one that waits nor one that computes, when the parent is killed."""
-    code = ("import sys; from dsv3.template import Renderer; r = Renderer(seconds=2); "
+    code = ("import sys; from dsv3.generation.template import Renderer; r = Renderer(seconds=2); "
             "r.render('a', {}, 'x'); print(r._process.pid, flush=True); "
             f"r.render({template!r}, {{}}, 'x'); sys.stdin.read()")
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,

@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 
 from dsv3 import ModelConfig, Transformer, load_model
-from dsv3.checkpoint import save_model
+from dsv3.checkpoint.saving import save_model
 from dsv3.config import QuantizationConfig, YarnScaling
 from dsv3.errors import DSV3Error
 from dsv3.parallel.tensor import TensorGroup

@@ -19,9 +19,9 @@ import fuzz
 import pytest
 
 from dsv3.errors import DSV3Error
-from dsv3.sampling import Choice
-from dsv3.stops import RowText
-from dsv3.tokenizer import Tokenizer, load_tokenizer
+from dsv3.generation.sampling import Choice
+from dsv3.generation.stops import RowText
+from dsv3.generation.tokenizer import Tokenizer, load_tokenizer
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"

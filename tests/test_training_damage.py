@@ -15,7 +15,7 @@ from training_cases import RECIPE, TINY, little_text, write_texts
 
 from dsv3 import data
 from dsv3.errors import DSV3Error
-from dsv3.folder import claim
+from dsv3.checkpoint.folder import claim
 from dsv3.training import LOG_FILE, Recipe, Run, train, usual_precision
 from dsv3.training.state import digest, latest_state, remove_old
 

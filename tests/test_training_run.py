@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 from training_cases import POSITIONS, RECIPE, ROUTERS, TINY, little_text, window, write_texts
 
-from dsv3.checkpoint import load_model
+from dsv3.checkpoint.loading import load_model
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.model import Transformer

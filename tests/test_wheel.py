@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3 import doctor
+from dsv3.commands import doctor
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.shipped import model_folder

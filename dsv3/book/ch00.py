@@ -8,7 +8,7 @@ import torch
 
 from dsv3.book.exercise import Verdict, judge, judge_statements, judge_value
 from dsv3.config import ModelConfig
-from dsv3.layout import layout
+from dsv3.checkpoint.layout import layout
 
 
 def active_share(answer: float | None) -> Verdict:
@@ -112,4 +112,4 @@ def released_name(answer: Callable) -> Verdict:
         "mlp, not ffn, in released files": lambda name: names[name].replace(".mlp.", ".ffn."),
         "wkv_a is kv_a_proj_with_mqa in released files, not kv_a_proj":
             lambda name: names[name].replace("_with_mqa", ""),
-    }, praise="all 12 names; dsv3/layout.py holds the whole table")
+    }, praise="all 12 names; dsv3/checkpoint/layout.py holds the whole table")

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3.book.exercise import Verdict, judge, judge_statements, judge_value
 from dsv3.book.probe import attention_inputs, effective_rank
-from dsv3.checkpoint import load_model
-from dsv3.mla import Step
+from dsv3.checkpoint.loading import load_model
+from dsv3.cache import Step
 from dsv3.rope import rotate, rotations
-from dsv3.tokenizer import load_tokenizer
+from dsv3.generation.tokenizer import load_tokenizer
 
 
 def cache_bytes(answer: float | None) -> Verdict:

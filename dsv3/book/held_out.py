@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsv3.data import DOMAINS, HELD_OUT, documents, load_domains, read_plays, split
 from dsv3.errors import DSV3Error
-from dsv3.tokenizer import Tokenizer
+from dsv3.generation.tokenizer import Tokenizer
 
 PATH = Path(__file__).resolve().parents[2] / "chapters" / "data" / "held_out.json"
 WINDOWS, CHARACTERS = 16, {"plays": 700, "code": 800, "arithmetic": 300}

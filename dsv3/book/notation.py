@@ -16,7 +16,7 @@ from importlib.resources import files
 from IPython.display import Markdown
 
 from dsv3.config import ModelConfig
-from dsv3.layout import TABLE, Row
+from dsv3.checkpoint.layout import TABLE, Row
 
 # In the order in which a full table shows them, with what stands above each part.
 KINDS = {"size": "Sizes", "weight": "Weights", "vector": "Vectors of one token",
@@ -41,7 +41,7 @@ class Symbol:
 
     @property
     def row(self) -> Row | None:
-        """The line of ``dsv3.layout.TABLE`` that the weight is part of."""
+        """The line of ``dsv3.checkpoint.layout.TABLE`` that the weight is part of."""
         if self.weight is None:
             return None
         ends = (self.weight, self.weight + ".weight")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsv3.mla import Step
+from dsv3.cache import Step
 from dsv3.model import Transformer
 
 

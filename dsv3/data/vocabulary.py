@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from dsv3.errors import DSV3Error
-from dsv3.safetensors_io import write_text
+from dsv3.checkpoint.safetensors_io import write_text
 
 # The released tokenizer's names (fullwidth bars, U+2581 for the gaps) and its first three ids.
 BOS = "<｜begin▁of▁sentence｜>"

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dsv3 import data
 from dsv3.errors import DSV3Error
-from dsv3.generate import complete
+from dsv3.generation.loop import complete
 from dsv3.model import Transformer
 from dsv3.training.balance import max_violation
 from dsv3.training.evaluation import evaluate

@@ -24,19 +24,19 @@ import torch
 from tqdm import tqdm
 
 from dsv3 import data
-from dsv3.checkpoint import write_model
+from dsv3.checkpoint.saving import write_model
 from dsv3.config import CONFIG_FILE, ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.files import unwritable
-from dsv3.folder import claim
+from dsv3.checkpoint.folder import claim
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
-from dsv3.safetensors_io import PARTIAL
+from dsv3.checkpoint.safetensors_io import PARTIAL
 from dsv3.training.balance import RouterWatch, max_violation
 from dsv3.training.corpus import Corpus
 from dsv3.training.evaluation import evaluate
-from dsv3.training.log import LOG_FILE, Log
+from dsv3.training.log import Log
 from dsv3.training.minutes import fit_minutes, knows_its_speed
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.recipe import Recipe
@@ -72,7 +72,7 @@ class Run:
 
     step: updates made. tokens: read so far; their number decides the phase and all schedules.
     phase_start: tokens that were read before this phase. The caller holds the folder
-    (``dsv3.folder.claim``), as ``train`` does.
+    (``dsv3.checkpoint.folder.claim``), as ``train`` does.
     """
 
     def __init__(self, config: ModelConfig, out_dir: Path, recipe: Recipe, *,

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from dsv3.errors import DSV3Error
 from dsv3.files import open_plain, read_json, read_text
-from dsv3.safetensors_io import DTYPE_NAMES, SafetensorsFile
+from dsv3.checkpoint.safetensors_io import DTYPE_NAMES, SafetensorsFile
 from dsv3.training.optimizer import MOMENTS, AdamW
 
 _KEEP = 2

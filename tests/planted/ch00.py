@@ -1,7 +1,7 @@
 """Wrong answers to chapter 0's exercises, as readers give them."""
 
 from dsv3 import ModelConfig
-from dsv3.layout import layout
+from dsv3.checkpoint.layout import layout
 
 RIGHT = {"memory": False, "cost": False, "grows": True, "tensor": False, "frame": True,
          "both_ways": False}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
 from dsv3.moe import Router
-from dsv3.tokenizer import Tokenizer
+from dsv3.generation.tokenizer import Tokenizer
 from dsv3.viz.routing_scene import Routing, routing_scene
 from dsv3.viz.scene import Scene
 from dsv3.viz.widgets.panel import Panel, control

@@ -25,8 +25,8 @@ from typing import Any
 from dsv3.config import CONFIG_FILE
 from dsv3.errors import DSV3Error, Notice
 from dsv3.files import open_plain, parse_json, read_text, unwritable
-from dsv3.folder import LOCK_FILE
-from dsv3.safetensors_io import PARTIAL, PICKLES, remove, write_text
+from dsv3.checkpoint.folder import LOCK_FILE
+from dsv3.checkpoint.safetensors_io import PARTIAL, PICKLES, remove, write_text
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Small files that belong to a checkpoint and are carried along; none of them is run.

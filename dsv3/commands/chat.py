@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dsv3.layout import layout
+from dsv3.checkpoint.layout import layout
 from dsv3.errors import DSV3Error
-from dsv3.rows import check_prompts
-from dsv3.session import Session
+from dsv3.generation.rows import check_prompts
+from dsv3.generation.session import Session
 
 _HELP = """\
 /clear  forget the conversation

@@ -1,4 +1,4 @@
-"""From files to a model, and back.
+"""From files to a model.
 
 A rank of N needs 1/N of most tensors. It reads those rows and columns straight from the released
 shards, so there is no conversion to wait for and no second copy of 689 GB on the disk; a folder
@@ -12,24 +12,20 @@ scale, a wrong shape or dtype, NaN codes, a scale or a router bias that is not f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from dsv3.companions import copy_companions
-from dsv3.config import CONFIG_FILE, ModelConfig
-from dsv3.contents import check_tensors, open_checkpoint
+from dsv3.config import ModelConfig
+from dsv3.checkpoint.contents import check_tensors, open_checkpoint
 from dsv3.errors import DSV3Error, Notice
-from dsv3.folder import claim
-from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale, quantize_weight
-from dsv3.generation_config import GenerationConfig
-from dsv3.layout import TensorSpec, check_sharding, layout
+from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale
+from dsv3.checkpoint.generation_config import GenerationConfig
+from dsv3.checkpoint.layout import TensorSpec, check_sharding, layout
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.placement import agree
-from dsv3.safetensors_io import DTYPES, PARTIAL, StreamWriter, remove, write_text
-from dsv3.shards import INDEX_FILE, SINGLE_FILE, CheckpointReader, converted_ranks, index_text
+from dsv3.checkpoint.reader import CheckpointReader, converted_ranks
 from dsv3.shipped import model_folder
 
 
@@ -119,81 +115,3 @@ def check_values(name: str, value: torch.Tensor, scale: torch.Tensor | None = No
         raise DSV3Error("the router bias is not finite", where=name,
                         found=f"{int((~value.isfinite()).sum())} NaN or infinite values",
                         fix="The file is damaged or its training had diverged")
-
-
-def save_model(model: Transformer, folder: str | Path, tokenizer_dir: str | Path | None = None,
-               max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write a model as a checkpoint in the released layout: weights, index, config.json.
-
-    Weights become FP8 with scales where the released ones are, if the config has a
-    quantization_config, and bfloat16 otherwise. The MTP modules leave out their copies of
-    embedding and head. tokenizer_dir: where to copy the tokenizer's files from. config.json comes
-    last, so that an unfinished folder is not taken for a checkpoint. Raises DSV3Error when the
-    model cannot be saved, and when another job writes into the folder or it holds another
-    checkpoint.
-    """
-    with claim(folder, "saving a model"):
-        write_model(model, folder, tokenizer_dir, max_shard_bytes)
-
-
-def write_model(model: Transformer, folder: str | Path, tokenizer_dir: str | Path | None = None,
-                max_shard_bytes: int = 5 * 10**9) -> None:
-    """``save_model`` for a caller that holds the folder already (``dsv3.folder.claim``)."""
-    folder = Path(folder)
-    if model.group.size > 1:
-        raise DSV3Error("a model cut over several ranks cannot be saved", found=model.group.size,
-                        expected="one rank")
-    if model.precision.quantized:
-        raise DSV3Error("an FP8 model is not saved again", expected="a model in bf16 or fp32",
-                        fix="Use the checkpoint that it was loaded from")
-    shards = split_shards(layout(model.config, mtp_copies=False), max_shard_bytes)
-    others = {path.name.removesuffix(PARTIAL)  # what a kill left of these very files is ours
-              for path in folder.glob("*.safetensors*")} - {*shards, INDEX_FILE}
-    if others:
-        raise DSV3Error("the folder holds another checkpoint", where=folder,
-                        found=sorted(others)[0], fix="Name an empty or new folder")
-    files = {name: [(s.hf_name, s.dtype, s.shape) for s in specs]
-             for name, specs in shards.items()}
-    remove(folder / CONFIG_FILE)  # from here on the folder is unfinished
-    for file_name, specs in shards.items():
-        with StreamWriter(folder / file_name, files[file_name]) as out:
-            for name, value in _stored_forms(model, specs):
-                out.write(name, value)
-    if len(shards) > 1:
-        write_text(folder / INDEX_FILE, index_text(files))
-    else:
-        remove(folder / INDEX_FILE)
-    if tokenizer_dir is not None:
-        copy_companions(Path(tokenizer_dir), folder)
-    write_text(folder / CONFIG_FILE, model.config.to_json())
-
-
-def _stored_forms(model: Transformer,
-                  specs: list[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:
-    for spec in specs:
-        if spec.scale_of:
-            continue  # comes with its weight
-        value = model.weight(spec.name).detach().cpu()
-        if spec.scale:
-            stored = quantize_weight(value.float(), model.config.scale_fmt)
-            yield spec.hf_name, stored.data
-            yield spec.scale.hf_name, stored.scale
-        else:
-            yield spec.hf_name, value.to(DTYPES[spec.dtype])
-
-
-def split_shards(specs: list[TensorSpec], max_bytes: int) -> dict[str, list[TensorSpec]]:
-    """Distribute tensors over files of at most ``max_bytes``, a weight's scales beside it."""
-    groups: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in specs:
-        together = spec.nbytes + (spec.scale.nbytes if spec.scale else 0)
-        if groups[-1] and not spec.scale_of and size + together > max_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(spec)
-        size += spec.nbytes
-    if len(groups) == 1:
-        return {SINGLE_FILE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
-            for i, group in enumerate(groups, 1)}

@@ -1,6 +1,6 @@
 """A process that renders chat templates, and does nothing else.
 
-``dsv3.template`` starts this file by its path, in a bare Python, and speaks with it over pipes:
+``dsv3.generation.template`` starts this file by its path, in a bare Python, and speaks with it over pipes:
 one JSON object a line in, one out. It is not imported by the package.
 
 A template is a program from elsewhere. Jinja's sandbox keeps it from files and from Python's

@@ -18,7 +18,7 @@ import torch
 
 from dsv3.errors import DSV3Error
 from dsv3.files import parse_json, read_text
-from dsv3.safetensors_io import (PICKLES, Entry, Planned, SafetensorsFile, refuse_pickle,
+from dsv3.checkpoint.safetensors_io import (PICKLES, Entry, Planned, SafetensorsFile, refuse_pickle,
                                  stored_bytes)
 
 INDEX_FILE = "model.safetensors.index.json"

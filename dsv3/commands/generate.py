@@ -16,25 +16,25 @@ from collections.abc import Sequence
 import torch
 
 from dsv3 import machine
-from dsv3.checkpoint import load_model
+from dsv3.checkpoint.loading import load_model
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
-from dsv3.generate import Generation, stream
-from dsv3.generation_config import FILE, GenerationConfig
-from dsv3.layout import check_sharding
+from dsv3.generation.loop import Generation, stream
+from dsv3.checkpoint.generation_config import FILE, GenerationConfig
+from dsv3.checkpoint.layout import check_sharding
 from dsv3.model import Transformer
 from dsv3.parallel.environment import check_ranks
 from dsv3.parallel.environment import place as whoami
 from dsv3.parallel.launch import launch
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.prompts import from_standard_input, handed_down
-from dsv3.prompts import read_prompts as prompts_of_file
-from dsv3.rows import check_prompts
-from dsv3.sampling import Sampling
-from dsv3.session import Session
-from dsv3.talk import Talk
-from dsv3.terminal import Terminal, settings_kept
-from dsv3.tokenizer import Tokenizer, load_tokenizer
+from dsv3.generation.prompts import from_standard_input, handed_down
+from dsv3.generation.prompts import read_prompts as prompts_of_file
+from dsv3.generation.rows import check_prompts
+from dsv3.generation.sampling import Sampling
+from dsv3.generation.session import Session
+from dsv3.commands.chat import Talk
+from dsv3.commands.terminal import Terminal, settings_kept
+from dsv3.generation.tokenizer import Tokenizer, load_tokenizer
 
 # Prompt tokens in one pass: bounds the memory of a long prompt without making small matrices.
 _PREFILL_CHUNK = 2048

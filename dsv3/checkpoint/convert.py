@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsv3.config import CONFIG_FILE, ModelConfig
-from dsv3.contents import open_checkpoint, true_config
+from dsv3.checkpoint.contents import open_checkpoint, true_config
 from dsv3.files import read_text
-from dsv3.jobs import Band, Output, row_bands, run_job
-from dsv3.layout import TensorSpec, check_sharding
-from dsv3.shards import CheckpointReader
+from dsv3.checkpoint.jobs import Band, Output, row_bands, run_job
+from dsv3.checkpoint.layout import TensorSpec, check_sharding
+from dsv3.checkpoint.reader import CheckpointReader
 
 
 def convert(in_dir: str | Path, out_dir: str | Path, tp: int, dry_run: bool = False,
@@ -35,7 +35,7 @@ def convert(in_dir: str | Path, out_dir: str | Path, tp: int, dry_run: bool = Fa
 
     in_dir: the checkpoint; out_dir: an empty or new folder, or one with this job unfinished.
     dry_run: make the plan (files, bytes, disk space) and stop. progress: show the plan and a bar
-    on stderr. Returns the plan, see ``dsv3.jobs.run_job``. Raises DSV3Error for anything
+    on stderr. Returns the plan, see ``dsv3.checkpoint.jobs.run_job``. Raises DSV3Error for anything
     wrong with the input, for a ``tp`` that cannot be, and for a disk that is full.
     """
     config, reader, specs = open_checkpoint(in_dir)

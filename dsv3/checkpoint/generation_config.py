@@ -39,7 +39,7 @@ class GenerationConfig:
     """What a file says; None where it says nothing.
 
     eos_ids: the tokens that end a text. temperature (0 for greedy), top_p, top_k: as in
-    ``dsv3.sampling.Sampling``. ignored: fields that ask for what is not supported.
+    ``dsv3.generation.sampling.Sampling``. ignored: fields that ask for what is not supported.
     """
 
     eos_ids: tuple[int, ...] | None = None

@@ -22,8 +22,8 @@ import torch
 
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error, Notice
-from dsv3.layout import TensorSpec, layout
-from dsv3.shards import CheckpointReader
+from dsv3.checkpoint.layout import TensorSpec, layout
+from dsv3.checkpoint.reader import CheckpointReader
 
 PLAIN = ("BF16", "F32", "F16")
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")

@@ -35,8 +35,8 @@ from __future__ import annotations
 import torch
 
 from dsv3.errors import DSV3Error
-from dsv3.mla import LatentCache
-from dsv3.sampling import Choice, Chooser, draw
+from dsv3.cache import LatentCache
+from dsv3.generation.sampling import Choice, Chooser, draw
 
 
 def verify(p: torch.Tensor, q: torch.Tensor, draft: int, generator: torch.Generator) -> int:

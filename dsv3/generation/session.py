@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsv3.errors import DSV3Error
-from dsv3.generate import Generation, Stream, stream
-from dsv3.rows import as_prompts, check_prompts
-from dsv3.sampling import Sampling
+from dsv3.generation.loop import Generation, Stream, stream
+from dsv3.generation.rows import as_prompts, check_prompts
+from dsv3.generation.sampling import Sampling
 
 
 class Session:
@@ -43,7 +43,7 @@ class Session:
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling | None = None, tokenizer=None,
                should_stop=None, **options) -> Stream:
-        """The same, token by token, as ``dsv3.generate.stream``. One answer a turn: n is 1. A turn
+        """The same, token by token, as ``dsv3.generation.loop.stream``. One answer a turn: n is 1. A turn
         ends the stream of the turn before, which would go on from another text."""
         sampling = (sampling or Sampling()).but(**options)
         if sampling.n > 1:

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 
 from dsv3.config import PRESETS, ModelConfig
-from dsv3.contents import open_checkpoint
+from dsv3.checkpoint.contents import open_checkpoint
 from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES
-from dsv3.layout import TensorSpec, check_sharding, layout, valid_sizes
+from dsv3.checkpoint.layout import TensorSpec, check_sharding, layout, valid_sizes
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.safetensors_io import DTYPES
+from dsv3.checkpoint.safetensors_io import DTYPES
 
 # Memory of common GPUs in GB of 10^9 bytes, rounded down from what nvidia-smi and rocm-smi report:
 # 81,559 MiB (H100; an A100 has 81,920), 97,871, 143,771, 183,359 and 196,592 MiB. The gigabytes in

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from dsv3.errors import DSV3Error
-from dsv3.sampling import Choice, Sampling
-from dsv3.stops import Released, RowText
+from dsv3.generation.sampling import Choice, Sampling
+from dsv3.generation.stops import Released, RowText
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Rows:
     """The growing rows of a batch and why each one ended.
 
     A token counts as soon as it is chosen. It appears in ``ids`` when it is certain to stay:
-    at once, or with a tokenizer when its text is (``dsv3.stops``).
+    at once, or with a tokenizer when its text is (``dsv3.generation.stops``).
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], context: int, sampling: Sampling,

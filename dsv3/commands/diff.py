@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dsv3.checkpoint import load_model
+from dsv3.checkpoint.loading import load_model
 from dsv3.config import ModelConfig
-from dsv3.contents import open_checkpoint
+from dsv3.checkpoint.contents import open_checkpoint
 from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES
 from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale

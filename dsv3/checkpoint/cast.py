@@ -29,14 +29,14 @@ from pathlib import Path
 import torch
 
 from dsv3.config import CONFIG_FILE, ModelConfig, QuantizationConfig
-from dsv3.contents import open_checkpoint, true_config
+from dsv3.checkpoint.contents import open_checkpoint, true_config
 from dsv3.errors import DSV3Error
 from dsv3.files import read_text
 from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale, quantize_weight
-from dsv3.jobs import Band, Output, row_bands, run_job
-from dsv3.layout import TensorSpec, layout
-from dsv3.safetensors_io import Planned
-from dsv3.shards import CheckpointReader
+from dsv3.checkpoint.jobs import Band, Output, row_bands, run_job
+from dsv3.checkpoint.layout import TensorSpec, layout
+from dsv3.checkpoint.safetensors_io import Planned
+from dsv3.checkpoint.reader import CheckpointReader
 
 
 def cast(in_dir: str | Path, out_dir: str | Path, to: str = "bf16", scale_fmt: str = "float32",
@@ -46,7 +46,7 @@ def cast(in_dir: str | Path, out_dir: str | Path, to: str = "bf16", scale_fmt: s
     in_dir: the checkpoint; out_dir: an empty or new folder, or one with this job unfinished.
     to: "bf16" or "fp8". scale_fmt: for "fp8", "float32" or "ue8m0" (powers of two). dry_run:
     make the plan and stop. progress: show the plan and a bar on stderr. Returns the plan, see
-    ``dsv3.jobs.run_job``. Raises DSV3Error for anything wrong with the input or the disk.
+    ``dsv3.checkpoint.jobs.run_job``. Raises DSV3Error for anything wrong with the input or the disk.
     """
     if to not in ("bf16", "fp8"):
         raise DSV3Error("unknown target", where="to", found=to, expected="bf16 or fp8")

@@ -9,7 +9,7 @@ and a record in the output folder says which job is under way and from which inp
 job is started again, files whose headers and sizes are as planned are skipped, and the one that
 was being written starts anew. config.json comes last, then the record goes: a folder without
 config.json is unfinished, and nothing takes it for a checkpoint. While a job runs it claims its
-folder (``dsv3.folder``), so that no second one touches what it writes.
+folder (``dsv3.checkpoint.folder``), so that no second one touches what it writes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dsv3.companions import copy_companions, openable
+from dsv3.checkpoint.companions import copy_companions, openable
 from dsv3.config import CONFIG_FILE
 from dsv3.errors import DSV3Error, shown
 from dsv3.files import read_json, read_text
-from dsv3.folder import LOCK_FILE, claim
-from dsv3.safetensors_io import (PARTIAL, Planned, SafetensorsFile, StreamWriter, build_header,
+from dsv3.checkpoint.folder import LOCK_FILE, claim
+from dsv3.checkpoint.safetensors_io import (PARTIAL, Planned, SafetensorsFile, StreamWriter, build_header,
                                  remove, stored_bytes, write_text)
-from dsv3.shards import INDEX_FILE, CheckpointReader, index_text
+from dsv3.checkpoint.reader import INDEX_FILE, CheckpointReader, index_text
 
 RECORD_FILE = ".dsv3-unfinished.json"
 # A piece of one tensor on its way to a file: name, values, first row.

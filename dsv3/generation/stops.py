@@ -14,7 +14,7 @@ import codecs
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from dsv3.sampling import Choice
+from dsv3.generation.sampling import Choice
 
 
 class Released(NamedTuple):

@@ -7,7 +7,7 @@ map between them and text. Three things are worth knowing.
 is written as UTF-8, each of the 256 byte values is given a printable stand-in letter, and frequent
 byte sequences are merged. So any text can be encoded, and there is no unknown token. The price:
 one character may be cut over several tokens (an emoji has four bytes). Whoever prints token by
-token must hold back an unfinished character until its last byte has arrived. ``dsv3.stops`` does;
+token must hold back an unfinished character until its last byte has arrived. ``dsv3.generation.stops`` does;
 printing ``decode([id])`` for each id shows replacement marks instead.
 
 **The beginning-of-sequence token (bos) is part of the input.** The model has never seen a text
@@ -15,7 +15,7 @@ without it, and it was trained to rest attention there. A rendered conversation 
 with ``add_bos=False``, or it starts twice.
 
 **The chat template writes bos itself**, and every other mark of a conversation. What it is, and why
-it runs in a process of its own, stands in ``dsv3.template``.
+it runs in a process of its own, stands in ``dsv3.generation.template``.
 
 The tokenizer has fewer entries than the model has rows in its embedding (128815 against 129280,
 a multiple of 128 that cuts well over ranks), and some files have holes between. Such ids are never
@@ -35,9 +35,9 @@ import tokenizers.decoders
 
 from dsv3.errors import DSV3Error
 from dsv3.files import read_json, read_text
-from dsv3.foreign_tokenizers import no_tokenizer
+from dsv3.generation.foreign_tokenizers import no_tokenizer
 from dsv3.shipped import model_folder
-from dsv3.template import Renderer, choose, template_messages
+from dsv3.generation.template import Renderer, choose, template_messages
 
 Message = Mapping[str, Any]
 
