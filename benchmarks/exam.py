@@ -56,8 +56,17 @@ class Amount:
     position_windows: int = 40
 
 
-QUICK = Amount(windows_long=6, windows_short=12, sums=40, samples=10, prompts=6,
-               routing_windows=16, needles=6, lengths=(128, 256, 512, 1000), position_windows=8)
+QUICK = Amount(
+    windows_long=6,
+    windows_short=12,
+    sums=40,
+    samples=10,
+    prompts=6,
+    routing_windows=16,
+    needles=6,
+    lengths=(128, 256, 512, 1000),
+    position_windows=8,
+)
 
 
 @dataclass(frozen=True)
@@ -79,9 +88,14 @@ class Line:
 
     def __str__(self) -> str:
         shown = _shown(self.value, self.unit)
-        goal = "" if self.goal is None else (
-            f"{'at most' if self.most else 'at least'} {_shown(self.goal, self.unit):>8}  "
-            f"{'reached' if self.met else 'MISSED'}")
+        goal = (
+            ""
+            if self.goal is None
+            else (
+                f"{'at most' if self.most else 'at least'} {_shown(self.goal, self.unit):>8}  "
+                f"{'reached' if self.met else 'MISSED'}"
+            )
+        )
         return f"{self.what:<56} {shown:>13}   {goal}".rstrip()
 
 
@@ -101,8 +115,9 @@ class Exam:
         self.before = before_extension(before, folder, precision) if before else None
         self.amount, self.details = amount, {}
         self.domains = data.load_domains()
-        self.ids = {domain.name: data.pack(self.tokenizer, domain.held_out)
-                    for domain in self.domains}
+        self.ids = {
+            domain.name: data.pack(self.tokenizer, domain.held_out) for domain in self.domains
+        }
 
     def loss(self) -> Iterator[Line]:
         """Loss, bits per byte, MTP loss and agreement of drafts on held-out text."""
@@ -133,12 +148,15 @@ class Exam:
         """Generated Python: does it end, does it parse?"""
         held_out, trained = self.domains[1].held_out, self.domains[1].train
         heads = exam.first_lines(held_out, self.amount.samples)
-        runs = {"held-out signature, T 0.8": (heads, 0.8, 0.5),
-                "held-out signature, T 0.2": (heads, 0.2, None),
-                '"def ", T 0.8': (["def "] * self.amount.samples, 0.8, None)}
+        runs = {
+            "held-out signature, T 0.8": (heads, 0.8, 0.5),
+            "held-out signature, T 0.2": (heads, 0.2, None),
+            '"def ", T 0.8': (["def "] * self.amount.samples, 0.8, None),
+        }
         for name, (beginnings, temperature, goal) in runs.items():
-            found = exam.code_samples(self.model, self.tokenizer, beginnings, temperature,
-                                      trained=trained)
+            found = exam.code_samples(
+                self.model, self.tokenizer, beginnings, temperature, trained=trained
+            )
             self.details.setdefault("code", {})[name] = found
             yield Line(f"code, {name}: ends and parses", found["parsed"], "%", goal)
             yield Line(f"code, {name}: ends", found["ended"], "%")
@@ -161,15 +179,22 @@ class Exam:
 
     def routing(self) -> Iterator[Line]:
         """Load of the experts, and what the domain says about them against shuffled labels."""
-        parts = [exam.held_out_windows(self.model, ids, 256, self.amount.routing_windows)
-                 for ids in self.ids.values()]
+        parts = [
+            exam.held_out_windows(self.model, ids, 256, self.amount.routing_windows)
+            for ids in self.ids.values()
+        ]
         labels = torch.arange(len(parts)).repeat_interleave(
-            torch.tensor([len(part) for part in parts]))
+            torch.tensor([len(part) for part in parts])
+        )
         shares = Recipe().shares
-        found = exam.routing_by_domain(expert_counts(self.model, torch.cat(parts)), labels,
-                                       [shares[name] for name in self.ids])
-        self.details["routing"] = {"domains": list(self.ids), "windows": len(labels),
-                                   "routers": found}
+        found = exam.routing_by_domain(
+            expert_counts(self.model, torch.cat(parts)), labels, [shares[name] for name in self.ids]
+        )
+        self.details["routing"] = {
+            "domains": list(self.ids),
+            "windows": len(labels),
+            "routers": found,
+        }
         for name, router in found.items():
             yield Line(f"{name}: MaxVio in the training mixture", router["max_violation"])
             for domain, violation in zip(self.ids, router["by_domain"], strict=True):
@@ -187,14 +212,18 @@ class Exam:
             lengths = tuple(n for n in self.amount.lengths if n <= context)
             grid = needle.needle_test(model, self.tokenizer, lengths, count=self.amount.needles)
             edges = tuple(edge for edge in needle.EDGES if edge <= context)
-            windows = exam.held_out_windows(model, self.ids["plays"], edges[-1],
-                                            self.amount.position_windows)
+            windows = exam.held_out_windows(
+                model, self.ids["plays"], edges[-1], self.amount.position_windows
+            )
             losses = needle.loss_by_position(model, windows, edges)
             self.details.setdefault("needle", {})[name] = {
-                "context": context, "each": self.amount.needles,
-                "found": {str(n): {str(d): share for d, share in row.items()}
-                          for n, row in grid.items()},
-                "loss_by_position": {f"{a}-{b}": nats for (a, b), nats in losses.items()}}
+                "context": context,
+                "each": self.amount.needles,
+                "found": {
+                    str(n): {str(d): share for d, share in row.items()} for n, row in grid.items()
+                },
+                "loss_by_position": {f"{a}-{b}": nats for (a, b), nats in losses.items()},
+            }
             for length, row in grid.items():
                 for depth, share in row.items():
                     yield Line(f"needle {name}: {length} tokens, depth {depth:.0%}", share, "%")
@@ -211,9 +240,12 @@ def before_extension(checkpoint: Path, folder: Path, precision: str) -> Transfor
     config = ModelConfig.from_pretrained(folder).but(rope_scaling=None)
     facts = read_facts(checkpoint)
     if facts["tokens"] > facts["recipe"]["tokens"]:
-        raise DSV3Error("the context has been extended already", where=checkpoint,
-                        found=f"{facts['tokens']} tokens read",
-                        expected=f"at most {facts['recipe']['tokens']}")
+        raise DSV3Error(
+            "the context has been extended already",
+            where=checkpoint,
+            found=f"{facts['tokens']} tokens read",
+            expected=f"at most {facts['recipe']['tokens']}",
+        )
     check_sum(checkpoint, "state.safetensors")
     tensors = load_file(checkpoint / "state.safetensors")
     model = Transformer(config, "fp32")
@@ -238,21 +270,41 @@ def main() -> None:
     if not set(parts) <= set(PARTS):
         parser.error(f"--parts: {args.parts} is not among {','.join(PARTS)}")
     try:
-        run(args.model, args.precision, QUICK if args.quick else Amount(), parts, args.before,
-            args.json)
+        run(
+            args.model,
+            args.precision,
+            QUICK if args.quick else Amount(),
+            parts,
+            args.before,
+            args.json,
+        )
     except DSV3Error as error:
         sys.exit(f"error: {error}")
 
 
-def run(folder: Path, precision: str, amount: Amount, parts: list[str],
-        before: Path | None = None, file: Path | None = None) -> dict:
+def run(
+    folder: Path,
+    precision: str,
+    amount: Amount,
+    parts: list[str],
+    before: Path | None = None,
+    file: Path | None = None,
+) -> dict:
     """Print the table, part by part; returns what --json writes, and writes it after each part."""
     began = time.perf_counter()
     paper = Exam(folder, precision, amount, before)
-    print(f"{folder}, {precision}, {torch.get_num_threads()} threads; ready after "
-          f"{time.perf_counter() - began:.0f} s", flush=True)
-    result = {"model": str(folder), "precision": precision, "seconds": {}, "lines": [],
-              "details": paper.details}
+    print(
+        f"{folder}, {precision}, {torch.get_num_threads()} threads; ready after "
+        f"{time.perf_counter() - began:.0f} s",
+        flush=True,
+    )
+    result = {
+        "model": str(folder),
+        "precision": precision,
+        "seconds": {},
+        "lines": [],
+        "details": paper.details,
+    }
     for part in parts:
         print(f"\n{part}", flush=True)
         began, cpu = time.perf_counter(), time.process_time()

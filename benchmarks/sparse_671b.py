@@ -22,15 +22,15 @@ from pathlib import Path
 
 from dsv3.block import Block
 from dsv3.checkpoint.cast import cast
-from dsv3.config import CONFIG_FILE, ModelConfig
 from dsv3.checkpoint.contents import open_checkpoint
 from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.inspect import report
 from dsv3.checkpoint.layout import layout
+from dsv3.checkpoint.reader import INDEX_FILE, index_text
+from dsv3.checkpoint.safetensors_io import Planned, build_header
+from dsv3.config import CONFIG_FILE, ModelConfig
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
-from dsv3.checkpoint.safetensors_io import Planned, build_header
-from dsv3.checkpoint.reader import INDEX_FILE, index_text
 
 
 def write_sparse(folder: Path, config: ModelConfig, shards: int) -> None:
@@ -63,11 +63,13 @@ def load_layer(folder: Path, layer: int, group: TensorGroup) -> tuple[Block, int
                 continue
             value, scale = reader.read(spec.hf_name, *part), None
             if spec.scale:
-                scale = reader.read(spec.scale.hf_name, *spec.scale.slice_for(
-                    group.rank, group.size, config.n_routed_experts))
+                scale = reader.read(
+                    spec.scale.hf_name,
+                    *spec.scale.slice_for(group.rank, group.size, config.n_routed_experts),
+                )
             path = spec.name.removeprefix(prefix).split(".")[:-1]
             if "experts" in path:  # the experts of a rank are one module
-                path = path[:path.index("experts") + 1]
+                path = path[: path.index("experts") + 1]
             block.get_submodule(".".join(path)).load(spec.name, value, scale)
         return block, reader.bytes_read
 
@@ -101,15 +103,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         result = rehearse(Path(folder), ModelConfig.deepseek_v3(), shards=163, ranks=16, layer=3)
     found = result["inspect"]
-    print(json.dumps({
-        "parameters": found["parameters"], "bytes": found["bytes"], "tensors": found["tensors"],
-        "bytes_on_disk": result["bytes_on_disk"],
-        "convert_files": len(result["convert"]["files"]),
-        "convert_bytes": result["convert"]["bytes"],
-        "cast_files": len(result["cast"]["files"]), "cast_bytes": result["cast"]["bytes"],
-        "layer_3_of_rank_15_of_16": {"bytes_read": result["layer_bytes_read"],
-                                     "bytes_held": result["layer_bytes_held"]},
-    }, indent=2))
+    print(
+        json.dumps(
+            {
+                "parameters": found["parameters"],
+                "bytes": found["bytes"],
+                "tensors": found["tensors"],
+                "bytes_on_disk": result["bytes_on_disk"],
+                "convert_files": len(result["convert"]["files"]),
+                "convert_bytes": result["convert"]["bytes"],
+                "cast_files": len(result["cast"]["files"]),
+                "cast_bytes": result["cast"]["bytes"],
+                "layer_3_of_rank_15_of_16": {
+                    "bytes_read": result["layer_bytes_read"],
+                    "bytes_held": result["layer_bytes_held"],
+                },
+            },
+            indent=2,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -50,8 +50,11 @@ def contestants(precision: str):
                 buffer.zero_()
 
     def forward_theirs(tokens):
-        half = (torch.autocast("cpu", torch.bfloat16) if precision == "bf16"
-                else contextlib.nullcontext())
+        half = (
+            torch.autocast("cpu", torch.bfloat16)
+            if precision == "bf16"
+            else contextlib.nullcontext()
+        )
         with half:
             return theirs(tokens, use_cache=False).logits
 
@@ -85,10 +88,14 @@ def main() -> None:
     if args.json:
         print(json.dumps(results))
         return
-    print(f"training, tokens/s, {args.windows} windows of {LENGTH}, {torch.get_num_threads()} threads")
+    print(
+        f"training, tokens/s, {args.windows} windows of {LENGTH}, {torch.get_num_threads()} threads"
+    )
     for precision, r in results.items():
-        print(f"{precision}  dsv3 {r['dsv3']:6d}   transformers {r['transformers']:6d}   "
-              f"ratio {r['ratio']:.2f}")
+        print(
+            f"{precision}  dsv3 {r['dsv3']:6d}   transformers {r['transformers']:6d}   "
+            f"ratio {r['ratio']:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 
 from dsv3.checkpoint.cast import cast
-from dsv3.config import CONFIG_FILE, ModelConfig
 from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.layout import TensorSpec, layout
-from dsv3.checkpoint.safetensors_io import DTYPES, StreamWriter
 from dsv3.checkpoint.reader import INDEX_FILE, CheckpointReader, index_text
+from dsv3.checkpoint.safetensors_io import DTYPES, StreamWriter
+from dsv3.config import CONFIG_FILE, ModelConfig
 
 RANKS = 2
 
@@ -38,8 +38,12 @@ RANKS = 2
 def slice_config(experts: int) -> ModelConfig:
     """One MoE layer of the 671B model with fewer experts and a small vocabulary."""
     return ModelConfig.deepseek_v3().but(
-        num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=experts, vocab_size=8192,
-        num_nextn_predict_layers=0)
+        num_hidden_layers=1,
+        first_k_dense_replace=0,
+        n_routed_experts=experts,
+        vocab_size=8192,
+        num_nextn_predict_layers=0,
+    )
 
 
 def write_slice(folder: Path, config: ModelConfig, shards: int) -> int:
@@ -52,8 +56,9 @@ def write_slice(folder: Path, config: ModelConfig, shards: int) -> int:
         files[names[i % shards]].append(spec)
         if spec.scale:
             files[names[(i - 1) % shards]].append(spec.scale)
-    planned = {name: [(s.hf_name, s.dtype, s.shape) for s in content]
-               for name, content in files.items()}
+    planned = {
+        name: [(s.hf_name, s.dtype, s.shape) for s in content] for name, content in files.items()
+    }
     random = torch.Generator().manual_seed(0)
     for name, content in files.items():
         with StreamWriter(folder / name, planned[name]) as out:
@@ -96,10 +101,14 @@ def measured(job: str, source: Path, target: Path) -> dict:
     finally:
         running = False
         watcher.join()
-    return {"seconds": round(time.perf_counter() - start, 1), "bytes_written": plan["bytes"],
-            "largest_tensor": plan["largest_tensor"], "peak_bytes": peak - base,
-            "limit_bytes": 3 * plan["largest_tensor"],
-            "within": peak - base <= 3 * plan["largest_tensor"]}
+    return {
+        "seconds": round(time.perf_counter() - start, 1),
+        "bytes_written": plan["bytes"],
+        "largest_tensor": plan["largest_tensor"],
+        "peak_bytes": peak - base,
+        "limit_bytes": 3 * plan["largest_tensor"],
+        "within": peak - base <= 3 * plan["largest_tensor"],
+    }
 
 
 def _anonymous() -> int:
@@ -110,8 +119,11 @@ def _anonymous() -> int:
 def check(folder: Path, config: ModelConfig) -> dict:
     """Compare what the jobs wrote with the source, tensor by tensor."""
     same_slices = same_codes = True
-    with (CheckpointReader(folder / "fp8") as source, CheckpointReader(folder / "back") as back,
-          CheckpointReader(folder / "converted", [f"model1-mp{RANKS}.safetensors"]) as rank_1):
+    with (
+        CheckpointReader(folder / "fp8") as source,
+        CheckpointReader(folder / "back") as back,
+        CheckpointReader(folder / "converted", [f"model1-mp{RANKS}.safetensors"]) as rank_1,
+    ):
         for spec in layout(config):
             value = source.read(spec.hf_name)
             if not spec.scale_of:
@@ -131,9 +143,20 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def apart(job: str, source: Path, target: Path) -> dict:
     """``measured`` in a fresh process."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.wide_slice", "--job", job, source.absolute(),
-         target.absolute()],
-        cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True, timeout=3600)
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.wide_slice",
+            "--job",
+            job,
+            source.absolute(),
+            target.absolute(),
+        ],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=3600,
+    )
     if done.returncode:
         raise SystemExit(f"{job} failed")
     return json.loads(done.stdout)
@@ -156,8 +179,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--experts", type=int, default=64, help="a multiple of 8")
     parser.add_argument("--folder", type=Path, help="parent of the files (default: temporary)")
-    parser.add_argument("--job", nargs=3, metavar=("JOB", "SOURCE", "TARGET"),
-                        help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--job", nargs=3, metavar=("JOB", "SOURCE", "TARGET"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.job:
         job, source, target = args.job

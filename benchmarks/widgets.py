@@ -25,8 +25,7 @@ import torch
 
 from dsv3 import load_model, load_tokenizer
 from dsv3.commands import doctor
-from dsv3.viz.widgets import (KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer,
-                              balance)
+from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer, balance
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "assets" / "dsv3-mini"
@@ -42,8 +41,11 @@ torch.set_num_threads(1)
 model, tokenizer = load_model({str(MODEL)!r}, precision="fp32"), load_tokenizer({str(MODEL)!r})"""
 # Title, the code of its cell, and the slider that is moved in the browser.
 WIDGETS = [
-    ("Routing explorer", 'RoutingExplorer(model, tokenizer, "To be, or not to be")',
-     "Bias strength"),
+    (
+        "Routing explorer",
+        'RoutingExplorer(model, tokenizer, "To be, or not to be")',
+        "Bias strength",
+    ),
     ("KV-cache calculator", "KVCacheCalculator()", "Tokens a text"),
     ("Load-balancing simulator", "LoadBalanceSimulator()", "Skew of experts"),
 ]
@@ -72,23 +74,43 @@ def milliseconds(action: Callable[[], object]) -> float:
 
 def moves(title: str, widget) -> Iterator[Callable[[], None]]:
     """Endless moves of a widget's controls in turn, each to a value that it has not now."""
-    values = {"Routing explorer": {"strength": [0.0, 0.5, 2.0], "token": [1, 4], "layer": [1, 3],
-                                   "groups": [1, 3], "top_k": [2, 6]},
-              "KV-cache calculator": {"tokens": [1024, 163_840], "texts": [8, 64],
-                                      "itemsize": [1, 4], "memory": [10**10, 64 * 10**10]},
-              "Load-balancing simulator": {"gamma": [1e-2, 1e-4, 0.1], "skew": [0.25, 1.75],
-                                           "tokens": [64, 512], "steps": [100, 200]}}[title]
+    values = {
+        "Routing explorer": {
+            "strength": [0.0, 0.5, 2.0],
+            "token": [1, 4],
+            "layer": [1, 3],
+            "groups": [1, 3],
+            "top_k": [2, 6],
+        },
+        "KV-cache calculator": {
+            "tokens": [1024, 163_840],
+            "texts": [8, 64],
+            "itemsize": [1, 4],
+            "memory": [10**10, 64 * 10**10],
+        },
+        "Load-balancing simulator": {
+            "gamma": [1e-2, 1e-4, 0.1],
+            "skew": [0.25, 1.75],
+            "tokens": [64, 512],
+            "steps": [100, 200],
+        },
+    }[title]
     turns = [cycle([(name, value) for value in row]) for name, row in values.items()]
     for name, value in chain.from_iterable(zip(*turns)):
+
         def move(name=name, value=value):
             setattr(getattr(widget, name), "value", value)
+
         yield move
 
 
 def in_python() -> Iterator[tuple[str, float, list[float]]]:
     model, tokenizer = load_model(MODEL, precision="fp32"), load_tokenizer(MODEL)
-    makers = [lambda: RoutingExplorer(model, tokenizer, "To be, or not to be"),
-              KVCacheCalculator, LoadBalanceSimulator]
+    makers = [
+        lambda: RoutingExplorer(model, tokenizer, "To be, or not to be"),
+        KVCacheCalculator,
+        LoadBalanceSimulator,
+    ]
     for (title, _, _), make in zip(WIDGETS, makers):
         first = milliseconds(make)
         yield title, first, [milliseconds(move) for move in islice(moves(title, make()), MOVES)]
@@ -131,8 +153,11 @@ def report(where: str, rows: Iterator[tuple[str, float, list[float]]]) -> dict:
     for title, first, times in rows:
         middle, worst = statistics.median(times), max(times)
         print(f"{title:<26}{first:>14.0f}{middle:>14.0f}{worst:>10.0f}")
-        results[title] = {"first": round(first, 1), "median": round(middle, 1),
-                          "slowest": round(worst, 1)}
+        results[title] = {
+            "first": round(first, 1),
+            "median": round(middle, 1),
+            "slowest": round(worst, 1),
+        }
     return results
 
 

@@ -43,8 +43,8 @@ if TYPE_CHECKING:  # what an editor or a type checker reads
     from dsv3.checkpoint.loading import load_model
     from dsv3.config import ModelConfig
     from dsv3.generation.loop import generate
-    from dsv3.model import Transformer
     from dsv3.generation.tokenizer import load_tokenizer
+    from dsv3.model import Transformer
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 __all__ = ["ModelConfig", "Transformer", "load_model", "load_tokenizer", "generate"]

@@ -41,9 +41,18 @@ class KVCache:
     from ``length`` on hold leftovers that no query looks at.
     """
 
-    def __init__(self, layers: int, batch_size: int, max_seq_len: int, kv_heads: int,
-                 head_dim: int, v_head_dim: int | None = None, *,
-                 dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        layers: int,
+        batch_size: int,
+        max_seq_len: int,
+        kv_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ):
         shape = (layers, batch_size, max_seq_len, kv_heads)
         self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
         self.values = torch.zeros(*shape, v_head_dim or head_dim, dtype=dtype, device=device)
@@ -64,9 +73,9 @@ class KVCache:
         """Bytes that one more token of one text takes, in all layers together."""
         return self.nbytes // (self.keys.shape[1] * self.max_seq_len)
 
-    def append(self, layer: int, k: Float[Tensor, "b s kv_heads d_h"],
-               v: Float[Tensor, "b s kv_heads d_v"]) -> tuple[
-                   Float[Tensor, "b t kv_heads d_h"], Float[Tensor, "b t kv_heads d_v"]]:
+    def append(
+        self, layer: int, k: Float[Tensor, "b s kv_heads d_h"], v: Float[Tensor, "b s kv_heads d_v"]
+    ) -> tuple[Float[Tensor, "b t kv_heads d_h"], Float[Tensor, "b t kv_heads d_v"]]:
         """Write a layer's new keys and values after the old; return those of all t tokens.
 
         What is kept is numbers and no history: a gradient reaches the new tokens, no earlier ones.
@@ -74,17 +83,20 @@ class KVCache:
         """
         total = self.length + k.shape[1]
         if total > self.max_seq_len:
-            raise DSV3Error("the cache is full", where="KVCache",
-                            found=f"{self.length} + {k.shape[1]} tokens",
-                            expected=f"at most {self.max_seq_len}",
-                            fix="Make the cache longer (max_seq_len)")
-        self.keys[layer, :, self.length:total] = k.detach()
-        self.values[layer, :, self.length:total] = v.detach()
+            raise DSV3Error(
+                "the cache is full",
+                where="KVCache",
+                found=f"{self.length} + {k.shape[1]} tokens",
+                expected=f"at most {self.max_seq_len}",
+                fix="Make the cache longer (max_seq_len)",
+            )
+        self.keys[layer, :, self.length : total] = k.detach()
+        self.values[layer, :, self.length : total] = v.detach()
         keys, values = self.keys[layer, :, :total], self.values[layer, :, :total]
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             # Copies: later passes write into the store, which would spoil the graph.
-            keys = torch.cat([keys[:, :self.length], k.to(keys.dtype)], 1)
-            values = torch.cat([values[:, :self.length], v.to(values.dtype)], 1)
+            keys = torch.cat([keys[:, : self.length], k.to(keys.dtype)], 1)
+            values = torch.cat([values[:, : self.length], v.to(values.dtype)], 1)
         return keys, values
 
     def advance(self, count: int) -> None:
@@ -94,13 +106,16 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forget the tokens from ``length`` on."""
         if not 0 <= length <= self.length:
-            raise DSV3Error("cannot grow a cache by truncating", where="KVCache", found=length,
-                            expected=f"0 to {self.length}")
+            raise DSV3Error(
+                "cannot grow a cache by truncating",
+                where="KVCache",
+                found=length,
+                expected=f"0 to {self.length}",
+            )
         self.length = length
 
 
-def causal_mask(queries: int, keys: int,
-                device: torch.device | str = "cpu") -> Bool[Tensor, "s t"]:
+def causal_mask(queries: int, keys: int, device: torch.device | str = "cpu") -> Bool[Tensor, "s t"]:
     """True where a query may look, when the queries are the last of the keys' tokens.
 
     The first query stands at position keys - queries, not at 0: behind a cache the mask is a
@@ -110,14 +125,17 @@ def causal_mask(queries: int, keys: int,
     return torch.arange(keys, device=device) <= last[:, None]
 
 
-def attend(q: Float[Tensor, "b s heads d_h"], k: Float[Tensor, "b t kv_heads d_h"],
-           v: Float[Tensor, "b t kv_heads d_v"]) -> Float[Tensor, "b s heads d_v"]:
+def attend(
+    q: Float[Tensor, "b s heads d_h"],
+    k: Float[Tensor, "b t kv_heads d_h"],
+    v: Float[Tensor, "b t kv_heads d_v"],
+) -> Float[Tensor, "b s heads d_v"]:
     """Causal softmax attention; each run of heads / kv_heads heads reads one key and value head.
 
     Scores and softmax are taken in float32 or wider. Keys and values are not copied for their
     heads: queries that share them become rows of one product.
     """
-    q = q.unflatten(2, (k.shape[2], -1))                            # (b, s, kv_heads, group, d_h)
+    q = q.unflatten(2, (k.shape[2], -1))  # (b, s, kv_heads, group, d_h)
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bsgrd,btgd->bgrst", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5
     hidden = ~causal_mask(scores.shape[-2], scores.shape[-1], q.device)
@@ -133,16 +151,33 @@ class Attention(nn.Module):
     wv (kv_heads d_v, d), wo (d, heads d_v). Raises DSV3Error for sizes that do not go together.
     """
 
-    def __init__(self, hidden_size: int, heads: int, kv_heads: int, head_dim: int,
-                 v_head_dim: int | None = None, *, rope_theta: float = 10000.0,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        *,
+        rope_theta: float = 10000.0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
         super().__init__()
         if heads % kv_heads:
-            raise DSV3Error("bad value", where="kv_heads", found=kv_heads,
-                            expected=f"a divisor of heads ({heads})")
+            raise DSV3Error(
+                "bad value",
+                where="kv_heads",
+                found=kv_heads,
+                expected=f"a divisor of heads ({heads})",
+            )
         if head_dim % 2:
-            raise DSV3Error("bad value", where="head_dim", found=head_dim,
-                            expected="an even number, since RoPE turns pairs")
+            raise DSV3Error(
+                "bad value",
+                where="head_dim",
+                found=head_dim,
+                expected="an even number, since RoPE turns pairs",
+            )
         self.heads, self.kv_heads = heads, kv_heads
         self.head_dim, self.v_head_dim = head_dim, v_head_dim or head_dim
         self.rope_theta = rope_theta
@@ -152,20 +187,21 @@ class Attention(nn.Module):
         self.wv = nn.Linear(hidden_size, kv_heads * self.v_head_dim, **options)
         self.wo = nn.Linear(heads * self.v_head_dim, hidden_size, **options)
 
-    def forward(self, x: Float[Tensor, "b s d"], cache: KVCache | None = None,
-                layer: int = 0) -> Float[Tensor, "b s d"]:
+    def forward(
+        self, x: Float[Tensor, "b s d"], cache: KVCache | None = None, layer: int = 0
+    ) -> Float[Tensor, "b s d"]:
         """x of the new tokens -> their answers; their keys and values go to the cache.
 
         The tokens stand after those of the cache, any number of them: a whole prompt, a chunk of
         one, or a single token.
         """
         start = 0 if cache is None else cache.length
-        q = self.wq(x).unflatten(-1, (self.heads, -1))                      # (b, s, heads, d_h)
+        q = self.wq(x).unflatten(-1, (self.heads, -1))  # (b, s, heads, d_h)
         k = self.wk(x).unflatten(-1, (self.kv_heads, -1))
         v = self.wv(x).unflatten(-1, (self.kv_heads, -1))
         positions = torch.arange(start, start + x.shape[1], device=x.device)
         frequencies = plain_frequencies(self.head_dim, self.rope_theta).to(x.device)
-        rotation = rotations(positions, frequencies, 1.0)[:, None]          # (s, 1, d_h / 2)
+        rotation = rotations(positions, frequencies, 1.0)[:, None]  # (s, 1, d_h / 2)
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -174,5 +210,13 @@ class Attention(nn.Module):
     def new_cache(self, batch_size: int, max_seq_len: int, layers: int = 1) -> KVCache:
         """An empty cache for this module, or for ``layers`` of its kind."""
         weight = self.wk.weight
-        return KVCache(layers, batch_size, max_seq_len, self.kv_heads, self.head_dim,
-                       self.v_head_dim, dtype=weight.dtype, device=weight.device)
+        return KVCache(
+            layers,
+            batch_size,
+            max_seq_len,
+            self.kv_heads,
+            self.head_dim,
+            self.v_head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsv3.cache import LatentCache, Step
 from dsv3.config import ModelConfig
 from dsv3.layers import RMSNorm, SwiGLU
-from dsv3.cache import LatentCache, Step
 from dsv3.mla import MLA
 from dsv3.moe import MoE
 from dsv3.parallel.tensor import TensorGroup
@@ -26,8 +26,9 @@ from dsv3.recompute import ATTENTION, PRODUCTS, recomputed
 class Block(nn.Module):
     """Layer number ``layer`` of the model."""
 
-    def __init__(self, config: ModelConfig, layer: int, precision: Precision, group: TensorGroup,
-                 device=None):
+    def __init__(
+        self, config: ModelConfig, layer: int, precision: Precision, group: TensorGroup, device=None
+    ):
         super().__init__()
         self.recompute = precision.recompute
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
@@ -36,20 +37,28 @@ class Block(nn.Module):
         if config.is_moe(layer):
             self.ffn = MoE(config, precision, group, device)
         else:
-            self.ffn = SwiGLU(config.hidden_size, config.intermediate_size, precision, group,
-                              what="intermediate_size", device=device)
+            self.ffn = SwiGLU(
+                config.hidden_size,
+                config.intermediate_size,
+                precision,
+                group,
+                what="intermediate_size",
+                device=device,
+            )
 
-    def forward(self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None = None,
-                slot: int = 0) -> Float[Tensor, "b s d"]:
+    def forward(
+        self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None = None, slot: int = 0
+    ) -> Float[Tensor, "b s d"]:
         """slot: this layer's place in the cache."""
         if self.recompute and torch.is_grad_enabled():
             u = x + recomputed(ATTENTION, self.attend, x, step, cache, slot)
             return u + recomputed(PRODUCTS, self.feed_forward, u)
         u = x + self.attend(x, step, cache, slot)
-        return u + self.feed_forward(u)                                          # eq. 12
+        return u + self.feed_forward(u)  # eq. 12
 
-    def attend(self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None,
-               slot: int) -> Float[Tensor, "b s d"]:
+    def attend(
+        self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None, slot: int
+    ) -> Float[Tensor, "b s d"]:
         """What attention adds to the stream."""
         return self.attn(self.attn_norm(x), step, cache, slot)
 

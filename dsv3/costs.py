@@ -38,14 +38,16 @@ class Cost:
         """FLOPs for each byte moved."""
         return self.flops / self.bytes
 
-    def seconds(self, flops_per_second: float = H800_FLOPS,
-                bytes_per_second: float = H800_BYTES) -> float:
+    def seconds(
+        self, flops_per_second: float = H800_FLOPS, bytes_per_second: float = H800_BYTES
+    ) -> float:
         """The least time, with arithmetic and memory fully overlapped."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
-def ridge_point(flops_per_second: float = H800_FLOPS,
-                bytes_per_second: float = H800_BYTES) -> float:
+def ridge_point(
+    flops_per_second: float = H800_FLOPS, bytes_per_second: float = H800_BYTES
+) -> float:
     """FLOPs a byte at which arithmetic and memory take equally long: 295 for an H800 in BF16."""
     return flops_per_second / bytes_per_second
 
@@ -92,9 +94,14 @@ PEERS = {
 
 def as_gqa(config: ModelConfig, kv_heads: int) -> CacheShape:
     """The model as it would be with kv_heads plain key and value heads of d_h (1: MQA)."""
-    return CacheShape(f"GQA-{kv_heads}" if kv_heads > 1 else "MQA", config.num_hidden_layers,
-                      config.num_attention_heads, kv_heads, config.qk_nope_head_dim,
-                      config.v_head_dim)
+    return CacheShape(
+        f"GQA-{kv_heads}" if kv_heads > 1 else "MQA",
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        kv_heads,
+        config.qk_nope_head_dim,
+        config.v_head_dim,
+    )
 
 
 def as_mha(config: ModelConfig, with_position: bool = False) -> CacheShape:
@@ -104,8 +111,14 @@ def as_mha(config: ModelConfig, with_position: bool = False) -> CacheShape:
     model's expanded keys are.
     """
     key = config.qk_head_dim if with_position else config.qk_nope_head_dim
-    return CacheShape("MHA", config.num_hidden_layers, config.num_attention_heads,
-                      config.num_attention_heads, key, config.v_head_dim)
+    return CacheShape(
+        "MHA",
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_attention_heads,
+        key,
+        config.v_head_dim,
+    )
 
 
 def latent_bytes_per_token(config: ModelConfig, itemsize: float = BF16_BYTES) -> float:
@@ -116,8 +129,7 @@ def latent_bytes_per_token(config: ModelConfig, itemsize: float = BF16_BYTES) ->
 # What attention does --------------------------------------------------------------------------
 
 
-def plain_core(shape: CacheShape, queries: int, keys: int,
-               itemsize: float = BF16_BYTES) -> Cost:
+def plain_core(shape: CacheShape, queries: int, keys: int, itemsize: float = BF16_BYTES) -> Cost:
     """Scores and weighted sums of one layer (eq. 10), every query against every key.
 
     The causal half is not taken off: decoding has none, and in prefill the full square is an
@@ -129,16 +141,17 @@ def plain_core(shape: CacheShape, queries: int, keys: int,
     return Cost(flops, moved * itemsize)
 
 
-def latent_core(config: ModelConfig, queries: int, keys: int, form: str,
-                itemsize: float = BF16_BYTES) -> Cost:
+def latent_core(
+    config: ModelConfig, queries: int, keys: int, form: str, itemsize: float = BF16_BYTES
+) -> Cost:
     """The same for MLA, from the cached latents to the heads' outputs, with W^UK and W^UV.
 
     form: "expanded" makes every head's keys and values first, writes and reads them once;
     "absorbed" carries the queries into the latent space and attends there.
     """
     c, heads = config, config.num_attention_heads
-    up = heads * (c.qk_nope_head_dim + c.v_head_dim) * c.kv_lora_rank      # W^UK and W^UV
-    outside = queries * heads * (c.qk_head_dim + c.v_head_dim)             # queries, outputs
+    up = heads * (c.qk_nope_head_dim + c.v_head_dim) * c.kv_lora_rank  # W^UK and W^UV
+    outside = queries * heads * (c.qk_head_dim + c.v_head_dim)  # queries, outputs
     moved = keys * c.latent_dim + up + outside
     if form == "expanded":
         wide = c.qk_head_dim + c.v_head_dim

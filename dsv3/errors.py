@@ -62,6 +62,8 @@ def shown(value: object, most: int = _MOST) -> str:
     except (ValueError, RecursionError):  # a number of thousands of digits, a deep nest
         return f"a {type(value).__name__} too large to show"
     if len(text) > most:
-        text = f"{text[:most * 2 // 3]} ... {text[len(text) - most // 4:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode()
-                   for c in " ".join(text.split()))
+        text = f"{text[: most * 2 // 3]} ... {text[len(text) - most // 4 :]}"
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in " ".join(text.split())
+    )

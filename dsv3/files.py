@@ -21,22 +21,39 @@ from dsv3.errors import DSV3Error
 
 # The longest JSON that is parsed: seven times the index of the 671B model (91,991 names, 9 MB).
 MOST_JSON = 64 << 20
-_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
-          (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 _AGAIN = "Download the file again"
 _ORIGINAL = "Download the safetensors files of the original checkpoint"
 # First bytes -> (what such a file is, the way out). Lower case; leading white space is skipped.
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs.github.com/", "a git-LFS pointer, not the file it stands for",
-     "Fetch the files themselves with: git lfs pull"),
+    (
+        b"version https://git-lfs.github.com/",
+        "a git-LFS pointer, not the file it stands for",
+        "Fetch the files themselves with: git lfs pull",
+    ),
     (b"<!doctype", "a web page", _AGAIN + "; a page was saved under its name"),
     (b"<html", "a web page", _AGAIN + "; a page was saved under its name"),
     (b"<?xml", "an XML document", _AGAIN + "; an answer of the server was saved under its name"),
     (b"gguf", "a GGUF file, a format of llama.cpp", _ORIGINAL),
-    (b"pk\x03\x04", "a zip archive; torch.save writes pickles in such",
-     "Pickles can run code and are never opened. " + _ORIGINAL),
-    *((b"\x80" + bytes([version]), "a pickle",
-       "Pickles can run code and are never opened. " + _ORIGINAL) for version in range(2, 6)),
+    (
+        b"pk\x03\x04",
+        "a zip archive; torch.save writes pickles in such",
+        "Pickles can run code and are never opened. " + _ORIGINAL,
+    ),
+    *(
+        (
+            b"\x80" + bytes([version]),
+            "a pickle",
+            "Pickles can run code and are never opened. " + _ORIGINAL,
+        )
+        for version in range(2, 6)
+    ),
     (b"\x1f\x8b", "a gzip archive", "Unpack it first"),
     (b"\x28\xb5\x2f\xfd", "a zstd archive", "Unpack it first"),
     (b"\x89hdf", "an HDF5 file", _ORIGINAL),
@@ -64,8 +81,12 @@ def open_plain(path: str | Path, *, absent: str | None = None) -> FileIO:
             file.close()
     except FileNotFoundError:
         if path.is_symlink():
-            raise DSV3Error("a link that leads nowhere", where=path, found=os.readlink(path),
-                            fix="Fetch the file that it stands for") from None
+            raise DSV3Error(
+                "a link that leads nowhere",
+                where=path,
+                found=os.readlink(path),
+                fix="Fetch the file that it stands for",
+            ) from None
         raise DSV3Error("no such file", where=path, fix=absent) from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise unreadable(path, error) from None
@@ -82,8 +103,12 @@ def read_text(path: str | Path, *, most: int = MOST_JSON, absent: str | None = N
     with open_plain(path, absent=absent) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise DSV3Error("too large for a file of its kind", where=path,
-                            found=f"{size:,} bytes", expected=f"at most {most:,}")
+            raise DSV3Error(
+                "too large for a file of its kind",
+                where=path,
+                found=f"{size:,} bytes",
+                expected=f"at most {most:,}",
+            )
         try:
             data = file.read(most + 1)
         except OSError as error:
@@ -92,13 +117,17 @@ def read_text(path: str | Path, *, most: int = MOST_JSON, absent: str | None = N
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DSV3Error("not a text in UTF-8", where=path,
-                        found=f"byte 0x{data[error.start]:02x} at {error.start}",
-                        fix=_AGAIN) from None
+        raise DSV3Error(
+            "not a text in UTF-8",
+            where=path,
+            found=f"byte 0x{data[error.start]:02x} at {error.start}",
+            fix=_AGAIN,
+        ) from None
 
 
-def read_json(path: str | Path, *, most: int = MOST_JSON, absent: str | None = None,
-              unique: bool = False) -> Any:
+def read_json(
+    path: str | Path, *, most: int = MOST_JSON, absent: str | None = None, unique: bool = False
+) -> Any:
     """What a JSON file says. unique: refuse an object that has a name twice. See ``read_text``."""
     text = read_text(path, most=most, absent=absent)
     try:
@@ -144,8 +173,11 @@ def refuse_foreign(path: Path, head: bytes) -> None:
     if not head:
         raise DSV3Error("the file is empty", where=path, fix=_AGAIN)
     if not any(head):
-        raise DSV3Error("the file begins with zeros", where=path,
-                        fix=_AGAIN + "; the download was probably cut off")
+        raise DSV3Error(
+            "the file begins with zeros",
+            where=path,
+            fix=_AGAIN + "; the download was probably cut off",
+        )
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").lower()
     for sign, found, fix in _FOREIGN:
         if start.startswith(sign):
@@ -160,10 +192,14 @@ def unreadable(path: Path, error: Exception) -> DSV3Error:
 def unwritable(path: Path, error: Exception) -> DSV3Error:
     """The system's refusal to write, as an error for people."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return DSV3Error("cannot be written", where=path,
-                     found=getattr(error, "strerror", None) or error,
-                     fix="Free some disk space, or name another folder" if full
-                     else "Name a folder that can be written")
+    return DSV3Error(
+        "cannot be written",
+        where=path,
+        found=getattr(error, "strerror", None) or error,
+        fix="Free some disk space, or name another folder"
+        if full
+        else "Name a folder that can be written",
+    )
 
 
 def _kind(mode: int) -> str | None:

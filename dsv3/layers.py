@@ -30,8 +30,9 @@ from dsv3.precision import Precision, wide_linear
 def put(target: Tensor, value: Tensor, what: str) -> None:
     """Copy a loaded tensor into its place; raises DSV3Error when the shapes differ."""
     if tuple(target.shape) != tuple(value.shape):
-        raise DSV3Error("wrong shape", where=what, found=list(value.shape),
-                        expected=list(target.shape))
+        raise DSV3Error(
+            "wrong shape", where=what, found=list(value.shape), expected=list(target.shape)
+        )
     with torch.no_grad():
         target.copy_(value)
 
@@ -63,8 +64,16 @@ class Linear(nn.Module):
     see ``dsv3.fp8.training``.
     """
 
-    def __init__(self, in_features: int, out_features: int, precision: Precision, *,
-                 quantizable: bool = True, saved: str = "e4m3", device=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        precision: Precision,
+        *,
+        quantizable: bool = True,
+        saved: str = "e4m3",
+        device=None,
+    ):
         super().__init__()
         self.precision = precision
         self.quantized = precision.quantized and quantizable
@@ -79,8 +88,9 @@ class Linear(nn.Module):
     @property
     def quantized_weight(self) -> QuantizedTensor:
         """The FP8 weight with its scales (only when quantized)."""
-        return QuantizedTensor(self.weight, self.scale, (fp8.BLOCK, fp8.BLOCK),
-                               self.precision.scale_format)
+        return QuantizedTensor(
+            self.weight, self.scale, (fp8.BLOCK, fp8.BLOCK), self.precision.scale_format
+        )
 
     def forward(self, x: Float[Tensor, "*lead in"] | QuantizedTensor) -> Float[Tensor, "*lead out"]:
         """x may be plain or already quantised."""
@@ -116,16 +126,32 @@ class Linear(nn.Module):
 class ColumnParallelLinear(Linear):
     """A linear whose outputs are cut over the ranks: (..., in) -> (..., out / size)."""
 
-    def __init__(self, in_features: int, out_features: int, precision: Precision,
-                 group: TensorGroup, *, what: str, **options):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        precision: Precision,
+        group: TensorGroup,
+        *,
+        what: str,
+        **options,
+    ):
         super().__init__(in_features, group.split(out_features, what), precision, **options)
 
 
 class RowParallelLinear(Linear):
     """A linear whose inputs are cut over the ranks: (..., in / size) -> (..., out), summed."""
 
-    def __init__(self, in_features: int, out_features: int, precision: Precision,
-                 group: TensorGroup, *, what: str, **options):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        precision: Precision,
+        group: TensorGroup,
+        *,
+        what: str,
+        **options,
+    ):
         super().__init__(group.split(in_features, what), out_features, precision, **options)
         self.group = group
 
@@ -141,8 +167,9 @@ class Embedding(nn.Module):
     A rank gives zeros for tokens that are not its own; the all-reduce fills them in, exactly.
     """
 
-    def __init__(self, vocab_size: int, dim: int, precision: Precision, group: TensorGroup,
-                 device=None):
+    def __init__(
+        self, vocab_size: int, dim: int, precision: Precision, group: TensorGroup, device=None
+    ):
         super().__init__()
         self.group, self.precision = group, precision
         rows = group.split(vocab_size, "vocab_size")
@@ -169,10 +196,12 @@ class Head(ColumnParallelLinear):
     best two tokens of a text tie now and then.
     """
 
-    def __init__(self, dim: int, vocab_size: int, precision: Precision, group: TensorGroup,
-                 device=None):
-        super().__init__(dim, vocab_size, precision, group, what="vocab_size",
-                         quantizable=False, device=device)
+    def __init__(
+        self, dim: int, vocab_size: int, precision: Precision, group: TensorGroup, device=None
+    ):
+        super().__init__(
+            dim, vocab_size, precision, group, what="vocab_size", quantizable=False, device=device
+        )
         self.group = group
 
     def forward(self, x: Float[Tensor, "*lead d"]) -> Float32[Tensor, "*lead v"]:
@@ -182,8 +211,16 @@ class Head(ColumnParallelLinear):
 class SwiGLU(nn.Module):
     """Feed-forward of one token: w2( silu(w1 x) * w3 x ), inner width cut over the ranks."""
 
-    def __init__(self, dim: int, inner: int, precision: Precision, group: TensorGroup, *,
-                 what: str, device=None):
+    def __init__(
+        self,
+        dim: int,
+        inner: int,
+        precision: Precision,
+        group: TensorGroup,
+        *,
+        what: str,
+        device=None,
+    ):
         super().__init__()
         options = dict(what=what, device=device)
         self.precision = precision
@@ -204,8 +241,9 @@ class SwiGLU(nn.Module):
         return self.w2.wide(self.inner(x))
 
 
-def quantize_once(x: Float[Tensor, "*lead d"] | QuantizedTensor,
-                  precision: Precision) -> Float[Tensor, "*lead d"] | QuantizedTensor:
+def quantize_once(
+    x: Float[Tensor, "*lead d"] | QuantizedTensor, precision: Precision
+) -> Float[Tensor, "*lead d"] | QuantizedTensor:
     """x as the products of this precision take it; quantised here unless it already is."""
     if precision.quantized and not isinstance(x, QuantizedTensor):
         return fp8.quantize_activation(x, precision.scale_format)
@@ -216,29 +254,31 @@ def quantized_storage(shape: tuple[int, ...], device) -> tuple[nn.Parameter, nn.
     """Room for an E4M3 weight of ``shape`` and its grid of block scales."""
     grid = (*shape[:-2], -(-shape[-2] // fp8.BLOCK), -(-shape[-1] // fp8.BLOCK))
     data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
-    return (nn.Parameter(data, requires_grad=False),
-            nn.Parameter(torch.empty(grid, dtype=torch.float32, device=device),
-                         requires_grad=False))
+    return (
+        nn.Parameter(data, requires_grad=False),
+        nn.Parameter(torch.empty(grid, dtype=torch.float32, device=device), requires_grad=False),
+    )
 
 
-def as_plain(name: str, value: Float[Tensor, "*shape"],
-             scale: Tensor | None) -> Float[Tensor, "*shape"]:
+def as_plain(
+    name: str, value: Float[Tensor, "*shape"], scale: Tensor | None
+) -> Float[Tensor, "*shape"]:
     """A stored tensor as plain numbers: E4M3 blocks are multiplied by their scales."""
     if value.dtype != torch.float8_e4m3fn:
         return value
     if scale is None:
-        raise DSV3Error("FP8 weight without its scale", where=name,
-                        expected=name + "_scale_inv")
+        raise DSV3Error("FP8 weight without its scale", where=name, expected=name + "_scale_inv")
     return QuantizedTensor(value, fp8.decode_scale(scale), (fp8.BLOCK, fp8.BLOCK)).dequantize()
 
 
-def as_quantized(name: str, value: Float[Tensor, "*shape"], scale: Tensor | None,
-                 precision: Precision) -> QuantizedTensor:
+def as_quantized(
+    name: str, value: Float[Tensor, "*shape"], scale: Tensor | None, precision: Precision
+) -> QuantizedTensor:
     """A stored tensor as FP8 blocks: kept bit for bit if it is, else quantised here."""
     if value.dtype != torch.float8_e4m3fn:
         return fp8.quantize_weight(value.float(), precision.scale_format)
     if scale is None:
-        raise DSV3Error("FP8 weight without its scale", where=name,
-                        expected=name + "_scale_inv")
-    return QuantizedTensor(value, fp8.decode_scale(scale), (fp8.BLOCK, fp8.BLOCK),
-                           precision.scale_format)
+        raise DSV3Error("FP8 weight without its scale", where=name, expected=name + "_scale_inv")
+    return QuantizedTensor(
+        value, fp8.decode_scale(scale), (fp8.BLOCK, fp8.BLOCK), precision.scale_format
+    )

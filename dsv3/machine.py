@@ -67,8 +67,13 @@ def check_threads() -> None:
     asked = os.environ.get("OMP_NUM_THREADS")
     one = r"\s*0*[1-9][0-9]{0,5}\s*"  # one number for each level of nesting, in practice one
     if asked is not None and not re.fullmatch(f"{one}(,{one})*", asked):
-        raise DSV3Error("not a number of threads", where="OMP_NUM_THREADS", found=repr(asked),
-                        expected="a whole number of at least 1", fix="Set it so, or unset it")
+        raise DSV3Error(
+            "not a number of threads",
+            where="OMP_NUM_THREADS",
+            found=repr(asked),
+            expected="a whole number of at least 1",
+            fix="Set it so, or unset it",
+        )
 
 
 @cache

@@ -27,7 +27,6 @@ The core computes from the stored values in both forms and rounds nothing on the
 
 from __future__ import annotations
 
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -37,8 +36,15 @@ from dsv3.config import ModelConfig
 from dsv3.costs import break_even_queries
 from dsv3.fp8 import QuantizedTensor
 from dsv3.fp8.training import fp8_linear
-from dsv3.layers import (ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear, as_plain, put,
-                         quantize_once)
+from dsv3.layers import (
+    ColumnParallelLinear,
+    Linear,
+    RMSNorm,
+    RowParallelLinear,
+    as_plain,
+    put,
+    quantize_once,
+)
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 from dsv3.rope import rotate, softmax_scale
@@ -61,16 +67,18 @@ class LatentUpProjection(nn.Module):
         super().__init__()
         self.config, self.precision, self.heads = config, precision, heads
         rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
-        self.weight = nn.Parameter(torch.empty(rows, config.kv_lora_rank, dtype=self.held,
-                                               device=device))
+        self.weight = nn.Parameter(
+            torch.empty(rows, config.kv_lora_rank, dtype=self.held, device=device)
+        )
 
     @property
     def held(self) -> torch.dtype:
         """The dtype of the weight."""
         return self.precision.weights if self.precision.has_masters else self.precision.core
 
-    def forward(self, seen: Float[Tensor, "b t latent"]) -> tuple[
-            Float[Tensor, "b heads t d_qk"], Float[Tensor, "b heads t d_v_padded"]]:
+    def forward(
+        self, seen: Float[Tensor, "b t latent"]
+    ) -> tuple[Float[Tensor, "b heads t d_qk"], Float[Tensor, "b heads t d_v_padded"]]:
         """Keys and values of every head from the latents (eq. 2, 4, 5).
 
         Values are padded with zeros to the width of the keys: fast attention kernels want that,
@@ -81,17 +89,17 @@ class LatentUpProjection(nn.Module):
         if self.precision.fp8:
             kv = fp8_linear(latent, self.weight, self.precision.fp8)
         else:
-            kv = F.linear(latent, self.weight.to(latent.dtype))             # eq. 2, 5
+            kv = F.linear(latent, self.weight.to(latent.dtype))  # eq. 2, 5
         kv = kv.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         k_rope = k_rope[:, None].expand(-1, self.heads, -1, -1)
-        k = torch.cat([k_nope, k_rope], -1)                                 # eq. 4
+        k = torch.cat([k_nope, k_rope], -1)  # eq. 4
         return k, F.pad(v, (0, max(k.shape[-1] - c.v_head_dim, 0)))
 
     def per_head(self) -> tuple[Float[Tensor, "heads d_h d_c"], Float[Tensor, "heads d_v d_c"]]:
         """W^UK and W^UV, as views where they are held in the core's dtype."""
         both = self.weight.to(self.precision.core).view(self.heads, -1, self.weight.shape[-1])
-        return both[:, :self.config.qk_nope_head_dim], both[:, self.config.qk_nope_head_dim:]
+        return both[:, : self.config.qk_nope_head_dim], both[:, self.config.qk_nope_head_dim :]
 
     def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
         put(self.weight, as_plain(name, value, scale), name)
@@ -107,21 +115,28 @@ class MLA(nn.Module):
         d, head_rows = config.hidden_size, config.num_attention_heads * config.qk_head_dim
         cut = dict(what="num_attention_heads", device=device)
         if config.q_lora_rank is None:
-            self.wq = ColumnParallelLinear(d, head_rows, precision, group, **cut)   # W^UQ, W^QR
+            self.wq = ColumnParallelLinear(d, head_rows, precision, group, **cut)  # W^UQ, W^QR
         else:
-            self.wq_a = Linear(d, config.q_lora_rank, precision, device=device)     # W^DQ
+            self.wq_a = Linear(d, config.q_lora_rank, precision, device=device)  # W^DQ
             self.q_norm = RMSNorm(config.q_lora_rank, _LATENT_EPS, device)
-            self.wq_b = ColumnParallelLinear(config.q_lora_rank, head_rows, precision, group,
-                                             **cut)                                 # W^UQ, W^QR
-        self.wkv_a = Linear(d, config.latent_dim, precision, device=device)         # W^DKV, W^KR
+            self.wq_b = ColumnParallelLinear(
+                config.q_lora_rank, head_rows, precision, group, **cut
+            )  # W^UQ, W^QR
+        self.wkv_a = Linear(d, config.latent_dim, precision, device=device)  # W^DKV, W^KR
         self.kv_norm = RMSNorm(config.kv_lora_rank, _LATENT_EPS, device)
-        self.wkv_b = LatentUpProjection(config, self.heads, precision, device)      # W^UK, W^UV
-        self.wo = RowParallelLinear(config.num_attention_heads * config.v_head_dim, d, precision,
-                                    group, saved="e5m6", **cut)                     # W^O
+        self.wkv_b = LatentUpProjection(config, self.heads, precision, device)  # W^UK, W^UV
+        self.wo = RowParallelLinear(
+            config.num_attention_heads * config.v_head_dim, d, precision, group, saved="e5m6", **cut
+        )  # W^O
         self.scale = softmax_scale(config)
 
-    def forward(self, h: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None = None,
-                layer: int = 0) -> Float[Tensor, "b s d"]:
+    def forward(
+        self,
+        h: Float[Tensor, "b s d"],
+        step: Step,
+        cache: LatentCache | None = None,
+        layer: int = 0,
+    ) -> Float[Tensor, "b s d"]:
         """h of the new tokens -> u; their latents go to the cache."""
         h = quantize_once(h, self.precision)
         q_nope, q_rope = self.queries(h, step)
@@ -129,24 +144,27 @@ class MLA(nn.Module):
         seen = new if cache is None else cache.append(layer, new, step)
         core = self.expanded if self.prefers_expanded(q_nope.shape[1]) else self.absorbed
         o = core(q_nope, q_rope, seen, step)
-        return self.wo(o.flatten(2).to(self.precision.dtype))               # eq. 11
+        return self.wo(o.flatten(2).to(self.precision.dtype))  # eq. 11
 
-    def queries(self, h: Float[Tensor, "b s d"] | QuantizedTensor, step: Step) -> tuple[
-            Float[Tensor, "b s heads d_h"], Float[Tensor, "b s heads d_r"]]:
+    def queries(
+        self, h: Float[Tensor, "b s d"] | QuantizedTensor, step: Step
+    ) -> tuple[Float[Tensor, "b s heads d_h"], Float[Tensor, "b s heads d_r"]]:
         """q^C and rotated q^R of each head (eq. 6-9)."""
         if self.config.q_lora_rank is None:
             q = self.wq(h)
         else:
-            q = self.wq_b(self.q_norm(self.wq_a(h)))                        # eq. 6, 7
+            q = self.wq_b(self.q_norm(self.wq_a(h)))  # eq. 6, 7
         q = q.unflatten(-1, (self.heads, -1))
         q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
-        return q_nope, rotate(q_rope, step.rotation[:, :, None])            # eq. 8
+        return q_nope, rotate(q_rope, step.rotation[:, :, None])  # eq. 8
 
-    def latents(self, h: Float[Tensor, "b s d"] | QuantizedTensor,
-                step: Step) -> Float[Tensor, "b s latent"]:
+    def latents(
+        self, h: Float[Tensor, "b s d"] | QuantizedTensor, step: Step
+    ) -> Float[Tensor, "b s latent"]:
         """[c^KV; k^R], d_c + d_h^R values: normalised latent, rotated shared key (eq. 1, 3)."""
-        c, k_rope = self.wkv_a(h).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim],
-                                        -1)                                 # eq. 1
+        c, k_rope = self.wkv_a(h).split(
+            [self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1
+        )  # eq. 1
         return torch.cat([self.kv_norm(c), rotate(k_rope, step.rotation)], -1)  # eq. 3
 
     def prefers_expanded(self, queries: int) -> bool:
@@ -157,20 +175,29 @@ class MLA(nn.Module):
         """
         return queries > break_even_queries(self.config)
 
-    def expanded(self, q_nope: Float[Tensor, "b s heads d_h"],
-                 q_rope: Float[Tensor, "b s heads d_r"], seen: Float[Tensor, "b t latent"],
-                 step: Step) -> Float[Tensor, "b s heads d_v"]:
+    def expanded(
+        self,
+        q_nope: Float[Tensor, "b s heads d_h"],
+        q_rope: Float[Tensor, "b s heads d_r"],
+        seen: Float[Tensor, "b t latent"],
+        step: Step,
+    ) -> Float[Tensor, "b s heads d_v"]:
         """Keys and values of every head, then attention (eq. 10)."""
-        k, v = self.wkv_b(seen.to(self.precision.core))                     # (b, heads, t, d_qk)
-        q = torch.cat([q_nope, q_rope], -1).to(k.dtype).transpose(1, 2)     # eq. 9
+        k, v = self.wkv_b(seen.to(self.precision.core))  # (b, heads, t, d_qk)
+        q = torch.cat([q_nope, q_rope], -1).to(k.dtype).transpose(1, 2)  # eq. 9
         causal = step.mask is None and q.shape[2] > 1
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, scale=self.scale,
-                                           is_causal=causal)                # eq. 10
-        return o[..., :self.config.v_head_dim].transpose(1, 2)
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=step.mask, scale=self.scale, is_causal=causal
+        )  # eq. 10
+        return o[..., : self.config.v_head_dim].transpose(1, 2)
 
-    def absorbed(self, q_nope: Float[Tensor, "b s heads d_h"],
-                 q_rope: Float[Tensor, "b s heads d_r"], seen: Float[Tensor, "b t latent"],
-                 step: Step) -> Float[Tensor, "b s heads d_v"]:
+    def absorbed(
+        self,
+        q_nope: Float[Tensor, "b s heads d_h"],
+        q_rope: Float[Tensor, "b s heads d_r"],
+        seen: Float[Tensor, "b t latent"],
+        step: Step,
+    ) -> Float[Tensor, "b s heads d_v"]:
         """Attention to the latents themselves."""
         w_uk, w_uv = self.wkv_b.per_head()
         b, s = q_nope.shape[:2]
@@ -185,7 +212,9 @@ class MLA(nn.Module):
             mask = scores.new_ones(s, step.total, dtype=torch.bool).tril()[None, None]
         if mask is not None:
             scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
-        weights = scores.softmax(-1).flatten(1, 2)              # eq. 10; (b, s heads, t)
-        o_latent = sum(weight @ part[..., :self.config.kv_lora_rank].to(q.dtype)
-                       for weight, part in zip(weights.split(_KEYS_AT_ONCE, dim=-1), parts))
+        weights = scores.softmax(-1).flatten(1, 2)  # eq. 10; (b, s heads, t)
+        o_latent = sum(
+            weight @ part[..., : self.config.kv_lora_rank].to(q.dtype)
+            for weight, part in zip(weights.split(_KEYS_AT_ONCE, dim=-1), parts)
+        )
         return torch.einsum("bshc,hdc->bshd", o_latent.view(b, s, self.heads, -1), w_uv)

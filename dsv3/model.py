@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from dsv3 import placement
 from dsv3.block import Block
+from dsv3.cache import LatentCache, Step, check_is_cache
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.layers import Embedding, Head, RMSNorm
-from dsv3.cache import LatentCache, Step, check_is_cache
 from dsv3.moe import Experts, Router
 from dsv3.mtp import MTPModule
 from dsv3.parallel.tensor import TensorGroup
@@ -45,26 +45,42 @@ class Transformer(nn.Module):
     changing them is refused. Raises DSV3Error for a device that is not there or not the group's.
     """
 
-    def __init__(self, config: ModelConfig, precision: str | Precision = "fp32",
-                 group: TensorGroup | None = None, device: torch.device | str | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: str | Precision = "fp32",
+        group: TensorGroup | None = None,
+        device: torch.device | str | None = None,
+    ):
         super().__init__()
         self.config, self.eos_ids = config, config.eos_ids
         self.group, device = placement.agree(group, device)
-        self.precision = (precision if isinstance(precision, Precision)
-                          else Precision.of(precision, config, device))
+        self.precision = (
+            precision
+            if isinstance(precision, Precision)
+            else Precision.of(precision, config, device)
+        )
         if self.precision.trains and self.group.size > 1:
-            raise DSV3Error("a model cut over several ranks cannot be trained", where="group",
-                            found=f"{self.group.size} ranks", expected="1",
-                            fix="Give each rank a whole model and share the batch: "
-                                "dsv3.training.train_step(..., group=group)")
+            raise DSV3Error(
+                "a model cut over several ranks cannot be trained",
+                where="group",
+                found=f"{self.group.size} ranks",
+                expected="1",
+                fix="Give each rank a whole model and share the batch: "
+                "dsv3.training.train_step(..., group=group)",
+            )
         shared = (self.precision, self.group)
         self.embed = Embedding(config.vocab_size, config.hidden_size, *shared, device=device)
-        self.layers = nn.ModuleList(Block(config, layer, *shared, device=device)
-                                    for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, layer, *shared, device=device)
+            for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
         self.head = Head(config.hidden_size, config.vocab_size, *shared, device=device)
-        self.mtp = nn.ModuleList(MTPModule(config, depth, *shared, device=device)
-                                 for depth in range(config.num_nextn_predict_layers))
+        self.mtp = nn.ModuleList(
+            MTPModule(config, depth, *shared, device=device)
+            for depth in range(config.num_nextn_predict_layers)
+        )
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
         if self.precision.quantized or self.group.size > 1:
@@ -84,9 +100,14 @@ class Transformer(nn.Module):
         placement.follow(self, target)
         return self
 
-    def forward(self, tokens: Int[Tensor, "b s"], cache: LatentCache | None = None,
-                lengths: list[int] | None = None, last_only: bool = False,
-                return_hidden: bool = False) -> Logits | tuple[Logits, Float[Tensor, "b s d"]]:
+    def forward(
+        self,
+        tokens: Int[Tensor, "b s"],
+        cache: LatentCache | None = None,
+        lengths: list[int] | None = None,
+        last_only: bool = False,
+        return_hidden: bool = False,
+    ) -> Logits | tuple[Logits, Float[Tensor, "b s d"]]:
         """Scores of the next token after each token.
 
         tokens: (b, s) int64, on any device. With a cache they continue each row's text (chunked
@@ -109,10 +130,15 @@ class Transformer(nn.Module):
                 cache.advance(counts)
             return self._answer(hidden, counts, last_only, return_hidden)
 
-    def mtp_logits(self, hidden: Float[Tensor, "b s d"], tokens: Int[Tensor, "b s"],
-                   cache: LatentCache | None = None, depth: int = 0,
-                   lengths: list[int] | None = None,
-                   last_only: bool = False) -> tuple[Logits, Float[Tensor, "b s d"]]:
+    def mtp_logits(
+        self,
+        hidden: Float[Tensor, "b s d"],
+        tokens: Int[Tensor, "b s"],
+        cache: LatentCache | None = None,
+        depth: int = 0,
+        lengths: list[int] | None = None,
+        last_only: bool = False,
+    ) -> tuple[Logits, Float[Tensor, "b s d"]]:
         """What MTP module ``depth`` predicts (eq. 21-23).
 
         hidden: states after the final norm at positions i (of the module before, for depth > 0).
@@ -120,8 +146,12 @@ class Transformer(nn.Module):
         the module's own states. cache: a draft cache of its own.
         """
         if depth >= len(self.mtp):
-            raise DSV3Error("no such MTP module", where="depth", found=depth,
-                            expected=f"below num_nextn_predict_layers ({len(self.mtp)})")
+            raise DSV3Error(
+                "no such MTP module",
+                where="depth",
+                found=depth,
+                expected=f"below num_nextn_predict_layers ({len(self.mtp)})",
+            )
         step, counts = self._step(tokens, cache, lengths, layers=1)
         tokens = tokens.to(self.device)
         with _no_autocast(self.device):
@@ -129,10 +159,15 @@ class Transformer(nn.Module):
             if cache is not None:
                 cache.remember(tokens, step)
                 cache.advance(counts)
-            return self._answer(hidden, counts, last_only, return_hidden=True)    # eq. 23
+            return self._answer(hidden, counts, last_only, return_hidden=True)  # eq. 23
 
-    def _answer(self, hidden: Float[Tensor, "b s d"], counts: list[int], last_only: bool,
-                return_hidden: bool) -> Logits | tuple[Logits, Float[Tensor, "b s d"]]:
+    def _answer(
+        self,
+        hidden: Float[Tensor, "b s d"],
+        counts: list[int],
+        last_only: bool,
+        return_hidden: bool,
+    ) -> Logits | tuple[Logits, Float[Tensor, "b s d"]]:
         rows = hidden
         if last_only:
             last = torch.tensor(counts, device=hidden.device) - 1
@@ -140,47 +175,85 @@ class Transformer(nn.Module):
         logits = self.head(rows)
         return (logits, hidden) if return_hidden else logits
 
-    def _step(self, tokens: Int[Tensor, "b s"], cache: LatentCache | None,
-              lengths: list[int] | None, layers: int | None = None) -> tuple[Step, list[int]]:
+    def _step(
+        self,
+        tokens: Int[Tensor, "b s"],
+        cache: LatentCache | None,
+        lengths: list[int] | None,
+        layers: int | None = None,
+    ) -> tuple[Step, list[int]]:
         """Where the new tokens stand, and how many each row has. layers: of a fitting cache."""
         if self.device.type == "meta":
-            raise DSV3Error("the model has no weights to compute with", where="device",
-                            found="meta", fix="Load it with load_model(folder, device=...)")
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or (
-                tokens.dtype != torch.int64 or 0 in tokens.shape):
-            raise DSV3Error("wrong token tensor", where="tokens",
-                            found=f"{tuple(tokens.shape)} {tokens.dtype}"
-                            if isinstance(tokens, Tensor) else type(tokens).__name__,
-                            expected="(batch, length) int64, neither of them 0")
+            raise DSV3Error(
+                "the model has no weights to compute with",
+                where="device",
+                found="meta",
+                fix="Load it with load_model(folder, device=...)",
+            )
+        if (
+            not isinstance(tokens, Tensor)
+            or tokens.dim() != 2
+            or (tokens.dtype != torch.int64 or 0 in tokens.shape)
+        ):
+            raise DSV3Error(
+                "wrong token tensor",
+                where="tokens",
+                found=f"{tuple(tokens.shape)} {tokens.dtype}"
+                if isinstance(tokens, Tensor)
+                else type(tokens).__name__,
+                expected="(batch, length) int64, neither of them 0",
+            )
         batch, width = tokens.shape
         low, high = tokens.aminmax()
         if low < 0 or high >= self.config.vocab_size:
-            raise DSV3Error("token id out of range", where="tokens",
-                            found=int(low) if low < 0 else int(high),
-                            expected=f"0 to {self.config.vocab_size - 1}")
+            raise DSV3Error(
+                "token id out of range",
+                where="tokens",
+                found=int(low) if low < 0 else int(high),
+                expected=f"0 to {self.config.vocab_size - 1}",
+            )
         if isinstance(lengths, int):
-            raise DSV3Error("wrong row lengths", where="lengths", found=lengths,
-                            expected="a list, a number for each row")
+            raise DSV3Error(
+                "wrong row lengths",
+                where="lengths",
+                found=lengths,
+                expected="a list, a number for each row",
+            )
         counts = [width] * batch if lengths is None else [int(n) for n in lengths]
         if len(counts) != batch or not all(0 <= n <= width for n in counts):
-            raise DSV3Error("wrong row lengths", where="lengths", found=counts,
-                            expected=f"{batch} numbers from 0 to {width}")
+            raise DSV3Error(
+                "wrong row lengths",
+                where="lengths",
+                found=counts,
+                expected=f"{batch} numbers from 0 to {width}",
+            )
         starts = [0] * batch
         if cache is not None:
             check_is_cache(cache)
             if len(cache.lengths) != batch:
-                raise DSV3Error("the cache is for another batch", where="cache",
-                                found=f"{len(cache.lengths)} rows", expected=batch)
-            cache.check_fit(layers or self.config.num_hidden_layers, self.config.latent_dim,
-                            self.precision.dtype, self.device)
+                raise DSV3Error(
+                    "the cache is for another batch",
+                    where="cache",
+                    found=f"{len(cache.lengths)} rows",
+                    expected=batch,
+                )
+            cache.check_fit(
+                layers or self.config.num_hidden_layers,
+                self.config.latent_dim,
+                self.precision.dtype,
+                self.device,
+            )
             cache.check_room(counts)
             starts = cache.lengths
         longest = max(start + count for start, count in zip(starts, counts))
         if longest > self.config.max_position_embeddings:
-            raise DSV3Error("text longer than the context", where="tokens",
-                            found=f"{longest} tokens",
-                            expected=f"at most {self.config.max_position_embeddings}",
-                            fix="Shorten the text or start a new one")
+            raise DSV3Error(
+                "text longer than the context",
+                where="tokens",
+                found=f"{longest} tokens",
+                expected=f"at most {self.config.max_position_embeddings}",
+                fix="Shorten the text or start a new one",
+            )
         return Step.make(self.config, starts, counts, width, self.device), counts
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> LatentCache:
@@ -192,8 +265,9 @@ class Transformer(nn.Module):
         return self._cache(1, batch_size, max_seq_len)
 
     def _cache(self, layers: int, batch_size: int, max_seq_len: int) -> LatentCache:
-        return LatentCache(self.config, layers, batch_size, max_seq_len, self.precision.dtype,
-                           self.device)
+        return LatentCache(
+            self.config, layers, batch_size, max_seq_len, self.precision.dtype, self.device
+        )
 
     # Weights ------------------------------------------------------------------------------------
 
@@ -211,8 +285,9 @@ class Transformer(nn.Module):
                 for matrix in ("w1", "w3") if leaf == "w13" else ("w2",):
                     yield f"{head}.experts.{expert}.{matrix}.weight"
 
-    def load_weight(self, name: str, value: Float[Tensor, "..."],
-                    scale: Tensor | None = None) -> None:
+    def load_weight(
+        self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None
+    ) -> None:
         """Put this rank's slice of weight ``name`` in its place.
 
         value: E4M3 with its grid of scales, or any float dtype. Raises DSV3Error for an unknown
@@ -231,7 +306,7 @@ class Transformer(nn.Module):
     def _module_of(self, name: str) -> nn.Module:
         path = name.split(".")[:-1]
         if "experts" in path:
-            path = path[:path.index("experts") + 1]
+            path = path[: path.index("experts") + 1]
         try:
             return self.get_submodule(".".join(path))
         except AttributeError:
@@ -253,8 +328,11 @@ class Transformer(nn.Module):
                         parameter.zero_()
                     else:
                         wider = embedding_std and isinstance(module, Embedding)
-                        parameter.normal_(0.0, embedding_std if wider else
-                                          self.config.initializer_range, generator=random)
+                        parameter.normal_(
+                            0.0,
+                            embedding_std if wider else self.config.initializer_range,
+                            generator=random,
+                        )
         return self
 
 

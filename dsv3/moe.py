@@ -46,11 +46,13 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.precision = config, precision
         wide = dict(dtype=torch.float32, device=device)
-        self.weight = nn.Parameter(                                   # e_i, (N_r, d)
-            torch.empty(config.n_routed_experts, config.hidden_size, **wide))
-        if config.gate_bias:                                          # b_i; no gradient moves it
-            self.bias = nn.Parameter(torch.empty(config.n_routed_experts, **wide),
-                                     requires_grad=False)
+        self.weight = nn.Parameter(  # e_i, (N_r, d)
+            torch.empty(config.n_routed_experts, config.hidden_size, **wide)
+        )
+        if config.gate_bias:  # b_i; no gradient moves it
+            self.bias = nn.Parameter(
+                torch.empty(config.n_routed_experts, **wide), requires_grad=False
+            )
         else:
             self.bias = None
 
@@ -60,31 +62,36 @@ class Router(nn.Module):
         chosen = self.choose(scores)
         weights = scores.gather(-1, chosen)
         if self.config.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)          # eq. 13
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # eq. 13
         return weights * self.config.routed_scaling_factor, chosen
 
     def scores(self, u: Float[Tensor, "n d"]) -> Float[Tensor, "n experts"]:
         """Affinities s_i,t of each token to all N_r experts (eq. 15)."""
         sums = self.precision.sums
         logits = F.linear(u.to(sums), self.weight.to(sums))
-        return (logits.sigmoid() if self.config.scoring_func == "sigmoid"         # eq. 15
-                else logits.softmax(-1))
+        return (
+            logits.sigmoid()
+            if self.config.scoring_func == "sigmoid"  # eq. 15
+            else logits.softmax(-1)
+        )
 
     def choose(self, scores: Float[Tensor, "n experts"]) -> Int[Tensor, "n k"]:
         """The K_r best experts of the M best groups, by biased score (eq. 16)."""
         c = self.config
-        biased = scores if self.bias is None else scores + self.bias             # eq. 14, 16
+        biased = scores if self.bias is None else scores + self.bias  # eq. 14, 16
         if c.n_group > 1:
-            closed = ~self.open_groups(biased)[1].repeat_interleave(biased.shape[-1] // c.n_group,
-                                                                    dim=-1)
+            closed = ~self.open_groups(biased)[1].repeat_interleave(
+                biased.shape[-1] // c.n_group, dim=-1
+            )
             biased = biased.masked_fill(closed, float("-inf"))
         return biased.topk(c.num_experts_per_tok, dim=-1).indices
 
-    def open_groups(self, biased: Float[Tensor, "n experts"]) -> tuple[
-            Float[Tensor, "n groups"], Bool[Tensor, "n groups"]]:
+    def open_groups(
+        self, biased: Float[Tensor, "n experts"]
+    ) -> tuple[Float[Tensor, "n groups"], Bool[Tensor, "n groups"]]:
         """What each group counts as, its two best biased scores together (without a bias: its
         best score), and whether it is one of the M best (TR 2.1.2)."""
-        grouped = biased.unflatten(-1, (self.config.n_group, -1))               # (n, G, N_r/G)
+        grouped = biased.unflatten(-1, (self.config.n_group, -1))  # (n, G, N_r/G)
         if self.bias is None:
             strength = grouped.amax(-1)
         else:
@@ -94,8 +101,11 @@ class Router(nn.Module):
 
     def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
         if name.endswith("bias") and self.bias is None:
-            raise DSV3Error("the checkpoint has a router bias, the config has none", where=name,
-                            fix='Set "gate_bias": true in config.json')
+            raise DSV3Error(
+                "the checkpoint has a router bias, the config has none",
+                where=name,
+                fix='Set "gate_bias": true in config.json',
+            )
         target = self.bias if name.endswith("bias") else self.weight
         if not value.isfinite().all():
             raise DSV3Error("router values must be finite", where=name, found="NaN or infinity")
@@ -120,11 +130,13 @@ class Experts(nn.Module):
             self.w13, self.w13_scale = quantized_storage(shapes[0], device)
             self.w2, self.w2_scale = quantized_storage(shapes[1], device)
         else:
-            self.w13, self.w2 = (nn.Parameter(torch.empty(s, dtype=precision.weights, device=device))
-                                 for s in shapes)
+            self.w13, self.w2 = (
+                nn.Parameter(torch.empty(s, dtype=precision.weights, device=device)) for s in shapes
+            )
 
-    def forward(self, u: Float[Tensor, "n d"], weights: Float[Tensor, "n k"],
-                chosen: Int[Tensor, "n k"]) -> Float[Tensor, "n d"]:
+    def forward(
+        self, u: Float[Tensor, "n d"], weights: Float[Tensor, "n k"], chosen: Int[Tensor, "n k"]
+    ) -> Float[Tensor, "n d"]:
         """The weighted sum of my experts' outputs for each token, unrounded.
 
         A partial sum over the ranks. Tokens are sorted by expert, so that an expert meets all of
@@ -154,8 +166,9 @@ class Experts(nn.Module):
         width = self.precision.dtype.itemsize
         return all(size * width % _ROW_BYTES == 0 for size in self.w2.shape[1:])
 
-    def grouped(self, u: Float[Tensor, "n d"], token: Int[Tensor, "choices"],
-                ends: Int[Tensor, "experts"]) -> Float[Tensor, "choices d"]:
+    def grouped(
+        self, u: Float[Tensor, "n d"], token: Int[Tensor, "choices"], ends: Int[Tensor, "experts"]
+    ) -> Float[Tensor, "choices d"]:
         """Outputs by two grouped products; rows past the last end are junk.
 
         token: of each choice, sorted by expert. ends: where each of my experts' choices end.
@@ -171,8 +184,9 @@ class Experts(nn.Module):
         y = F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=ends)
         return (y if slot is None else y.index_select(0, slot)).float()
 
-    def one_by_one(self, u: Float[Tensor, "n d"], token: Int[Tensor, "choices"],
-                   ends: Int[Tensor, "experts"]) -> Float[Tensor, "choices d"]:
+    def one_by_one(
+        self, u: Float[Tensor, "n d"], token: Int[Tensor, "choices"], ends: Int[Tensor, "experts"]
+    ) -> Float[Tensor, "choices d"]:
         """The same outputs, expert after expert: the plain form, and the one for FP8 weights."""
         if self.precision.quantized:
             x, run = quantize_once(u, self.precision)[token], self.expert
@@ -181,29 +195,37 @@ class Experts(nn.Module):
 
             def run(expert, rows):
                 return self.swiglu(rows, w13[expert].flatten(0, 1), w2[expert])
+
         parts, start = [], 0
         for expert, end in enumerate(ends.tolist()):
             if end > start:
                 parts.append(run(expert, x[start:end]))
             start = end
         others = len(token) - start
-        parts.append(torch.zeros(others, self.w2.shape[1], dtype=torch.float32,
-                                 device=token.device))
+        parts.append(
+            torch.zeros(others, self.w2.shape[1], dtype=torch.float32, device=token.device)
+        )
         return torch.cat(parts)
 
-    def expert(self, index: int,
-               x: Float[Tensor, "n d"] | QuantizedTensor) -> Float[Tensor, "n d"]:
+    def expert(self, index: int, x: Float[Tensor, "n d"] | QuantizedTensor) -> Float[Tensor, "n d"]:
         """One expert's SwiGLU of its n tokens: unrounded when x is quantised."""
         if not self.precision.quantized:
             return self.swiglu(x, self.w13[index].flatten(0, 1), self.w2[index])
-        gate, up = (self.product(x, self.w13, self.w13_scale, (index, half))
-                    .to(self.precision.dtype) for half in (0, 1))
+        gate, up = (
+            self.product(x, self.w13, self.w13_scale, (index, half)).to(self.precision.dtype)
+            for half in (0, 1)
+        )
         inner = quantize_once(F.silu(gate) * up, self.precision)
         return self.product(inner, self.w2, self.w2_scale, (index,))
 
-    def swiglu(self, x: Float[Tensor, "n d"], w13: Float[Tensor, "twice_inner d"],
-               w2: Float[Tensor, "d inner"]) -> Float[Tensor, "n d"]:
+    def swiglu(
+        self,
+        x: Float[Tensor, "n d"],
+        w13: Float[Tensor, "twice_inner d"],
+        w2: Float[Tensor, "d inner"],
+    ) -> Float[Tensor, "n d"]:
         """SwiGLU by weights that are not stored in FP8; in FP8 training, quantised for this."""
+
         def product(x, weight):
             if self.precision.fp8:
                 return fp8_linear(x, weight, self.precision.fp8)
@@ -212,20 +234,29 @@ class Experts(nn.Module):
         gate, up = product(x, w13).chunk(2, dim=-1)
         return product(F.silu(gate) * up, w2).float()
 
-    def product(self, x: QuantizedTensor, data: Float8e4m3fn[Tensor, "... out in"],
-                scale: Float32[Tensor, "... out_blocks in_blocks"],
-                index: tuple[int, ...]) -> Float[Tensor, "n out"]:
+    def product(
+        self,
+        x: QuantizedTensor,
+        data: Float8e4m3fn[Tensor, "... out in"],
+        scale: Float32[Tensor, "... out_blocks in_blocks"],
+        index: tuple[int, ...],
+    ) -> Float[Tensor, "n out"]:
         """x times one matrix of a stack."""
-        weight = QuantizedTensor(data[index], scale[index], (fp8.BLOCK, fp8.BLOCK),
-                                 self.precision.scale_format)
+        weight = QuantizedTensor(
+            data[index], scale[index], (fp8.BLOCK, fp8.BLOCK), self.precision.scale_format
+        )
         return fp8.matmul(x, weight, self.precision.sums)
 
-    def slot(self, expert: int, matrix: str) -> tuple[
-            Float[Tensor, "out in"], Float32[Tensor, "out_blocks in_blocks"] | None]:
+    def slot(
+        self, expert: int, matrix: str
+    ) -> tuple[Float[Tensor, "out in"], Float32[Tensor, "out_blocks in_blocks"] | None]:
         """Where w1, w2 or w3 of expert number ``expert`` (0 .. N_r - 1) lives: data and scale."""
         index = expert - self.first
-        name, place = {"w1": ("w13", (index, 0)), "w3": ("w13", (index, 1)),
-                       "w2": ("w2", (index,))}[matrix]
+        name, place = {
+            "w1": ("w13", (index, 0)),
+            "w3": ("w13", (index, 1)),
+            "w2": ("w2", (index,)),
+        }[matrix]
         scale = getattr(self, name + "_scale")[place] if self.precision.quantized else None
         return getattr(self, name)[place], scale
 
@@ -241,8 +272,9 @@ class Experts(nn.Module):
             put(grid, stored.scale, name + "_scale_inv")
 
 
-def spread(ends: Int[Tensor, "experts"], rows: int) -> tuple[Int[Tensor, "{rows}"],
-                                                            Int[Tensor, "experts"]]:
+def spread(
+    ends: Int[Tensor, "experts"], rows: int
+) -> tuple[Int[Tensor, "{rows}"], Int[Tensor, "experts"]]:
     """Places for rows sorted by expert such that each expert's share is a multiple of 64 rows.
 
     A bfloat16 product on a CPU is compiled for its shape, which takes longer than the product.
@@ -266,8 +298,13 @@ class MoE(nn.Module):
         self.gate = Router(config, precision, device)
         self.experts = Experts(config, precision, group, device)
         self.shared_experts = SwiGLU(
-            config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, precision,
-            group, what="n_shared_experts * moe_intermediate_size", device=device)
+            config.hidden_size,
+            config.n_shared_experts * config.moe_intermediate_size,
+            precision,
+            group,
+            what="n_shared_experts * moe_intermediate_size",
+            device=device,
+        )
 
     def forward(self, u: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
         """Both sums share one all-reduce and one rounding."""

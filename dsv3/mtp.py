@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsv3.block import Block
+from dsv3.cache import LatentCache, Step
 from dsv3.config import ModelConfig
 from dsv3.layers import Linear, RMSNorm
-from dsv3.cache import LatentCache, Step
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 
@@ -31,18 +31,24 @@ from dsv3.precision import Precision
 class MTPModule(Block):
     """MTP module ``depth`` (0 for k = 1): a block with two norms and M_k before it, one behind."""
 
-    def __init__(self, config: ModelConfig, depth: int, precision: Precision, group: TensorGroup,
-                 device=None):
+    def __init__(
+        self, config: ModelConfig, depth: int, precision: Precision, group: TensorGroup, device=None
+    ):
         super().__init__(config, config.num_hidden_layers + depth, precision, group, device)
         d = config.hidden_size
         self.enorm = RMSNorm(d, config.rms_norm_eps, device)
         self.hnorm = RMSNorm(d, config.rms_norm_eps, device)
-        self.eh_proj = Linear(2 * d, d, precision, quantizable=False, device=device)    # M_k
+        self.eh_proj = Linear(2 * d, d, precision, quantizable=False, device=device)  # M_k
         self.norm = RMSNorm(d, config.rms_norm_eps, device)
 
-    def forward(self, hidden: Float[Tensor, "b s d"], embedded: Float[Tensor, "b s d"],
-                step: Step, cache: LatentCache | None = None,
-                slot: int = 0) -> Float[Tensor, "b s d"]:
+    def forward(
+        self,
+        hidden: Float[Tensor, "b s d"],
+        embedded: Float[Tensor, "b s d"],
+        step: Step,
+        cache: LatentCache | None = None,
+        slot: int = 0,
+    ) -> Float[Tensor, "b s d"]:
         """hidden h^{k-1}_i and embedded Emb(t_{i+k}) -> normed h^k_i."""
         joined = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1))  # eq. 21
-        return self.norm(super().forward(joined, step, cache, slot))                      # eq. 22
+        return self.norm(super().forward(joined, step, cache, slot))  # eq. 22

@@ -25,16 +25,22 @@ from dsv3.parallel.tensor import TensorGroup
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
-def agree(group: TensorGroup | None,
-          device: torch.device | str | None) -> tuple[TensorGroup, torch.device]:
+def agree(
+    group: TensorGroup | None, device: torch.device | str | None
+) -> tuple[TensorGroup, torch.device]:
     """The group and the device of a new model; raises DSV3Error where they are two."""
     wanted = checked_device(device if device is not None else group.device if group else "cpu")
     group = group or TensorGroup.single(wanted)
     if group.device.type != wanted.type or (
-            None not in (group.device.index, wanted.index) and group.device != wanted):
-        raise DSV3Error("the model and its group are on two devices", where="device",
-                        found=f"{wanted} and the group's {group.device}", expected="one device",
-                        fix="Leave out device, or make the group there")
+        None not in (group.device.index, wanted.index) and group.device != wanted
+    ):
+        raise DSV3Error(
+            "the model and its group are on two devices",
+            where="device",
+            found=f"{wanted} and the group's {group.device}",
+            expected="one device",
+            fix="Leave out device, or make the group there",
+        )
     return group, wanted
 
 
@@ -43,8 +49,12 @@ def checked_device(device: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DSV3Error("no such device here", where="device", found=f"{device}: {_first(error)}",
-                        fix='Use device="cpu"') from None
+        raise DSV3Error(
+            "no such device here",
+            where="device",
+            found=f"{device}: {_first(error)}",
+            fix='Use device="cpu"',
+        ) from None
 
 
 def check_move(model, fn: Function) -> torch.device:
@@ -55,28 +65,39 @@ def check_move(model, fn: Function) -> torch.device:
     try:
         after = {dtype: fn(torch.empty(0, dtype=dtype, device=here)) for dtype in dtypes}
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fix = ("It has no weights yet: load_model(folder, device=...) gives it some"
-               if here.type == "meta" else "It stays where it was")
-        raise DSV3Error("the model cannot be moved", where=f"device {here}", found=_first(error),
-                        fix=fix) from None
+        fix = (
+            "It has no weights yet: load_model(folder, device=...) gives it some"
+            if here.type == "meta"
+            else "It stays where it was"
+        )
+        raise DSV3Error(
+            "the model cannot be moved", where=f"device {here}", found=_first(error), fix=fix
+        ) from None
     wanted = {tensor.dtype for dtype, tensor in after.items() if tensor.dtype != dtype}
     # A model in bf16 is asked for bfloat16: that it is, with its wider norms and router.
     already = not model.precision.quantized and wanted == {model.precision.weights}
     if wanted and not already:
-        raise DSV3Error("a model's dtype is that of its precision and cannot be changed",
-                        where=f"precision {model.precision.name}",
-                        found=", ".join(sorted(map(str, wanted))),
-                        fix='Load it again with precision="fp8", "bf16" or "fp32"')
+        raise DSV3Error(
+            "a model's dtype is that of its precision and cannot be changed",
+            where=f"precision {model.precision.name}",
+            found=", ".join(sorted(map(str, wanted))),
+            fix='Load it again with precision="fp8", "bf16" or "fp32"',
+        )
     target = next(iter(after.values())).device
     if model.group.size > 1 and target != here:
-        raise DSV3Error("a model cut over several ranks stays where its group is", where="device",
-                        found=target, expected=here,
-                        fix="Load it on every rank with a group on that device")
+        raise DSV3Error(
+            "a model cut over several ranks stays where its group is",
+            where="device",
+            found=target,
+            expected=here,
+            fix="Load it on every rank with a group on that device",
+        )
     return target
 
 
 def keeping_dtypes(fn: Function, target: torch.device) -> Function:
     """``fn`` without what it does to dtypes, once that has been found to be nothing new."""
+
     def move(tensor: torch.Tensor) -> torch.Tensor:
         probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
         return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(target)

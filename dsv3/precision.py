@@ -66,8 +66,13 @@ class Precision:
         if name == "bf16":
             return cls(name=name, dtype=torch.bfloat16, weights=torch.bfloat16)
         if name == "fp8":
-            return cls(name=name, dtype=torch.bfloat16, weights=torch.bfloat16, quantized=True,
-                       scale_format=config.scale_fmt).on(device)
+            return cls(
+                name=name,
+                dtype=torch.bfloat16,
+                weights=torch.bfloat16,
+                quantized=True,
+                scale_format=config.scale_fmt,
+            ).on(device)
         raise _unknown(name)
 
     def on(self, device: torch.device) -> Precision:
@@ -78,8 +83,9 @@ class Precision:
         return replace(self, sums=sums, core=sums)
 
     @classmethod
-    def training(cls, name: str, fp8: Fp8Recipe = Fp8Recipe(),
-                 recompute: bool = False) -> Precision:
+    def training(
+        cls, name: str, fp8: Fp8Recipe = Fp8Recipe(), recompute: bool = False
+    ) -> Precision:
         """The precision called ``name`` for training: float32 master weights in every mode.
 
         A step of AdamW changes a weight by about 1e-3 of itself or less; bfloat16 holds steps of
@@ -87,12 +93,23 @@ class Precision:
         rounded copy of the weights, and activations and the attention core are bfloat16.
         """
         if name == "fp32":
-            return cls(name=name, dtype=torch.float32, weights=torch.float32, trains=True,
-                       recompute=recompute)
+            return cls(
+                name=name,
+                dtype=torch.float32,
+                weights=torch.float32,
+                trains=True,
+                recompute=recompute,
+            )
         if name in ("bf16", "fp8"):
-            return cls(name=name, dtype=torch.bfloat16, weights=torch.float32,
-                       core=torch.bfloat16, trains=True, fp8=fp8 if name == "fp8" else None,
-                       recompute=recompute)
+            return cls(
+                name=name,
+                dtype=torch.bfloat16,
+                weights=torch.float32,
+                core=torch.bfloat16,
+                trains=True,
+                fp8=fp8 if name == "fp8" else None,
+                recompute=recompute,
+            )
         raise _unknown(name)
 
     @property
@@ -102,12 +119,14 @@ class Precision:
 
 
 def _unknown(name: str) -> DSV3Error:
-    return DSV3Error("unknown precision", where="precision", found=name,
-                     expected="fp32, bf16 or fp8")
+    return DSV3Error(
+        "unknown precision", where="precision", found=name, expected="fp32, bf16 or fp8"
+    )
 
 
-def wide_linear(x: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"],
-                sums: torch.dtype) -> Float[Tensor, "*lead out"]:
+def wide_linear(
+    x: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"], sums: torch.dtype
+) -> Float[Tensor, "*lead out"]:
     """x @ weight.T, summed in ``sums`` and not rounded to fewer bits.
 
     x and weight come in float32 or bfloat16, the result leaves in ``sums``.

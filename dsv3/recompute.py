@@ -17,27 +17,39 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
-                                    create_selective_checkpoint_contexts)
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 _aten = torch.ops.aten
 # Attention over all pairs of tokens, in the forms that torch chooses from.
-ATTENTION = frozenset({
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default})
+ATTENTION = frozenset(
+    {
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
 PRODUCTS = frozenset({_aten.mm.default, _aten.bmm.default, _aten._grouped_mm.default})
 
 
 def recomputed(kept: frozenset, function: Callable[..., torch.Tensor], *inputs) -> torch.Tensor:
     """function(*inputs), of which only results of the operations ``kept`` wait for backward."""
-    def policy(context, operation, *arguments, **options):
-        return (CheckpointPolicy.MUST_SAVE if operation in kept
-                else CheckpointPolicy.PREFER_RECOMPUTE)
 
-    return checkpoint(function, *inputs, use_reentrant=False,
-                      context_fn=partial(create_selective_checkpoint_contexts, policy))
+    def policy(context, operation, *arguments, **options):
+        return (
+            CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+        )
+
+    return checkpoint(
+        function,
+        *inputs,
+        use_reentrant=False,
+        context_fn=partial(create_selective_checkpoint_contexts, policy),
+    )
 
 
 def in_backward() -> bool:

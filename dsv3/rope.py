@@ -80,8 +80,9 @@ def rotation_scale(config: ModelConfig) -> float:
     if yarn is None:
         return 1.0
     if yarn.mscale and yarn.mscale_all_dim:
-        return (yarn_temperature(yarn.factor, yarn.mscale)
-                / yarn_temperature(yarn.factor, yarn.mscale_all_dim))
+        return yarn_temperature(yarn.factor, yarn.mscale) / yarn_temperature(
+            yarn.factor, yarn.mscale_all_dim
+        )
     return yarn_temperature(yarn.factor, 1.0)
 
 
@@ -90,15 +91,16 @@ def softmax_scale(config: ModelConfig) -> float:
 
     The square does not show in eq. 10. It is 1.87385 for the released config.
     """
-    scale = config.qk_head_dim ** -0.5  # eq. 10
+    scale = config.qk_head_dim**-0.5  # eq. 10
     yarn = config.rope_scaling
     if yarn is not None and yarn.mscale_all_dim:
         scale *= yarn_temperature(yarn.factor, yarn.mscale_all_dim) ** 2
     return scale
 
 
-def rotations(positions: Int[Tensor, "*lead"], frequencies: Float32[Tensor, "pairs"],
-              scale: float) -> Complex64[Tensor, "*lead pairs"]:
+def rotations(
+    positions: Int[Tensor, "*lead"], frequencies: Float32[Tensor, "pairs"], scale: float
+) -> Complex64[Tensor, "*lead pairs"]:
     """One complex number scale * e^{i m theta_j} per position m and pair j.
 
     Made once per forward pass and shared by all layers.
@@ -107,8 +109,9 @@ def rotations(positions: Int[Tensor, "*lead"], frequencies: Float32[Tensor, "pai
     return torch.polar(torch.full_like(angles, scale), angles)
 
 
-def rotate(x: Float[Tensor, "*lead d_r"],
-           rotation: Complex64[Tensor, "*#lead d_r//2"]) -> Float[Tensor, "*lead d_r"]:
+def rotate(
+    x: Float[Tensor, "*lead d_r"], rotation: Complex64[Tensor, "*#lead d_r//2"]
+) -> Float[Tensor, "*lead d_r"]:
     """Turn each neighbouring pair of the last dimension (eq. 3, 8).
 
     rotation is broadcast over x's leading dimensions. Computed in float32, returned in x's dtype.

@@ -25,7 +25,10 @@ def model_folder(path: str | Path) -> Path:
         return path
     shipped = Path(__file__).resolve().parent / "assets" / NAME
     if not (shipped / "config.json").exists():
-        raise DSV3Error("the small model is not here, and this installation has none",
-                        where=path, fix=f"It is the folder assets/{NAME} of the repository: "
-                        "clone it, or build the wheel from a whole checkout")
+        raise DSV3Error(
+            "the small model is not here, and this installation has none",
+            where=path,
+            fix=f"It is the folder assets/{NAME} of the repository: "
+            "clone it, or build the wheel from a whole checkout",
+        )
     return shipped

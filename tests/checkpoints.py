@@ -15,12 +15,27 @@ from dsv3.config import ModelConfig, QuantizationConfig
 
 def tiny_config(**changes) -> ModelConfig:
     fields = dict(
-        vocab_size=64, hidden_size=320, intermediate_size=512, moe_intermediate_size=512,
-        num_hidden_layers=2, num_attention_heads=4, n_routed_experts=4, num_experts_per_tok=2,
-        kv_lora_rank=64, q_lora_rank=128, qk_nope_head_dim=128, qk_rope_head_dim=128,
-        v_head_dim=128, first_k_dense_replace=1, n_group=2, topk_group=1,
-        routed_scaling_factor=2.5, num_nextn_predict_layers=1, max_position_embeddings=128,
-        quantization_config=QuantizationConfig())
+        vocab_size=64,
+        hidden_size=320,
+        intermediate_size=512,
+        moe_intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        kv_lora_rank=64,
+        q_lora_rank=128,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=128,
+        v_head_dim=128,
+        first_k_dense_replace=1,
+        n_group=2,
+        topk_group=1,
+        routed_scaling_factor=2.5,
+        num_nextn_predict_layers=1,
+        max_position_embeddings=128,
+        quantization_config=QuantizationConfig(),
+    )
     return ModelConfig(**{**fields, **changes})
 
 
@@ -28,8 +43,10 @@ def released_shapes(c: ModelConfig, copies: bool = True) -> dict[str, tuple[str,
     """name -> (F8, BF16 or F32; shape), without scales."""
     d, heads = c.hidden_size, c.num_attention_heads
     q_rows = heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    out = {"model.embed_tokens.weight": ("BF16", (c.vocab_size, d)),
-           "model.norm.weight": ("BF16", (d,))}
+    out = {
+        "model.embed_tokens.weight": ("BF16", (c.vocab_size, d)),
+        "model.norm.weight": ("BF16", (d,)),
+    }
     if not c.tie_word_embeddings:
         out["lm_head.weight"] = ("BF16", (c.vocab_size, d))
     for layer in range(c.num_hidden_layers + c.num_nextn_predict_layers):
@@ -44,7 +61,9 @@ def released_shapes(c: ModelConfig, copies: bool = True) -> dict[str, tuple[str,
         out[a + "kv_a_proj_with_mqa.weight"] = ("F8", (c.kv_lora_rank + c.qk_rope_head_dim, d))
         out[a + "kv_a_layernorm.weight"] = ("BF16", (c.kv_lora_rank,))
         out[a + "kv_b_proj.weight"] = (
-            "F8", (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank))
+            "F8",
+            (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank),
+        )
         out[a + "o_proj.weight"] = ("F8", (d, heads * c.v_head_dim))
         out[p + "input_layernorm.weight"] = ("BF16", (d,))
         out[p + "post_attention_layernorm.weight"] = ("BF16", (d,))
@@ -54,8 +73,9 @@ def released_shapes(c: ModelConfig, copies: bool = True) -> dict[str, tuple[str,
             out[p + "mlp.gate.weight"] = ("BF16", (c.n_routed_experts, d))
             if c.gate_bias:
                 out[p + "mlp.gate.e_score_correction_bias"] = ("F32", (c.n_routed_experts,))
-            widths = {p + f"mlp.experts.{e}.": c.moe_intermediate_size
-                      for e in range(c.n_routed_experts)}
+            widths = {
+                p + f"mlp.experts.{e}.": c.moe_intermediate_size for e in range(c.n_routed_experts)
+            }
             widths[p + "mlp.shared_experts."] = c.moe_intermediate_size * c.n_shared_experts
         for prefix, width in widths.items():
             out[prefix + "gate_proj.weight"] = ("F8", (width, d))
@@ -89,8 +109,9 @@ def quantize_naive(w: torch.Tensor, power_of_two: bool = False):
     return codes, scales
 
 
-def random_tensors(c: ModelConfig, seed: int = 0, copies: bool = True,
-                   scale_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def random_tensors(
+    c: ModelConfig, seed: int = 0, copies: bool = True, scale_dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
     out = {}
     for name, (kind, shape) in released_shapes(c, copies).items():
@@ -123,11 +144,15 @@ def write_checkpoint(folder, config: ModelConfig, tensors=None, shards: int = 3,
         names = ["model.safetensors"]
     weight_map = {name: names[i % shards] for i, name in enumerate(tensors)}
     for file_name in names:
-        save_file({n: t for n, t in tensors.items() if weight_map[n] == file_name},
-                  folder / file_name, metadata={"format": "pt"})
+        save_file(
+            {n: t for n, t in tensors.items() if weight_map[n] == file_name},
+            folder / file_name,
+            metadata={"format": "pt"},
+        )
     if shards > 1:
         (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": weight_map}))
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     (folder / "tokenizer_config.json").write_text('{"add_bos_token": true}')
     return tensors
@@ -136,6 +161,7 @@ def write_checkpoint(folder, config: ModelConfig, tensors=None, shards: int = 3,
 def read_folder(folder) -> dict[str, torch.Tensor]:
     """All tensors of all safetensors files of a folder, by the library."""
     from safetensors.torch import load_file
+
     out = {}
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(path).items():
@@ -146,6 +172,10 @@ def read_folder(folder) -> dict[str, torch.Tensor]:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal dtype, shape and bytes; unlike ==, this tells NaNs and signed zeros apart."""
-    return (a.dtype == b.dtype and a.shape == b.shape
-            and torch.equal(a.contiguous().view(-1).view(torch.uint8),
-                            b.contiguous().view(-1).view(torch.uint8)))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(
+            a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
+        )
+    )

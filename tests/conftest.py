@@ -9,9 +9,24 @@ import torch
 
 # Modules whose annotations say the shapes of tensors. Every test run checks them at every call:
 # the hook rewrites these modules when they are imported, so it must come before any of dsv3.
-SHAPED = ["dsv3.rope", "dsv3.precision", "dsv3.layers", "dsv3.attention", "dsv3.cache", "dsv3.mla", "dsv3.moe",
-          "dsv3.block", "dsv3.mtp", "dsv3.model", "dsv3.generation.sampling", "dsv3.fp8", "dsv3.data",
-          "dsv3.training", "dsv3.book.held_out", "dsv3.viz.widgets"]
+SHAPED = [
+    "dsv3.rope",
+    "dsv3.precision",
+    "dsv3.layers",
+    "dsv3.attention",
+    "dsv3.cache",
+    "dsv3.mla",
+    "dsv3.moe",
+    "dsv3.block",
+    "dsv3.mtp",
+    "dsv3.model",
+    "dsv3.generation.sampling",
+    "dsv3.fp8",
+    "dsv3.data",
+    "dsv3.training",
+    "dsv3.book.held_out",
+    "dsv3.viz.widgets",
+]
 jaxtyping.install_import_hook(SHAPED, "annotations.check")
 
 # The models here are too small for two threads to help, and on busy cores threads that wait for
@@ -43,10 +58,20 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     config = ModelConfig.mini().but(
-        vocab_size=384, hidden_size=128, intermediate_size=256, moe_intermediate_size=256,
-        num_hidden_layers=2, n_routed_experts=8, num_experts_per_tok=2, max_position_embeddings=256)
+        vocab_size=384,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=256,
+        num_hidden_layers=2,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+    )
     text = "In byte-level text every word, çédille and emoji 😀 is bytes; frequent ones merge. "
-    save_tokenizer(train_tokenizer([text + str(number) for number in range(100)], 300), folder,
-                   config.max_position_embeddings)
+    save_tokenizer(
+        train_tokenizer([text + str(number) for number in range(100)], 300),
+        folder,
+        config.max_position_embeddings,
+    )
     save_model(Transformer(config).init_weights(0), folder)
     return folder

@@ -61,8 +61,11 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal byte for byte; NaNs of FP32 count as equal whatever their payload."""
     if a.dtype == torch.float32 and b.dtype == torch.float32:
         a, b = (torch.where(t.isnan(), torch.nan, t) for t in (a, b))
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(
-        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    )
 
 
 def product_error(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> float:

@@ -12,9 +12,38 @@ from collections.abc import Callable, Iterator
 from dsv3.errors import DSV3Error
 
 # What a field may hold that nobody meant: other types, edges, and things that break printers.
-ODD = (None, True, False, 0, -1, 1, 2 ** 31, 2 ** 32, 2 ** 63, 10 ** 400, -0.5, 1e308, 1e-320,
-       float("nan"), float("inf"), "", "x", "\x1b[2J", "\ud800", "a\nb", "../x", "x" * 5000, [], {},
-       [[]], [None], {"": None}, [1, 2, 3], ["a", "b"], {"a": {"b": []}})
+ODD = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**32,
+    2**63,
+    10**400,
+    -0.5,
+    1e308,
+    1e-320,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\x1b[2J",
+    "\ud800",
+    "a\nb",
+    "../x",
+    "x" * 5000,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    [1, 2, 3],
+    ["a", "b"],
+    {"a": {"b": []}},
+)
 # A number of more digits than Python turns into an int, and a nest that is too deep.
 RAW = ("9" * 5000, "[" * 20_000 + "]" * 20_000)
 
@@ -30,9 +59,9 @@ def bytes_of(data: bytes, count: int, seed: int) -> Iterator[bytes]:
             if kind == 0 and out:
                 out[at % len(out)] = choose.choice((choose.randrange(256), *b'"{}[],:0-\\'))
             elif kind == 1:
-                del out[at:at + piece]
+                del out[at : at + piece]
             elif kind == 2:
-                out[at:at] = out[at:at + piece]
+                out[at:at] = out[at : at + piece]
             elif kind == 3:
                 out[at:at] = choose.randbytes(piece)
             else:

@@ -28,8 +28,15 @@ from playwright.sync_api import Browser, Locator, sync_playwright
 from dsv3.commands import doctor
 
 # No update checks, no first-run pages: nothing is asked of the network.
-FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+FLAGS = [
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
 
 # JupyterLab, ended when its standard input is: also when the test is killed and cleans up nothing.
 SERVER = """
@@ -65,15 +72,29 @@ class JupyterLab:
         (home / "config").mkdir()
         shutil.copy(SETTINGS, home / "config")
         self._log = open(home / "log", "w+")
-        command = [sys.executable, "-c", SERVER, "--no-browser", "--ServerApp.ip=127.0.0.1",
-                   f"--ServerApp.port={self.url.rpartition(':')[2]}",
-                   "--ServerApp.port_retries=0", f"--IdentityProvider.token={self.token}",
-                   f"--ServerApp.root_dir={self.folder}", "--LabApp.news_url=",
-                   "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-                   *(["--allow-root"] if AS_ROOT else [])]
-        self._server = subprocess.Popen(command, cwd=self.folder, start_new_session=True,
-                                        env=self._environment(home), stdout=self._log,
-                                        stderr=subprocess.STDOUT, stdin=subprocess.PIPE)
+        command = [
+            sys.executable,
+            "-c",
+            SERVER,
+            "--no-browser",
+            "--ServerApp.ip=127.0.0.1",
+            f"--ServerApp.port={self.url.rpartition(':')[2]}",
+            "--ServerApp.port_retries=0",
+            f"--IdentityProvider.token={self.token}",
+            f"--ServerApp.root_dir={self.folder}",
+            "--LabApp.news_url=",
+            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+            *(["--allow-root"] if AS_ROOT else []),
+        ]
+        self._server = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            start_new_session=True,
+            env=self._environment(home),
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.PIPE,
+        )
         try:
             self._wait(60)
         except BaseException:
@@ -97,11 +118,16 @@ class JupyterLab:
         return f"{self.url}/doc/tree/{notebook}?token={self.token}&reset"
 
     def _environment(self, home: Path) -> dict[str, str]:
-        return {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"),
-                "JUPYTER_DATA_DIR": str(home / "data"), "JUPYTER_RUNTIME_DIR": str(home / "run"),
-                "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
-                "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
-                "IPYTHONDIR": str(home / "ipython"), "OMP_NUM_THREADS": "1"}
+        return {
+            **os.environ,
+            "JUPYTER_CONFIG_DIR": str(home / "config"),
+            "JUPYTER_DATA_DIR": str(home / "data"),
+            "JUPYTER_RUNTIME_DIR": str(home / "run"),
+            "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+            "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+            "IPYTHONDIR": str(home / "ipython"),
+            "OMP_NUM_THREADS": "1",
+        }
 
     def use_theme(self, name: str) -> None:
         """The theme of pages that are opened from now on: "JupyterLab Light" or "... Dark"."""
@@ -129,8 +155,12 @@ class JupyterLab:
 def open_browser() -> Iterator[Browser]:
     """Chromium without a window."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=doctor.browser(), args=FLAGS,
-                                             chromium_sandbox=not AS_ROOT, timeout=60_000)
+        browser = playwright.chromium.launch(
+            executable_path=doctor.browser(),
+            args=FLAGS,
+            chromium_sandbox=not AS_ROOT,
+            timeout=60_000,
+        )
         try:
             yield browser
         finally:
@@ -172,7 +202,9 @@ class Notebook:
 
     def go_to(self, number: int) -> None:
         """Choose a cell, counted from 0: from the one before the first, so many down."""
-        self.page.locator(".jp-Notebook .jp-InputPrompt, .jp-Notebook .jp-MarkdownCell").first.click()
+        self.page.locator(
+            ".jp-Notebook .jp-InputPrompt, .jp-Notebook .jp-MarkdownCell"
+        ).first.click()
         self.page.keyboard.press("Escape")
         self.page.keyboard.press("Control+Home")
         for _ in range(number):
@@ -180,8 +212,9 @@ class Notebook:
 
     def panel(self, title: str) -> Locator:
         """The widget whose drawing has this title, scrolled into view."""
-        panel = self.page.locator(".widget-vbox", has=self.page.locator(
-            f".dsv3-drawing svg[aria-label^='{title}']")).last
+        panel = self.page.locator(
+            ".widget-vbox", has=self.page.locator(f".dsv3-drawing svg[aria-label^='{title}']")
+        ).last
         panel.scroll_into_view_if_needed()
         return panel
 
@@ -219,8 +252,9 @@ class Notebook:
 
     def slider(self, title: str, description: str) -> Locator:
         """One slider of a widget, by the words before it."""
-        label = self.page.locator(".widget-label", has_text=re.compile(
-            f"^{re.escape(description)}$"))
+        label = self.page.locator(
+            ".widget-label", has_text=re.compile(f"^{re.escape(description)}$")
+        )
         return self.panel(title).locator(".widget-slider, .widget-hslider", has=label).first
 
     def press_slider(self, title: str, description: str, key: str, times: int) -> None:

@@ -24,9 +24,12 @@ def run_ranks(function, size: int, *arguments) -> list:
     context = mp.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        workers = [context.Process(target=_work, daemon=True,
-                                   args=(function, rank, size, folder, results, arguments))
-                   for rank in range(size)]
+        workers = [
+            context.Process(
+                target=_work, daemon=True, args=(function, rank, size, folder, results, arguments)
+            )
+            for rank in range(size)
+        ]
         try:
             for worker in workers:
                 worker.start()

@@ -52,7 +52,7 @@ def by_loops(layer: Attention, x: torch.Tensor) -> torch.Tensor:
         return vector
 
     def part(vector, head, width):
-        return vector[head * width:(head + 1) * width]
+        return vector[head * width : (head + 1) * width]
 
     answers = []
     for i, token in enumerate(x.double()):
@@ -60,12 +60,19 @@ def by_loops(layer: Attention, x: torch.Tensor) -> torch.Tensor:
         for head in range(layer.heads):
             shared = head // (layer.heads // layer.kv_heads)
             q = turned(part(wq @ token, head, layer.head_dim), i)
-            scores = torch.stack([
-                q @ turned(part(wk @ other, shared, layer.head_dim), j) / layer.head_dim ** 0.5
-                for j, other in enumerate(x[:i + 1].double())])
+            scores = torch.stack(
+                [
+                    q @ turned(part(wk @ other, shared, layer.head_dim), j) / layer.head_dim**0.5
+                    for j, other in enumerate(x[: i + 1].double())
+                ]
+            )
             weights = scores.exp() / scores.exp().sum()
-            mixed.append(sum(w * part(wv @ other, shared, layer.v_head_dim)
-                             for w, other in zip(weights, x[:i + 1].double())))
+            mixed.append(
+                sum(
+                    w * part(wv @ other, shared, layer.v_head_dim)
+                    for w, other in zip(weights, x[: i + 1].double())
+                )
+            )
         answers.append(wo @ torch.cat(mixed))
     return torch.stack(answers)
 
@@ -83,8 +90,9 @@ def test_equals_the_definition_by_loops(d, heads, kv_heads, d_h, d_v, s):
 def test_the_sum_equals_torch(d, heads, kv_heads, d_h, d_v, s):
     q, k = random(2, s, heads, d_h), random(2, s, kv_heads, d_h, seed=1)
     v = random(2, s, kv_heads, d_v, seed=2)
-    wanted = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2),
-                                            v.transpose(1, 2), is_causal=True, enable_gqa=True)
+    wanted = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+    )
     assert gap(attend(q, k, v), wanted.transpose(1, 2)) < BOUND
 
 
@@ -95,9 +103,15 @@ def test_equals_transformers_when_its_halves_are_our_neighbours(kv_heads):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     from transformers import LlamaConfig
 
-    config = LlamaConfig(hidden_size=42, num_attention_heads=6, num_key_value_heads=kv_heads,
-                         head_dim=10, rope_theta=500.0, max_position_embeddings=64,
-                         attn_implementation="eager")
+    config = LlamaConfig(
+        hidden_size=42,
+        num_attention_heads=6,
+        num_key_value_heads=kv_heads,
+        head_dim=10,
+        rope_theta=500.0,
+        max_position_embeddings=64,
+        attn_implementation="eager",
+    )
     theirs, rotary = llama.LlamaAttention(config, 0), llama.LlamaRotaryEmbedding(config)
     ours = module(42, 6, kv_heads, 10, 10, theta=500.0)
     order = torch.cat([torch.arange(0, 10, 2), torch.arange(1, 10, 2)])
@@ -160,6 +174,7 @@ def test_only_distances_count():  # fact 13
     def at(start):
         turn = rotations(torch.arange(start, start + 12), plain_frequencies(8, 10000.0), 1.0)
         return attend(rotate(q, turn[:, None]), rotate(k, turn[:, None]), v)
+
     assert gap(at(0), at(700)) < 1e-4  # float32 angles of a few hundred radians
     assert gap(at(0), at(3)) < BOUND
 
@@ -170,7 +185,7 @@ def test_a_query_of_a_long_bfloat16_text_is_summed_wide():
     found = attend(q, k, v)
     wanted = attend(q.double(), k.double(), v.double())
     assert found.dtype == torch.bfloat16
-    assert gap(found.double(), wanted) < 2 ** -8  # rounded once
+    assert gap(found.double(), wanted) < 2**-8  # rounded once
 
 
 def test_the_mask_behind_a_cache():

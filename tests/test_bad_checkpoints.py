@@ -8,15 +8,15 @@ import json
 
 import pytest
 import torch
+from checkpoints import random_tensors, tiny_config, write_checkpoint
 from safetensors.torch import save_file
 
-from checkpoints import random_tensors, tiny_config, write_checkpoint
 from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.inspect import report
 from dsv3.checkpoint.loading import load_model
 from dsv3.config import QuantizationConfig
-from dsv3.checkpoint.convert import convert
 from dsv3.errors import DSV3Error
-from dsv3.checkpoint.inspect import report
 
 DOORS = {
     "load": lambda folder, out: load_model(folder),
@@ -44,26 +44,36 @@ def negative_nan_code(t):
 def put(name, change):
     def damage(t):
         t[name] = change(t[name]).contiguous()
+
     return damage
 
 
 HEADERS = {  # what headers show: (damage, words of the message)
     "missing tensor": (lambda t: t.pop("model.norm.weight"), "missing tensor", "model.norm.weight"),
     "missing scale": (lambda t: t.pop(WO + "_scale_inv"), "missing scale", WO + "_scale_inv"),
-    "half an MTP layer": (lambda t: [t.pop(n) for n in list(t) if ".layers.2.mlp" in n],
-                          "missing tensor", "model.layers.2.mlp"),
+    "half an MTP layer": (
+        lambda t: [t.pop(n) for n in list(t) if ".layers.2.mlp" in n],
+        "missing tensor",
+        "model.layers.2.mlp",
+    ),
     "transposed": (put(WO, lambda w: w.t()), "wrong shape", WO),
     "scale of another grid": (put(WO + "_scale_inv", lambda s: s[:-1]), "wrong shape", WO),
     "another vocabulary": (put("lm_head.weight", lambda w: w[:-1]), "wrong shape", "lm_head"),
     "weight not FP8": (put(WO, lambda w: w.view(torch.int8)), "wrong dtype", WO),
-    "FP8 where BF16 belongs": (put("lm_head.weight", lambda w: w.to(torch.float8_e4m3fn)),
-                               "wrong dtype", "lm_head"),
+    "FP8 where BF16 belongs": (
+        put("lm_head.weight", lambda w: w.to(torch.float8_e4m3fn)),
+        "wrong dtype",
+        "lm_head",
+    ),
     "E5M2": (put(WO, lambda w: w.view(torch.float8_e5m2)), "wrong dtype", WO),
     "integer bias": (put(BIAS, lambda b: b.long()), "wrong dtype", BIAS),
     "scale of whole numbers": (put(WO + "_scale_inv", lambda s: s.long()), "wrong dtype", WO),
     "plain weight beside scales": (put(WO, lambda w: w.bfloat16()), "scales beside a weight", WO),
-    "unexpected": (lambda t: t.update({"model.extra.weight": torch.ones(1)}), "unexpected tensor",
-                   "model.extra.weight"),
+    "unexpected": (
+        lambda t: t.update({"model.extra.weight": torch.ones(1)}),
+        "unexpected tensor",
+        "model.extra.weight",
+    ),
 }
 
 
@@ -86,7 +96,8 @@ def test_headers(tmp_path, good, case, door):
 
 
 VALUES = {
-    "NaN code": (nan_code, "NaN"), "negative NaN code": (negative_nan_code, "NaN"),
+    "NaN code": (nan_code, "NaN"),
+    "negative NaN code": (negative_nan_code, "NaN"),
     "NaN scale": (put(WO + "_scale_inv", lambda s: s * float("nan")), "scale"),
     "infinite scale": (put(WO + "_scale_inv", lambda s: s * float("inf")), "scale"),
     "negative scale": (put(WO + "_scale_inv", lambda s: -s), "scale"),
@@ -159,17 +170,20 @@ def test_an_index_that_leads_astray(tmp_path, good, door, target):
 
 
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("change, words", [
-    ({"model_type": "qwen2"}, ["qwen2", "distilled"]),
-    ({"hidden_size": 256}, ["wrong shape"]),
-    ({"num_hidden_layers": 3}, ["unexpected", "model.layers.2.enorm"]),
-    ({"num_hidden_layers": 1}, ["missing", "model.layers.1.enorm"]),
-    ({"num_hidden_layers": 1, "num_nextn_predict_layers": 0}, ["unexpected", "model.layers.1"]),
-    ({"gate_bias": False}, ["unexpected", "e_score_correction_bias"]),
-    ({"q_lora_rank": None}, ["q_proj"]),
-    ({"tie_word_embeddings": True}, ["differ", "lm_head", "embed_tokens"]),
-    ({"quantization_config": None}, ["wrong dtype", "F8_E4M3", "quantization_config"]),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"model_type": "qwen2"}, ["qwen2", "distilled"]),
+        ({"hidden_size": 256}, ["wrong shape"]),
+        ({"num_hidden_layers": 3}, ["unexpected", "model.layers.2.enorm"]),
+        ({"num_hidden_layers": 1}, ["missing", "model.layers.1.enorm"]),
+        ({"num_hidden_layers": 1, "num_nextn_predict_layers": 0}, ["unexpected", "model.layers.1"]),
+        ({"gate_bias": False}, ["unexpected", "e_score_correction_bias"]),
+        ({"q_lora_rank": None}, ["q_proj"]),
+        ({"tie_word_embeddings": True}, ["differ", "lm_head", "embed_tokens"]),
+        ({"quantization_config": None}, ["wrong dtype", "F8_E4M3", "quantization_config"]),
+    ],
+)
 def test_a_config_of_another_model(tmp_path, good, door, change, words):
     write_checkpoint(tmp_path / "in", tiny_config(), good)
     path = tmp_path / "in" / "config.json"

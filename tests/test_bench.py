@@ -10,13 +10,16 @@ from dsv3.errors import DSV3Error
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that only the calls advance."""
+
     class Clock:
         now = 0.0
 
         def takes(self, duration):
             def call(*_):
                 self.now += duration
+
             return call
+
     clock = Clock()
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(bench.time, "monotonic", lambda: clock.now)
@@ -32,12 +35,19 @@ def test_rounds_follow_from_the_time(clock, allowed, rounds):
 @pytest.fixture
 def no_models(monkeypatch):
     """Cells of which those in bfloat16 take a hundred times as long."""
+
     def given(clock):
         monkeypatch.setattr(bench, "make_pair", lambda dtype, device: (dtype, dtype))
         monkeypatch.setattr(bench, "check_equal", lambda *_: None)
-        monkeypatch.setattr(bench, "cells", lambda ours, *_: (
-            ("decode", n, 16, *[clock.takes(1 if ours == torch.float32 else 100)] * 2)
-            for n in range(5)))
+        monkeypatch.setattr(
+            bench,
+            "cells",
+            lambda ours, *_: (
+                ("decode", n, 16, *[clock.takes(1 if ours == torch.float32 else 100)] * 2)
+                for n in range(5)
+            ),
+        )
+
     return given
 
 
@@ -60,5 +70,6 @@ def test_models_that_disagree_are_not_compared():
     class Theirs:
         def __call__(self, text):
             return type("Output", (), {"logits": torch.ones(1, 4, 8)})
+
     with pytest.raises(DSV3Error, match="the two models disagree"):
         bench.check_equal(lambda text: torch.full((1, 4, 8), 1.001), Theirs(), torch.zeros(1, 4))

@@ -19,8 +19,8 @@ from dsv3.book.notation import notation
 from dsv3.book.notebook import run
 from dsv3.book.ready import NotReady
 from dsv3.book.saved import clean, keep_clean, reset
-from dsv3.errors import DSV3Error
 from dsv3.checkpoint.layout import TABLE
+from dsv3.errors import DSV3Error
 from dsv3.moe import Router
 from dsv3.precision import Precision
 from dsv3.rope import rotate
@@ -47,11 +47,27 @@ def test_symbols_that_share_a_weight_make_up_its_shape(config):
 
 def test_the_reports_own_sizes():
     """TR 4.2, typed in from there."""
-    sizes = {symbol: entry.sizes(LARGE)[0] for symbol, entry in notation().items()
-             if entry.kind == "size"}
-    assert sizes == {"d": 7168, "l": 61, "n_h": 128, "d_h": 128, "d_h^R": 64, "d_c": 512,
-                     "d_c'": 1536, "N_s": 1, "N_r": 256, "K_r": 8, "M": 4, "D": 1, "V": 129280,
-                     "inner": 2048}
+    sizes = {
+        symbol: entry.sizes(LARGE)[0]
+        for symbol, entry in notation().items()
+        if entry.kind == "size"
+    }
+    assert sizes == {
+        "d": 7168,
+        "l": 61,
+        "n_h": 128,
+        "d_h": 128,
+        "d_h^R": 64,
+        "d_c": 512,
+        "d_c'": 1536,
+        "N_s": 1,
+        "N_r": 256,
+        "K_r": 8,
+        "M": 4,
+        "D": 1,
+        "V": 129280,
+        "inner": 2048,
+    }
 
 
 def test_a_table_has_both_sizes_and_all_names():
@@ -66,8 +82,11 @@ def test_a_table_has_both_sizes_and_all_names():
 
 def test_fields_of_the_config_carry_the_symbols_of_the_notation():
     """The comment behind a field of ModelConfig begins with its symbol, where it has one."""
-    said = re.findall(r"^    (\w+): .*?# ([A-Za-z_'^]+)(?:[;:]| *$)",
-                      (ROOT / "dsv3/config.py").read_text(), re.MULTILINE)
+    said = re.findall(
+        r"^    (\w+): .*?# ([A-Za-z_'^]+)(?:[;:]| *$)",
+        (ROOT / "dsv3/config.py").read_text(),
+        re.MULTILINE,
+    )
     symbols = {entry.field: entry.symbol for entry in notation().values() if entry.field}
     said = {field: symbol for field, symbol in said if symbol in symbols.values()}
     assert len(said) >= 12
@@ -78,8 +97,9 @@ def test_fields_of_the_config_carry_the_symbols_of_the_notation():
 def test_the_table_of_tensors_uses_symbols_of_the_notation():
     known = set(notation())
     for row in TABLE:
-        for word in re.findall(r"W\^\w+|FFN\^\(\w\)(?:_i)?|\b[eb]_i|\bM_k|\bEmb\b|\bOutHead\b",
-                               row.symbol):
+        for word in re.findall(
+            r"W\^\w+|FFN\^\(\w\)(?:_i)?|\b[eb]_i|\bM_k|\bEmb\b|\bOutHead\b", row.symbol
+        ):
             assert word in known | {"W^Q"}, row.name  # W^Q: where queries are not compressed
 
 
@@ -92,10 +112,16 @@ OTHERS = {"W^Q", "W^T"}  # queries that are not compressed; a transpose
 def prose(path: Path) -> str:
     """Docstrings and comments of a module."""
     source = path.read_text()
-    found = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source))
-             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-    found += [token.string for token in tokenize.generate_tokens(io.StringIO(source).readline)
-              if token.type == tokenize.COMMENT]
+    found = [
+        ast.get_docstring(node) or ""
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+    ]
+    found += [
+        token.string
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    ]
     return "\n".join(found)
 
 
@@ -127,9 +153,14 @@ class Gate:
         return inner  # eq 9 is none
 '''
     assert list(ledger.tags_of_source(source)) == [
-        ("Gate.choose", "eq.", 16), ("Gate.forward", "eq.", 6), ("Gate.forward", "eq.", 7),
-        ("Gate.forward", "eq.", 8), ("Gate.forward", "eq.", 11), ("Gate.forward", "fact", 22),
-        ("Gate.forward", "fact", 23)]
+        ("Gate.choose", "eq.", 16),
+        ("Gate.forward", "eq.", 6),
+        ("Gate.forward", "eq.", 7),
+        ("Gate.forward", "eq.", 8),
+        ("Gate.forward", "eq.", 11),
+        ("Gate.forward", "fact", 22),
+        ("Gate.forward", "fact", 23),
+    ]
 
 
 @pytest.mark.parametrize("equation", ledger.load("equations"), ids=lambda e: str(e["number"]))
@@ -159,9 +190,12 @@ def test_no_tag_leads_nowhere():
 
 
 def functions_of_tests() -> set[str]:
-    return {node.name for path in (ROOT / "tests").glob("test_*.py")
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.FunctionDef)}
+    return {
+        node.name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 @pytest.mark.parametrize("row", ledger.load("misreadings"), ids=lambda row: row["id"])
@@ -174,8 +208,9 @@ def test_every_misreading_is_answered_shown_and_tested(row):
     said = [cell for cell in notebook.cells if name in cell.metadata.get("tags", [])]
     assert [cell for cell in said if cell.cell_type == "markdown"], f"no cell tagged {name}"
     if row["numeric"]:
-        assert [cell for cell in notebook.cells
-                if cell.id == name and cell.cell_type == "code"], f"no code cell {name}"
+        assert [cell for cell in notebook.cells if cell.id == name and cell.cell_type == "code"], (
+            f"no code cell {name}"
+        )
         assert f"test_{name.replace('-', '_')}" in functions_of_tests()
 
 
@@ -194,8 +229,9 @@ def router() -> tuple[Router, torch.Tensor]:
 def test_a_mutated_method_is_another_one_inside_and_the_same_one_behind():
     gate, u = router()
     before, function = gate(u), Router.__dict__["forward"]
-    with book.mutated(Router.forward, "scores.gather(-1, chosen)",
-                      "(scores + self.bias).gather(-1, chosen)"):
+    with book.mutated(
+        Router.forward, "scores.gather(-1, chosen)", "(scores + self.bias).gather(-1, chosen)"
+    ):
         inside = gate(u)
     assert torch.equal(inside[1], before[1]) and not torch.allclose(inside[0], before[0])
     assert Router.__dict__["forward"] is function and torch.equal(gate(u)[0], before[0])
@@ -203,6 +239,7 @@ def test_a_mutated_method_is_another_one_inside_and_the_same_one_behind():
 
 def test_a_mutated_function_is_seen_by_the_modules_that_imported_it():
     from dsv3 import mla, rope
+
     with book.mutated(rope.rotate, "pairs * rotation", "pairs"):
         assert mla.rotate is rope.rotate is not rotate
     assert mla.rotate is rope.rotate is rotate
@@ -239,14 +276,22 @@ def write(path: Path, *sources: str) -> Path:
 
 
 def test_a_run_stores_outputs_and_budget_and_nothing_else(tmp_path):
-    path = write(tmp_path / "a b.ipynb", "x = bytearray(300_000_000)\nlen(x)", "",
-                 "import ipywidgets\nipywidgets.IntSlider(3)",
-                 "import time\nfor i in range(3):\n    print(i, flush=True)\n    time.sleep(0.5)")
+    path = write(
+        tmp_path / "a b.ipynb",
+        "x = bytearray(300_000_000)\nlen(x)",
+        "",
+        "import ipywidgets\nipywidgets.IntSlider(3)",
+        "import time\nfor i in range(3):\n    print(i, flush=True)\n    time.sleep(0.5)",
+    )
     budget = run(path)
     notebook = nbformat.read(path, as_version=4)
     assert 0.3e9 < budget.memory < 2e9 and 0 < budget.seconds < 60
-    assert re.search(r"^\| Budget \| \d+ s on .*CPU cores?, \d\.\d GB of memory, no download "
-                     r"\(measured\) \|$", notebook.cells[0].source, re.MULTILINE)
+    assert re.search(
+        r"^\| Budget \| \d+ s on .*CPU cores?, \d\.\d GB of memory, no download "
+        r"\(measured\) \|$",
+        notebook.cells[0].source,
+        re.MULTILINE,
+    )
     assert [cell.get("execution_count") for cell in notebook.cells] == [None, 1, None, 2, 3]
     assert notebook.cells[1].outputs[0].data["text/plain"] == "300000000"
     assert set(notebook.cells[3].outputs[0].data) == {"text/plain"}

@@ -16,20 +16,24 @@ import pytest
 from lab import JupyterLab, Notebook, open_browser
 
 from dsv3 import load_model, load_tokenizer
-from dsv3.commands import doctor
 from dsv3.book.saved import clean
+from dsv3.commands import doctor
 from dsv3.viz.scene import Scene, Text
 from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer
 
 ROOT = Path(__file__).parents[1]
 TEXT = "To be, or not to be"
 
-CELLS = [f"""\
+CELLS = [
+    f"""\
 from dsv3 import load_model, load_tokenizer
 from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer
 model = load_model("../assets/dsv3-mini", precision="fp32")
 tokenizer = load_tokenizer("../assets/dsv3-mini")
-RoutingExplorer(model, tokenizer, {TEXT!r})""", "KVCacheCalculator()", "LoadBalanceSimulator()"]
+RoutingExplorer(model, tokenizer, {TEXT!r})""",
+    "KVCacheCalculator()",
+    "LoadBalanceSimulator()",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +43,9 @@ def book(tmp_path_factory) -> Path:
         reason = f"no browser found, looked for {', '.join(doctor.BROWSERS)}"
         (pytest.fail if os.environ.get("DSV3_NEED_BROWSER") else pytest.skip)(reason)
     folder = tmp_path_factory.mktemp("book")
-    shutil.copytree(ROOT / "chapters", folder / "chapters",
-                    ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(
+        ROOT / "chapters", folder / "chapters", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
+    )
     (folder / "assets").symlink_to(ROOT / "assets")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     clean(notebook)  # as a chapter is
@@ -89,8 +94,10 @@ def check_shown(page: Notebook, title: str, scene: Scene) -> None:
     page.wait_for_words(title, words(scene))
     drawing = page.panel(title).locator(".dsv3-drawing svg")
     kinds = drawing.evaluate("svg => [...svg.children].slice(1).map(node => node.tagName)")
-    assert kinds == [{"Line": "polyline"}.get(type(mark).__name__, type(mark).__name__.lower())
-                     for mark in scene.marks]
+    assert kinds == [
+        {"Line": "polyline"}.get(type(mark).__name__, type(mark).__name__.lower())
+        for mark in scene.marks
+    ]
     assert scene.alt in drawing.get_attribute("aria-label")
 
 
@@ -101,12 +108,19 @@ def test_first_pictures_are_those_of_the_still_ones(page, explorer, tmp_path):
         assert (tmp_path / f"{widget.title}.png").stat().st_size > 20_000
 
 
-@pytest.mark.parametrize("description, control, key, times", [
-    ("Bias strength", "strength", "ArrowLeft", 4), ("Groups allowed", "groups", "ArrowRight", 1),
-    ("Experts (top-k)", "top_k", "ArrowUp", 2), ("Layer", "layer", "ArrowRight", 1),
-    ("Token", "token", "ArrowLeft", 3)])
-def test_a_slider_moved_by_keys_changes_picture_and_numbers(page, explorer, description, control,
-                                                           key, times):
+@pytest.mark.parametrize(
+    "description, control, key, times",
+    [
+        ("Bias strength", "strength", "ArrowLeft", 4),
+        ("Groups allowed", "groups", "ArrowRight", 1),
+        ("Experts (top-k)", "top_k", "ArrowUp", 2),
+        ("Layer", "layer", "ArrowRight", 1),
+        ("Token", "token", "ArrowLeft", 3),
+    ],
+)
+def test_a_slider_moved_by_keys_changes_picture_and_numbers(
+    page, explorer, description, control, key, times
+):
     before = page.words(explorer.title)
     page.press_slider(explorer.title, description, key, times)
     ours = getattr(explorer, control)
@@ -123,26 +137,35 @@ def test_sliders_say_their_name_and_their_value_as_it_is_shown(page):
     """At first and after a move; ipywidgets' own text for "80 GB" is the number of the choice."""
     said = {}
     for title in ("Routing explorer", "KV-cache calculator", "Load-balancing simulator"):
-        said |= dict(page.panel(title).locator("[role='slider']").evaluate_all(
-            "nodes => nodes.map(n => [n.ariaLabel, n.getAttribute('aria-valuetext')])"))
+        said |= dict(
+            page.panel(title)
+            .locator("[role='slider']")
+            .evaluate_all(
+                "nodes => nodes.map(n => [n.ariaLabel, n.getAttribute('aria-valuetext')])"
+            )
+        )
     assert said["Memory for it"] == "80 GB" and said["Skew of experts"] == "0.50"
     assert said["Bias speed γ"] == "0.001" and len(said) == 13
     handle = page.slider("KV-cache calculator", "Memory for it").locator("[role='slider']")
     for key, now in (("ArrowRight", "160 GB"), ("ArrowLeft", "80 GB")):
         handle.press(key)
-        page.page.wait_for_function("([node, text]) => node.ariaValueText === text",
-                                    arg=[handle.element_handle(), now])
+        page.page.wait_for_function(
+            "([node, text]) => node.ariaValueText === text", arg=[handle.element_handle(), now]
+        )
 
 
 def test_widgets_of_one_page_share_no_id_and_nothing_scrolls_inside(page):
     page.panel("Load-balancing simulator")
     ids = page.page.locator(".dsv3-drawing [id]").evaluate_all("nodes => nodes.map(n => n.id)")
     assert len(ids) == len(set(ids)) == 3
-    assert page.page.evaluate("""() => [...document.querySelectorAll(".jp-OutputArea *")].filter(
+    assert (
+        page.page.evaluate("""() => [...document.querySelectorAll(".jp-OutputArea *")].filter(
         node => (node.scrollHeight > node.clientHeight
                  && /auto|scroll/.test(getComputedStyle(node).overflowY))
              || (node.scrollWidth > node.clientWidth
-                 && /auto|scroll/.test(getComputedStyle(node).overflowX))).length""") == 0
+                 && /auto|scroll/.test(getComputedStyle(node).overflowX))).length""")
+        == 0
+    )
 
 
 def test_tab_leads_from_the_last_slider_into_the_picture(page):
@@ -232,8 +255,10 @@ def test_the_next_day(page, lab, browser, book, tmp_path):
     assert not again.page.locator(".dsv3-drawing").count()
     stored = nbformat.read(book / "chapters" / "widgets.ipynb", as_version=4)
     assert [cell.outputs[-1].data["text/plain"].partition(".")[0] for cell in stored.cells] == [
-        "[Figure: Routing explorer", "[Figure: KV-cache calculator",
-        "[Figure: Load-balancing simulator"]
+        "[Figure: Routing explorer",
+        "[Figure: KV-cache calculator",
+        "[Figure: Load-balancing simulator",
+    ]
     again.page.screenshot(path=tmp_path / "next_day.png")
     assert not again.page.get_by_text("Error displaying widget").count()
     assert again.complaints == []
@@ -255,7 +280,9 @@ def test_a_chapter_that_is_only_opened(lab, browser, book):
     page.page.keyboard.press("Control+Enter")
     page.page.get_by_text("run the cell under “Before you start” first").wait_for()
     page.go_to(ids.index("equations"))
-    page.page.get_by_role("link", name="2 · Equations 1, 2 and 5: latent, keys, values").first.click()
+    page.page.get_by_role(
+        "link", name="2 · Equations 1, 2 and 5: latent, keys, values"
+    ).first.click()
     page.page.get_by_role("heading", name="Equations 1, 2 and 5: latent, keys, values").wait_for()
     page.page.close()
 

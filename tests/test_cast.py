@@ -8,16 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import (
+    quantize_naive,
+    random_tensors,
+    read_folder,
+    released_shapes,
+    same_bits,
+    tiny_config,
+    write_checkpoint,
+)
 from safetensors import safe_open
 
-from checkpoints import (quantize_naive, random_tensors, read_folder, released_shapes, same_bits,
-                         tiny_config, write_checkpoint)
 from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.jobs import RECORD_FILE
 from dsv3.checkpoint.loading import load_model
+from dsv3.checkpoint.safetensors_io import StreamWriter
 from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.errors import DSV3Error
-from dsv3.checkpoint.jobs import RECORD_FILE
-from dsv3.checkpoint.safetensors_io import StreamWriter
 
 UE8M0 = QuantizationConfig(scale_fmt="ue8m0")
 INDEX = "model.safetensors.index.json"
@@ -43,8 +50,9 @@ def dequantized(tensors, name):
 def test_to_bf16(tmp_path, shards):
     config = tiny_config()
     tensors = write_checkpoint(tmp_path / "in", config, shards=shards)
-    index_before = (json.loads((tmp_path / "in" / INDEX).read_text())["weight_map"]
-                    if shards > 1 else {})
+    index_before = (
+        json.loads((tmp_path / "in" / INDEX).read_text())["weight_map"] if shards > 1 else {}
+    )
     if shards > 1:  # the fixture must not be the easy case
         assert index_before[WKV_A] != index_before[WKV_A + "_scale_inv"]
     assert tensors[WKV_A].shape == (192, 320) and tensors[WKV_A + "_scale_inv"].shape == (2, 3)
@@ -155,7 +163,7 @@ def test_there_and_back_with_float32_scales(tmp_path):
     changed = 0
     for name, tensor in tensors.items():
         if name.endswith("_scale_inv"):
-            assert ((back[name] / tensor - 1).abs() < 2 ** -8).all()
+            assert ((back[name] / tensor - 1).abs() < 2**-8).all()
             changed += (back[name] != tensor).sum()
         else:
             assert same_bits(back[name], tensor), name
@@ -249,22 +257,35 @@ print(peak - base, *{plan["largest_tensor"] for plan in plans})
 def test_memory_stays_at_three_times_the_largest_tensor(tmp_path):
     """Largest tensor 32 MiB, checkpoint 230 MB: memory must follow the first, not the second."""
     config = tiny_config(
-        hidden_size=1024, vocab_size=16384, intermediate_size=8192, moe_intermediate_size=1024,
-        num_hidden_layers=2, n_routed_experts=40, n_group=4, topk_group=2,
-        num_nextn_predict_layers=0)
+        hidden_size=1024,
+        vocab_size=16384,
+        intermediate_size=8192,
+        moe_intermediate_size=1024,
+        num_hidden_layers=2,
+        n_routed_experts=40,
+        n_group=4,
+        topk_group=2,
+        num_nextn_predict_layers=0,
+    )
     tensors = {}
     for name, (kind, shape) in released_shapes(config).items():
         if kind == "F8":
             tensors[name] = torch.full(shape, 1.5).to(torch.float8_e4m3fn)
             tensors[name + "_scale_inv"] = torch.ones(tuple(-(-n // 128) for n in shape))
         else:
-            tensors[name] = torch.ones(shape, dtype=torch.float32 if kind == "F32"
-                                       else torch.bfloat16)
+            tensors[name] = torch.ones(
+                shape, dtype=torch.float32 if kind == "F32" else torch.bfloat16
+            )
     write_checkpoint(tmp_path / "fp8", config, tensors)
-    assert sum(t.nbytes for t in tensors.values()) > 6 * 2 ** 25
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True,
-                          timeout=120, cwd=Path(__file__).parent.parent)
+    assert sum(t.nbytes for t in tensors.values()) > 6 * 2**25
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parent.parent,
+    )
     assert done.returncode == 0, done.stderr
     peak, largest = map(int, done.stdout.split())
-    assert largest == 2 ** 25
+    assert largest == 2**25
     assert peak <= 3 * largest, f"{peak / 2**20:.0f} MiB"

@@ -36,7 +36,11 @@ def taught(request) -> dict:
 
 def test_the_book_has_its_chapters_in_order():
     assert [path.name for path in CHAPTERS][:4] == [
-        "00_start_here.ipynb", "01_attention.ipynb", "02_mla.ipynb", "03_moe_gating.ipynb"]
+        "00_start_here.ipynb",
+        "01_attention.ipynb",
+        "02_mla.ipynb",
+        "03_moe_gating.ipynb",
+    ]
     for path in TAUGHT:
         assert (path.parent / "solutions" / path.name).exists()
 
@@ -46,8 +50,12 @@ def test_head_with_measured_budget(chapter):
     assert re.match(r"# \d · \S", title)
     for row in ("Paper", "Prerequisites", "Budget"):
         assert re.search(rf"^\| {row} \| .+ \|$", title, re.MULTILINE), row
-    budget = re.search(r"^\| Budget \| (\d+) s on .*, [\d.]+ GB of memory, no download "
-                       r"\(measured\) \|$", title, re.MULTILINE)
+    budget = re.search(
+        r"^\| Budget \| (\d+) s on .*, [\d.]+ GB of memory, no download "
+        r"\(measured\) \|$",
+        title,
+        re.MULTILINE,
+    )
     assert budget, "run python -m dsv3.book on the chapter"
     aims = chapter["aims"].source
     assert aims.startswith("## What you will be able to do")
@@ -58,14 +66,25 @@ def test_end_with_summary_and_the_way_on(chapter):
     text = "\n".join(cell.source for cell in chapter.values() if cell.cell_type == "markdown")
     places = [text.find(f"\n## {part}\n") for part in ("Summary", "Quiz", "What comes next")]
     assert -1 not in places and places == sorted(places)
-    quiz = text[places[1]:places[2]]
+    quiz = text[places[1] : places[2]]
     assert quiz.count("<details><summary>") >= 4
 
 
 def test_parts_of_a_taught_chapter_stand_in_order(taught):
     ids = list(taught)
-    parts = ["title", "aims", "setup-text", "setup", "map", "notation", "oracle", "exercises", "summary", "quiz",
-             "next"]
+    parts = [
+        "title",
+        "aims",
+        "setup-text",
+        "setup",
+        "map",
+        "notation",
+        "oracle",
+        "exercises",
+        "summary",
+        "quiz",
+        "next",
+    ]
     places = [ids.index(part) for part in parts]
     assert places[0] == 0 and places[-1] == len(ids) - 1
     assert places == sorted(places)
@@ -87,7 +106,7 @@ def test_the_oracle_is_transformers_and_says_how_near(taught):
     """In the cell itself or in those right behind it."""
     ids = list(taught)
     at = ids.index("oracle")
-    code = [taught[id] for id in ids[at - 3:at + 3] if taught[id].cell_type == "code"]
+    code = [taught[id] for id in ids[at - 3 : at + 3] if taught[id].cell_type == "code"]
     assert any("transformers" in cell.source for cell in code)
     said = "".join(output.get("text", "") for cell in code for output in cell.outputs)
     assert re.search(r"max\|diff\|[^\n]* < [\d.e-]+: +True", said)
@@ -102,8 +121,10 @@ def test_predictions_have_their_answers(taught):
 
 
 def test_where_paper_and_code_disagree_is_boxed(taught):
-    assert any(cell.source.startswith("> **Paper and code.**") or
-               "\n> **Paper and code.**" in cell.source for cell in taught.values())
+    assert any(
+        cell.source.startswith("> **Paper and code.**") or "\n> **Paper and code.**" in cell.source
+        for cell in taught.values()
+    )
 
 
 def test_what_is_often_read_stands_beside_what_is_right(taught):
@@ -114,9 +135,16 @@ def test_what_is_often_read_stands_beside_what_is_right(taught):
 
 def test_every_widget_stores_its_still_picture(taught):
     """With the line that says how to make it move, for those who open the chapter the next day."""
-    widgets = [cell for cell in taught.values() if cell.cell_type == "code"
-               and re.search(r"^(KVCacheCalculator|RoutingExplorer|LoadBalanceSimulator)\(",
-                             cell.source, re.MULTILINE)]
+    widgets = [
+        cell
+        for cell in taught.values()
+        if cell.cell_type == "code"
+        and re.search(
+            r"^(KVCacheCalculator|RoutingExplorer|LoadBalanceSimulator)\(",
+            cell.source,
+            re.MULTILINE,
+        )
+    ]
     assert widgets
     for cell in widgets:
         data = cell.outputs[-1].data

@@ -4,17 +4,17 @@ import json
 
 import pytest
 import torch
+from checkpoints import read_folder, released_shapes, same_bits, tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from checkpoints import read_folder, released_shapes, same_bits, tiny_config, write_checkpoint
+from dsv3.checkpoint.layout import layout
 from dsv3.checkpoint.loading import load_model
+from dsv3.checkpoint.safetensors_io import SafetensorsFile
 from dsv3.checkpoint.saving import save_model
 from dsv3.config import QuantizationConfig
 from dsv3.errors import DSV3Error
-from dsv3.checkpoint.layout import layout
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.checkpoint.safetensors_io import SafetensorsFile
 
 
 def dequantized(tensors, name):
@@ -25,12 +25,20 @@ def dequantized(tensors, name):
     if scale.dtype == torch.uint8:
         scale = torch.exp2(scale.float() - 127)
     grid = scale.float().repeat_interleave(128, 0).repeat_interleave(128, 1)
-    return value.float() * grid[:value.shape[0], :value.shape[1]]
+    return value.float() * grid[: value.shape[0], : value.shape[1]]
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"q_lora_rank": None}, {"tie_word_embeddings": True}, {"gate_bias": False},
-    {"quantization_config": None}, {"num_nextn_predict_layers": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"q_lora_rank": None},
+        {"tie_word_embeddings": True},
+        {"gate_bias": False},
+        {"quantization_config": None},
+        {"num_nextn_predict_layers": 0},
+    ],
+)
 def test_every_weight_arrives(tmp_path, changes):
     config = tiny_config(**changes)
     tensors = write_checkpoint(tmp_path, config)
@@ -78,8 +86,11 @@ def test_ranks_together_hold_the_model_and_read_their_own_slices(tmp_path, monke
     monkeypatch.setattr(SafetensorsFile, "close", lambda self: files.append(self))
     whole = load_model(tmp_path, "fp32")
     full = sum(file.bytes_read for file in files)
-    assert full == sum(t.nbytes for n, t in tensors.items()
-                       if not n.endswith((".2.embed_tokens.weight", "shared_head.head.weight")))
+    assert full == sum(
+        t.nbytes
+        for n, t in tensors.items()
+        if not n.endswith((".2.embed_tokens.weight", "shared_head.head.weight"))
+    )
     ranks, read = [], []
     for rank in range(size):
         files.clear()
@@ -100,13 +111,18 @@ def test_ranks_together_hold_the_model_and_read_their_own_slices(tmp_path, monke
     def cost(name, tensor):  # bytes one rank has to read of one stored tensor
         if ".experts." in name:
             return tensor.nbytes / size  # on average
-        if any(key in name for key in ("q_b_proj", "kv_b_proj", "embed_tokens", "lm_head",
-                                       "gate_proj", "up_proj")):
+        if any(
+            key in name
+            for key in ("q_b_proj", "kv_b_proj", "embed_tokens", "lm_head", "gate_proj", "up_proj")
+        ):
             return tensor.nbytes // size
         return tensor.nbytes  # replicated, or cut along columns: whole rows are read
 
-    own = sum(cost(n, t) for n, t in tensors.items()
-              if not n.endswith((".2.embed_tokens.weight", "shared_head.head.weight")))
+    own = sum(
+        cost(n, t)
+        for n, t in tensors.items()
+        if not n.endswith((".2.embed_tokens.weight", "shared_head.head.weight"))
+    )
     assert read == [own] * size
 
 
@@ -124,7 +140,8 @@ def test_save_then_load(tmp_path):
     save_model(model, tmp_path / "many", max_shard_bytes=3_000_000)
     one, many = read_folder(tmp_path / "one"), read_folder(tmp_path / "many")
     assert {n: (t.dtype, t.shape) for n, t in one.items()} == {
-        s.hf_name: (one[s.hf_name].dtype, s.shape) for s in layout(config, mtp_copies=False)}
+        s.hf_name: (one[s.hf_name].dtype, s.shape) for s in layout(config, mtp_copies=False)
+    }
     assert set(one) == set(many) and all(same_bits(one[n], many[n]) for n in one)
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 2 and all(f.stat().st_size < 3_100_000 for f in files)

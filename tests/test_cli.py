@@ -23,8 +23,8 @@ from pathlib import Path
 import pytest
 
 from dsv3 import cli
-from dsv3.commands import doctor
 from dsv3.checkpoint.loading import load_model
+from dsv3.commands import doctor
 from dsv3.errors import DSV3Error
 from dsv3.generation.loop import generate
 from dsv3.generation.tokenizer import load_tokenizer
@@ -43,9 +43,14 @@ def environment(**changes) -> dict[str, str]:
 
 def dsv3(*words, code: int = 0, **options) -> subprocess.CompletedProcess:
     """Run a command to its end and check its exit code."""
-    done = subprocess.run([sys.executable, "-m", "dsv3", *map(str, words)], capture_output=True,
-                          text=True, timeout=LIMIT, env=options.pop("env", environment()),
-                          **options)
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv3", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=options.pop("env", environment()),
+        **options,
+    )
     assert done.returncode == code, done.stderr
     return done
 
@@ -106,47 +111,93 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 
 # dsv3 generate ----------------------------------------------------------------------------------
 
+
 def test_json_on_one_rank_and_two(tiny_checkpoint, here):
     """Exactly the documented object and nothing else on stdout; ids are those of the library."""
     model, tokenizer = load_model(tiny_checkpoint, "fp32"), load_tokenizer(tiny_checkpoint)
     prompt = "In $$ ${rank} é😀"  # dollars must reach the ranks as they are
     ids = tokenizer.encode(prompt)
     expected = generate(model, [ids], max_new_tokens=12, tokenizer=tokenizer)[0]
-    words = ["generate", tiny_checkpoint, "--prompt", prompt, "--json", "--precision", "fp32",
-             "--max-new-tokens", 12]
+    words = [
+        "generate",
+        tiny_checkpoint,
+        "--prompt",
+        prompt,
+        "--json",
+        "--precision",
+        "fp32",
+        "--max-new-tokens",
+        12,
+    ]
     done = dsv3(*words, "--tp", 2)
     for ranks, (output, errors) in {1: here(*words), 2: (done.stdout, done.stderr)}.items():
         answer = json.loads(output)
         assert answer.pop("tokens_per_second") > 0
         assert answer == {
-            "model": str(tiny_checkpoint), "precision": "fp32", "tp": ranks, "acceptance": None,
-            "results": [{"prompt": prompt, "prompt_ids": ids, "ids": expected,
-                         "text": tokenizer.decode(expected), "stopped_by": "length"}]}
+            "model": str(tiny_checkpoint),
+            "precision": "fp32",
+            "tp": ranks,
+            "acceptance": None,
+            "results": [
+                {
+                    "prompt": prompt,
+                    "prompt_ids": ids,
+                    "ids": expected,
+                    "text": tokenizer.decode(expected),
+                    "stopped_by": "length",
+                }
+            ],
+        }
         assert errors == ""
 
 
 def test_streamed_text_and_summary_on_two_ranks(tiny_checkpoint, here):
     """Only rank 0 prints; each rank's bytes are told."""
-    words = ["generate", tiny_checkpoint, "--prompt", PROMPT, "--max-new-tokens", 8,
-             "--precision", "fp32", "--speculative"]
+    words = [
+        "generate",
+        tiny_checkpoint,
+        "--prompt",
+        PROMPT,
+        "--max-new-tokens",
+        8,
+        "--precision",
+        "fp32",
+        "--speculative",
+    ]
     done = dsv3(*words, "--tp", 2)
     assert done.stdout == here(*words, "--no-stream")[0] == here(*words)[0]
     assert done.stdout.startswith(PROMPT) and done.stdout.count(PROMPT) == 1
     summary = done.stderr.splitlines()
-    assert [line.split()[0] for line in summary] == [
-        "model", "speed", "acceptance", "rank", "rank"]
+    assert [line.split()[0] for line in summary] == ["model", "speed", "acceptance", "rank", "rank"]
     assert "fp32, 2 ranks on cpu" in summary[0] and "8 new tokens" in summary[1]
     for line in summary[3:]:
-        assert re.search(r"weights [\d.]+ MB, cache [\d.]+ kB, peak of the process [\d.]+ MB; "
-                         r"sent [\d.]+ kB$", line)
+        assert re.search(
+            r"weights [\d.]+ MB, cache [\d.]+ kB, peak of the process [\d.]+ MB; "
+            r"sent [\d.]+ kB$",
+            line,
+        )
 
 
 def test_input_file_of_ragged_lines(tiny_checkpoint, tmp_path, here):
     """One prompt a line, empty lines skipped, Windows line ends taken off; sampled by row."""
     file = tmp_path / "prompts.txt"
     file.write_bytes("In byte\r\n\n   \nevery word, çédille and emoji 😀\nx".encode())
-    words = ["generate", tiny_checkpoint, "--input-file", file, "--max-new-tokens", 6,
-             "--precision", "fp32", "--temperature", 1, "--top-p", 0.9, "--seed", 5]
+    words = [
+        "generate",
+        tiny_checkpoint,
+        "--input-file",
+        file,
+        "--max-new-tokens",
+        6,
+        "--precision",
+        "fp32",
+        "--temperature",
+        1,
+        "--top-p",
+        0.9,
+        "--seed",
+        5,
+    ]
     results = json.loads(here(*words, "--json")[0])["results"]
     prompts = ["In byte", "every word, çédille and emoji 😀", "x"]
     assert [result["prompt"] for result in results] == prompts
@@ -159,20 +210,44 @@ def test_input_file_of_ragged_lines(tiny_checkpoint, tmp_path, here):
 
 
 def test_chat_and_speculative(tiny_checkpoint, here):
-    words = ["generate", tiny_checkpoint, "--prompt", "Hi", "--chat", "--json",
-             "--max-new-tokens", 6, "--precision", "fp32"]
+    words = [
+        "generate",
+        tiny_checkpoint,
+        "--prompt",
+        "Hi",
+        "--chat",
+        "--json",
+        "--max-new-tokens",
+        6,
+        "--precision",
+        "fp32",
+    ]
     plain = json.loads(here(*words)[0])
     drafted = json.loads(here(*words, "--speculative")[0])
     tokenizer = load_tokenizer(tiny_checkpoint)
     assert tokenizer.decode(plain["results"][0]["prompt_ids"], skip_special=False) == (
-        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>")
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>"
+    )
     assert drafted["results"] == plain["results"]
     assert plain["acceptance"] is None and 0 <= drafted["acceptance"] <= 1
 
 
 def test_samples_stop_strings_and_logprobs(tiny_checkpoint, here):
-    words = ["generate", tiny_checkpoint, "--prompt", "Hi", "--json", "--max-new-tokens", 30,
-             "--precision", "fp32", "--temperature", 1.5, "--top-k", 300]
+    words = [
+        "generate",
+        tiny_checkpoint,
+        "--prompt",
+        "Hi",
+        "--json",
+        "--max-new-tokens",
+        30,
+        "--precision",
+        "fp32",
+        "--temperature",
+        1.5,
+        "--top-k",
+        300,
+    ]
     results = json.loads(here(*words, "--n", 2, "--logprobs")[0])["results"]
     assert [result["sample"] for result in results] == [0, 1]
     assert results[0]["ids"] != results[1]["ids"]
@@ -182,7 +257,7 @@ def test_samples_stop_strings_and_logprobs(tiny_checkpoint, here):
     text = results[0]["text"]
     stop = next(letter for letter in text[4:] if letter.isascii() and letter not in text[:4])
     cut = json.loads(here(*words, "--stop", stop, "--stop", "never said")[0])["results"][0]
-    assert cut["text"] == text[:text.index(stop)] and cut["stopped_by"] == "stop"
+    assert cut["text"] == text[: text.index(stop)] and cut["stopped_by"] == "stop"
     # What is streamed is the same, without a piece of the stop string.
     words.remove("--json")
     shown = here(*words, "--stop", stop)[0]
@@ -213,23 +288,26 @@ def test_generation_config_gives_defaults_and_flags_win(generation_config, tiny_
 
     greedy = ids(tiny_checkpoint)
     drawn = ids(tiny_checkpoint, "--temperature", 2.0, "--top-k", 5, "--top-p", 0.9)
-    folder = generation_config({"do_sample": True, "temperature": 2.0, "top_k": 5, "top_p": 0.9,
-                                "min_p": 0.1})
+    folder = generation_config(
+        {"do_sample": True, "temperature": 2.0, "top_k": 5, "top_p": 0.9, "min_p": 0.1}
+    )
     assert ids(folder) == drawn != greedy == ids(folder, "--temperature", 0)
     assert ids(folder, "--top-k", 1) == greedy
     summary = here("generate", folder, *options)[1].splitlines()
-    assert summary[2] == ("sampling    temperature 2, top-p 0.9, top-k 5: from "
-                          "generation_config.json")
+    assert summary[2] == (
+        "sampling    temperature 2, top-p 0.9, top-k 5: from generation_config.json"
+    )
     assert summary[3].endswith("not supported and left out: min_p of generation_config.json")
     summary = here("generate", folder, *options, "--temperature", 0)[1].splitlines()
     assert "temperature" not in summary[2]
-    folder = generation_config({"eos_token_id": [1, greedy[3]], "do_sample": False,
-                                "temperature": 0.6})
-    assert ids(folder) == greedy[:greedy.index(greedy[3])]
+    folder = generation_config(
+        {"eos_token_id": [1, greedy[3]], "do_sample": False, "temperature": 0.6}
+    )
+    assert ids(folder) == greedy[: greedy.index(greedy[3])]
     model = load_model(folder, "fp32")
     assert model.eos_ids == (1, greedy[3])
     prompt = load_tokenizer(folder).encode("Hi")
-    assert generate(model, [prompt], 12) == [greedy[:greedy.index(greedy[3])]]
+    assert generate(model, [prompt], 12) == [greedy[: greedy.index(greedy[3])]]
 
 
 def test_a_damaged_generation_config_is_one_line(generation_config, here):
@@ -241,19 +319,37 @@ def test_a_damaged_generation_config_is_one_line(generation_config, here):
 
 
 def test_under_torchrun_the_ranks_that_are_there_are_used(tiny_checkpoint):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node", "2", "-m", "dsv3", "generate", str(tiny_checkpoint),
-               "--prompt", PROMPT, "--json", "--max-new-tokens", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT,
-                          env=environment())
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "dsv3",
+        "generate",
+        str(tiny_checkpoint),
+        "--prompt",
+        PROMPT,
+        "--json",
+        "--max-new-tokens",
+        "3",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment())
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tp"] == 2
 
 
 def test_tp_that_disagrees_with_torchrun(tiny_checkpoint, here, monkeypatch):
     """Refused before anything is read or joined."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "none"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "TORCHELASTIC_RUN_ID": "none",
+    }.items():
         monkeypatch.setenv(name, value)
     _, errors = here("generate", tiny_checkpoint, "--prompt", "x", "--tp", 4, code=2)
     assert "--tp: disagrees" in one_line(errors) and "found 4, expected 2" in errors
@@ -261,27 +357,34 @@ def test_tp_that_disagrees_with_torchrun(tiny_checkpoint, here, monkeypatch):
 
 # Bad input --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("words, message", [
-    (["--prompt", ""], "--prompt: empty prompt"),
-    (["--prompt", "many words " * 200], "prompt longer than the context.*at most 255"),
-    (["--prompt", "x", "--temperature", "-1"], "temperature: not a usable value"),
-    (["--prompt", "x", "--temperature", "nan"], "temperature: not a usable value"),
-    (["--prompt", "x", "--top-p", "0"], "top_p: not a usable value"),
-    (["--prompt", "x", "--max-new-tokens", "-3"], "max_new_tokens: not a usable value"),
-    (["--prompt", "x", "--tp", "0"], "--tp: '0' is not a whole number of at least 1"),
-    (["--prompt", "x", "--tp", "3"], "cannot be split over 3 ranks"),
-    (["--prompt", "x", "--tp", "8"], r"Choose one of \[1, 2\] ranks"),
-    (["--prompt", "x", "--precision", "int4"], "argument --precision: invalid choice"),
-    (["--prompt", "x", "--input-file", "y"], "not allowed with argument --prompt"),
-    (["--input-file", "no-such-file"], "no-such-file: cannot read the prompts"),
-    (["--input-file", "/dev/null"], "no prompts in the file"),
-    (["--prompt", "x", "--top-k", "-1"], "top_k: not a usable value"),
-    (["--prompt", "x", "--stop", ""], "stop: not a usable value"),
-    (["--prompt", "x", "--logprobs"], "--logprobs: log-probabilities are a part of the JSON.*--json"),
-    (["--interactive", "--n", "2"], "--n: a conversation goes on from one answer"),
-    (["--interactive", "--json"], "--json: a conversation is no JSON"),
-    ([], "one of the arguments --prompt --input-file --interactive is required"),
-])
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--prompt", ""], "--prompt: empty prompt"),
+        (["--prompt", "many words " * 200], "prompt longer than the context.*at most 255"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature: not a usable value"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature: not a usable value"),
+        (["--prompt", "x", "--top-p", "0"], "top_p: not a usable value"),
+        (["--prompt", "x", "--max-new-tokens", "-3"], "max_new_tokens: not a usable value"),
+        (["--prompt", "x", "--tp", "0"], "--tp: '0' is not a whole number of at least 1"),
+        (["--prompt", "x", "--tp", "3"], "cannot be split over 3 ranks"),
+        (["--prompt", "x", "--tp", "8"], r"Choose one of \[1, 2\] ranks"),
+        (["--prompt", "x", "--precision", "int4"], "argument --precision: invalid choice"),
+        (["--prompt", "x", "--input-file", "y"], "not allowed with argument --prompt"),
+        (["--input-file", "no-such-file"], "no-such-file: cannot read the prompts"),
+        (["--input-file", "/dev/null"], "no prompts in the file"),
+        (["--prompt", "x", "--top-k", "-1"], "top_k: not a usable value"),
+        (["--prompt", "x", "--stop", ""], "stop: not a usable value"),
+        (
+            ["--prompt", "x", "--logprobs"],
+            "--logprobs: log-probabilities are a part of the JSON.*--json",
+        ),
+        (["--interactive", "--n", "2"], "--n: a conversation goes on from one answer"),
+        (["--interactive", "--json"], "--json: a conversation is no JSON"),
+        ([], "one of the arguments --prompt --input-file --interactive is required"),
+    ],
+)
 def test_bad_options_and_prompts(tiny_checkpoint, here, words, message):
     output, errors = here("generate", tiny_checkpoint, *words, code=2)
     assert re.search(message, one_line(errors)) and output == ""
@@ -323,8 +426,11 @@ def test_missing_file(tiny_checkpoint, tmp_path, here, missing):
 
 @pytest.mark.parametrize("name", ["x" * 5000, "/" + "x/" * 2500])
 def test_a_name_that_no_file_can_have_is_one_short_line(here, name):
-    for words in (["inspect", name], ["generate", name, "--prompt", "x"],
-                  ["cast", name, "out", "--to", "bf16"]):
+    for words in (
+        ["inspect", name],
+        ["generate", name, "--prompt", "x"],
+        ["cast", name, "out", "--to", "bf16"],
+    ):
         line = one_line(here(*words, code=2)[1])
         assert "File name too long" in line and len(line) < 600
 
@@ -346,9 +452,24 @@ def test_nothing_is_printed_before_all_is_checked(tiny_checkpoint, tmp_path, her
 def test_words_in_utf8_where_the_locale_knows_ascii_only(tiny_checkpoint):
     ascii_only = environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     done = subprocess.run(
-        [sys.executable, "-m", "dsv3", "generate", tiny_checkpoint, "--prompt", "café", "--json",
-         "--max-new-tokens", "1", "--precision", "fp32"], env=ascii_only, capture_output=True,
-        timeout=100)
+        [
+            sys.executable,
+            "-m",
+            "dsv3",
+            "generate",
+            tiny_checkpoint,
+            "--prompt",
+            "café",
+            "--json",
+            "--max-new-tokens",
+            "1",
+            "--precision",
+            "fp32",
+        ],
+        env=ascii_only,
+        capture_output=True,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["results"][0]["prompt"] == "café"
 
@@ -358,9 +479,23 @@ def test_full_output_on_two_ranks(tiny_checkpoint):
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "dsv3", "generate", str(tiny_checkpoint), "--prompt", "x",
-             "--tp", "2"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT,
-            env=environment())
+            [
+                sys.executable,
+                "-m",
+                "dsv3",
+                "generate",
+                str(tiny_checkpoint),
+                "--prompt",
+                "x",
+                "--tp",
+                "2",
+            ],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT,
+            env=environment(),
+        )
     assert done.returncode == 1
     assert "standard output: cannot write (No space left" in one_line(done.stderr)
 
@@ -368,14 +503,21 @@ def test_full_output_on_two_ranks(tiny_checkpoint):
 def test_closed_pipe():
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "dsv3", "--help"], stdout=writer,
-                          stderr=subprocess.PIPE, text=True, timeout=LIMIT, env=environment())
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv3", "--help"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=LIMIT,
+        env=environment(),
+    )
     os.close(writer)
     assert done.returncode == 1
     assert "standard output: cannot write (Broken pipe" in one_line(done.stderr)
 
 
 # Ranks that die ---------------------------------------------------------------------------------
+
 
 def start_endless(tiny_checkpoint, tmp_path, *words) -> subprocess.Popen:
     """Two ranks that generate for minutes; returns when text has begun to appear."""
@@ -385,9 +527,25 @@ def start_endless(tiny_checkpoint, tmp_path, *words) -> subprocess.Popen:
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
     with open(output, "w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dsv3", "generate", str(folder), "--prompt", PROMPT, "--tp", "2",
-             "--max-new-tokens", "90000", *words], stdout=file, stderr=subprocess.PIPE, text=True,
-            env=environment())
+            [
+                sys.executable,
+                "-m",
+                "dsv3",
+                "generate",
+                str(folder),
+                "--prompt",
+                PROMPT,
+                "--tp",
+                "2",
+                "--max-new-tokens",
+                "90000",
+                *words,
+            ],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
     wait_until(lambda: process.poll() is not None or output.stat().st_size > len(PROMPT))
     return process
 
@@ -434,6 +592,7 @@ def test_a_killed_launcher_takes_its_ranks_along(tiny_checkpoint, tmp_path):
 
 # dsv3 generate --interactive --------------------------------------------------------------------
 
+
 class Talk:
     """A command on a terminal of its own, driven like a person would."""
 
@@ -445,8 +604,13 @@ class Talk:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dsv3", *map(str, words)], stdin=inside, stdout=inside,
-            stderr=inside, env=environment(TERM=kind), preexec_fn=own_terminal)
+            [sys.executable, "-m", "dsv3", *map(str, words)],
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            env=environment(TERM=kind),
+            preexec_fn=own_terminal,
+        )
         os.close(inside)
         self.seen = ""
 
@@ -483,7 +647,7 @@ class Talk:
                     self.seen += os.read(self.terminal, 65536).decode(errors="replace")
                 except OSError:  # the other side has closed
                     assert re.search(pattern, self.seen), self.seen
-        text, self.seen = self.seen[:match.end()], self.seen[match.end():]
+        text, self.seen = self.seen[: match.end()], self.seen[match.end() :]
         return text
 
 
@@ -495,8 +659,17 @@ def test_interactive_talk(tiny_checkpoint, tmp_path, ranks):
     folder = tmp_path / "endless"
     shutil.copytree(tiny_checkpoint, folder)
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
-    with Talk("generate", folder, "--interactive", "--tp", ranks, "--temperature", 1,
-              "--max-new-tokens", 50_000) as talk:
+    with Talk(
+        "generate",
+        folder,
+        "--interactive",
+        "--tp",
+        ranks,
+        "--temperature",
+        1,
+        "--max-new-tokens",
+        50_000,
+    ) as talk:
         talk.until("Ctrl-C stops an answer")
         talk.until("> ")
         talk.type("Who are you?\n")
@@ -528,8 +701,18 @@ def test_interactive_input_that_does_not_fit_is_told_and_the_talk_goes_on(tiny_c
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_talk_is_edited_explained_and_confirmed(tiny_checkpoint, ranks):
     """Earlier lines by arrow keys, a paste of two lines as one message, commands, a cut, Ctrl-D."""
-    with Talk("generate", tiny_checkpoint, "--interactive", "--tp", ranks, "--precision", "fp32",
-              "--max-new-tokens", 4, kind="xterm") as talk:
+    with Talk(
+        "generate",
+        tiny_checkpoint,
+        "--interactive",
+        "--tp",
+        ranks,
+        "--precision",
+        "fp32",
+        "--max-new-tokens",
+        4,
+        kind="xterm",
+    ) as talk:
         greeting = talk.until("> ")
         assert re.search(r"checkpoint: [\d.]+ \w+ parameters, a context of 256 tokens", greeting)
         assert "small model" in greeting
@@ -560,22 +743,33 @@ def test_a_talk_is_edited_explained_and_confirmed(tiny_checkpoint, ranks):
         assert talk.rest().endswith("\n")
 
 
-@pytest.mark.parametrize("ranks, words", [
-    (1, r"- < <(printf '\xef\xbb\xbfone\ntwo\u2028more\r\n')"),
-    (2, r"<(printf '\xef\xbb\xbfone\ntwo\u2028more\r\n')"),
-])
+@pytest.mark.parametrize(
+    "ranks, words",
+    [
+        (1, r"- < <(printf '\xef\xbb\xbfone\ntwo\u2028more\r\n')"),
+        (2, r"<(printf '\xef\xbb\xbfone\ntwo\u2028more\r\n')"),
+    ],
+)
 def test_prompts_from_pipes(tiny_checkpoint, ranks, words):
     """A pipe can be read once, and every rank answers what was in it."""
-    command = (f"{sys.executable} -P -m dsv3 generate {tiny_checkpoint} --tp {ranks} --json "
-               f"--precision fp32 --max-new-tokens 2 --input-file {words}")
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=LIMIT,
-                          env=environment(LC_ALL="C.UTF-8"))
+    command = (
+        f"{sys.executable} -P -m dsv3 generate {tiny_checkpoint} --tp {ranks} --json "
+        f"--precision fp32 --max-new-tokens 2 --input-file {words}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=environment(LC_ALL="C.UTF-8"),
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     found = [row["prompt"] for row in json.loads(done.stdout)["results"]]
     assert found == ["one", "two\u2028more"]
 
 
 # Other commands ---------------------------------------------------------------------------------
+
 
 def test_help_needs_no_torch(tmp_path):
     """--help and --version work where torch is missing, and doctor says that it is."""
@@ -611,7 +805,8 @@ def test_doctor_knows_the_packages_of_pyproject():
     for name, least, extra, _ in doctor.PACKAGES:
         assert f"{name}>={least}" in written[extra]
     assert {name for name, _, extra, _ in doctor.PACKAGES if not extra} == {
-        entry.partition(">=")[0] for entry in written[""]}
+        entry.partition(">=")[0] for entry in written[""]
+    }
 
 
 def test_doctor_names_what_is_missing_and_old(monkeypatch):
@@ -627,7 +822,9 @@ def test_doctor_names_what_is_missing_and_old(monkeypatch):
     assert lines["torch 2.9.1+cpu"] == ("old", '2.11 or later: pip install "torch>=2.11"')
     assert lines["numpy"] == ("missing", 'for training data: pip install "numpy>=2.0"')
     assert lines["jupyterlab 3.0"] == (
-        "--", '4.2 or later: in the checkout: pip install -c constraints.txt -e ".[book]"')
+        "--",
+        '4.2 or later: in the checkout: pip install -c constraints.txt -e ".[book]"',
+    )
 
 
 def test_a_working_folder_that_is_gone(here, tmp_path, monkeypatch):
@@ -636,16 +833,23 @@ def test_a_working_folder_that_is_gone(here, tmp_path, monkeypatch):
     (tmp_path / "gone").rmdir()
     for words in (["generate", "dsv3-mini", "--prompt", "O"], ["doctor"]):
         assert here(*words, code=2) == (
-            "", "dsv3: error: the working folder no longer exists. cd to one that does\n")
+            "",
+            "dsv3: error: the working folder no longer exists. cd to one that does\n",
+        )
 
 
-@pytest.mark.parametrize("words, line", [
-    (["train", "--preset", "mini", "--out", ""], "argument --out: an empty name"),
-    (["cast", "dsv3-mini", "", "--to", "bf16"], "argument OUT_DIR: an empty name"),
-    (["inspect", ""], "argument MODEL_DIR: an empty name"),
-    (["train", "--preset", "mini", "--out", "run", "--ranks", "99"],
-     "batch_first: fewer windows in a step than ranks (found 3, expected 99 or more). Start fewer"),
-])
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["train", "--preset", "mini", "--out", ""], "argument --out: an empty name"),
+        (["cast", "dsv3-mini", "", "--to", "bf16"], "argument OUT_DIR: an empty name"),
+        (["inspect", ""], "argument MODEL_DIR: an empty name"),
+        (
+            ["train", "--preset", "mini", "--out", "run", "--ranks", "99"],
+            "batch_first: fewer windows in a step than ranks (found 3, expected 99 or more). Start fewer",
+        ),
+    ],
+)
 def test_refused_before_anything_is_made_or_started(here, tmp_path, monkeypatch, words, line):
     monkeypatch.chdir(tmp_path)
     out, err = here(*words, code=2)

@@ -5,17 +5,19 @@ import os
 from contextlib import nullcontext
 
 import pytest
-
 from checkpoints import tiny_config, write_checkpoint
+
 from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.loading import load_model
 from dsv3.checkpoint.saving import save_model
-from dsv3.checkpoint.convert import convert
 from dsv3.errors import Notice
 from dsv3.model import Transformer
 
-JOBS = {"cast": lambda a, b: cast(a, b, progress=False),
-        "convert": lambda a, b: convert(a, b, 1, progress=False)}
+JOBS = {
+    "cast": lambda a, b: cast(a, b, progress=False),
+    "convert": lambda a, b: convert(a, b, 1, progress=False),
+}
 
 
 @pytest.fixture
@@ -43,8 +45,13 @@ def test_code_that_is_pointed_at_goes_along(source, tmp_path, job):
     for name in ("generation_config.json", "tiktoken.model"):
         (source / name).write_text("{}")
     JOBS[job](source, tmp_path / "out")
-    for name in ("configuration_x.py", "tokenization_x.py", "helper_x.py", "tiktoken.model",
-                 "generation_config.json"):
+    for name in (
+        "configuration_x.py",
+        "tokenization_x.py",
+        "helper_x.py",
+        "tiktoken.model",
+        "generation_config.json",
+    ):
         assert (tmp_path / "out" / name).read_text() == (source / name).read_text()
     assert auto_map(tmp_path / "out" / "config.json") == config
     assert auto_map(tmp_path / "out" / "tokenizer_config.json") == tokens
@@ -85,7 +92,8 @@ def test_a_link_out_of_the_folder_is_not_copied(source, tmp_path, job):
         JOBS[job](source, tmp_path / "out")
     out = {path.name: path for path in (tmp_path / "out").iterdir()}
     assert [str(one.message).partition(": ")[0] for one in told] == [
-        str(source / name) for name in ("LICENSE", "LICENSE-2", "tokenizer.pipe")]
+        str(source / name) for name in ("LICENSE", "LICENSE-2", "tokenizer.pipe")
+    ]
     assert "LICENSE" not in out and "LICENSE-2" not in out and "tokenizer.pipe" not in out
     assert out["LICENSE-3"].read_text() == "plain" and not out["LICENSE-3"].is_symlink()
     assert not any(b"a key" in path.read_bytes() for path in out.values())
@@ -124,7 +132,6 @@ def test_what_cannot_come_along_is_named_and_no_pointer_leads_to_it(source, tmp_
         JOBS[job](source, tmp_path / "out")
     for name in ("config.json", "tokenizer_config.json"):
         assert auto_map(tmp_path / "out" / name) is None
-
 
 
 @pytest.mark.parametrize("job", JOBS)

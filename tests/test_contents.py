@@ -5,18 +5,28 @@ import warnings
 
 import pytest
 import torch
-
-from checkpoints import (quantize_naive, random_tensors, read_folder, released_shapes, same_bits,
-                         tiny_config, write_checkpoint)
-from dsv3.checkpoint.cast import cast
-from dsv3.checkpoint.loading import load_model
-from dsv3.checkpoint.convert import convert
-from dsv3.errors import DSV3Error, Notice
-from dsv3.checkpoint.inspect import report
-from dsv3.parallel.tensor import TensorGroup
+from checkpoints import (
+    quantize_naive,
+    random_tensors,
+    read_folder,
+    released_shapes,
+    same_bits,
+    tiny_config,
+    write_checkpoint,
+)
 from test_checkpoint import dequantized
 
-WO, WKV_A = "model.layers.1.self_attn.o_proj.weight", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.inspect import report
+from dsv3.checkpoint.loading import load_model
+from dsv3.errors import DSV3Error, Notice
+from dsv3.parallel.tensor import TensorGroup
+
+WO, WKV_A = (
+    "model.layers.1.self_attn.o_proj.weight",
+    "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
+)
 TOKENS = torch.arange(8)[None]
 
 
@@ -47,16 +57,24 @@ def mixed(tmp_path):
     tensors[scale] = tensors[scale].bfloat16()
     write_checkpoint(tmp_path / "in", tiny_config(), tensors)
     data = json.loads((tmp_path / "in" / "config.json").read_text())["quantization_config"]
-    edit_config(tmp_path / "in", quantization_config={
-        **data, "modules_to_not_convert": ["lm_head", "model.layers.1.self_attn.o_proj"]})
+    edit_config(
+        tmp_path / "in",
+        quantization_config={
+            **data,
+            "modules_to_not_convert": ["lm_head", "model.layers.1.self_attn.o_proj"],
+        },
+    )
     return tmp_path / "in", tensors
 
 
 def test_a_mixed_checkpoint_loads_as_it_is(mixed):
     folder, tensors = mixed
     model = load_model(folder, "fp32")
-    for name, hf_name in (("layers.1.attn.wo.weight", WO), ("layers.0.attn.wkv_a.weight", WKV_A),
-                          ("layers.0.attn.wo.weight", WO.replace(".1.", ".0."))):
+    for name, hf_name in (
+        ("layers.1.attn.wo.weight", WO),
+        ("layers.0.attn.wkv_a.weight", WKV_A),
+        ("layers.0.attn.wo.weight", WO.replace(".1.", ".0.")),
+    ):
         assert torch.equal(model.weight(name), dequantized(tensors, hf_name)), name
     wo = load_model(folder, "fp8").layers[1].attn.wo  # plain: quantised here
     codes, scales = quantize_naive(tensors[WO].float())
@@ -84,7 +102,10 @@ def test_a_mixed_checkpoint_is_cast_both_ways(mixed, tmp_path):
     found = read_folder(tmp_path / "fp8")
     codes, scales = quantize_naive(tensors[WO].float())
     assert same_bits(found.pop(WO), codes) and same_bits(found.pop(WO + "_scale_inv"), scales)
-    assert found.pop(WKV_A).dtype == torch.float8_e4m3fn and found.pop(WKV_A + "_scale_inv") is not None
+    assert (
+        found.pop(WKV_A).dtype == torch.float8_e4m3fn
+        and found.pop(WKV_A + "_scale_inv") is not None
+    )
     assert set(found) == set(tensors) - {WO, WKV_A}
     assert all(same_bits(tensor, tensors[name]) for name, tensor in found.items())
     assert "modules_to_not_convert" not in (tmp_path / "fp8" / "config.json").read_text()
@@ -97,16 +118,20 @@ def test_a_mixed_checkpoint_converts_and_loads_the_same(mixed, tmp_path, tp):
     folder, _ = mixed
     convert(folder, tmp_path / "out", tp, progress=False)
     for rank in range(tp):
-        a, b = (load_model(place, group=TensorGroup(rank, tp)).state_dict()
-                for place in (folder, tmp_path / "out"))
+        a, b = (
+            load_model(place, group=TensorGroup(rank, tp)).state_dict()
+            for place in (folder, tmp_path / "out")
+        )
         assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_wider_checkpoint_is_cast(tmp_path, dtype):
     config = tiny_config(quantization_config=None)
-    tensors = {name: value if "bias" in name else value.to(dtype)
-               for name, value in random_tensors(config).items()}
+    tensors = {
+        name: value if "bias" in name else value.to(dtype)
+        for name, value in random_tensors(config).items()
+    }
     write_checkpoint(tmp_path / "in", config, tensors)
     edit_config(tmp_path / "in", torch_dtype=str(dtype).removeprefix("torch."))
     cast(tmp_path / "in", tmp_path / "out", "bf16", progress=False)
@@ -131,14 +156,20 @@ def inv_freq(t):
     t["model.rotary_emb.cos_cached"] = torch.ones(1, 128, 128)
 
 
-@pytest.mark.parametrize("changes, edits, damage", [
-    ({}, {}, inv_freq),
-    ({"tie_word_embeddings": True}, {},
-     lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].float()})),
-    ({"tie_word_embeddings": True}, {}, lambda t: None),
-    ({}, {"num_nextn_predict_layers": 0}, lambda t: None),
-    ({}, {"num_nextn_predict_layers": None}, lambda t: None),
-])
+@pytest.mark.parametrize(
+    "changes, edits, damage",
+    [
+        ({}, {}, inv_freq),
+        (
+            {"tie_word_embeddings": True},
+            {},
+            lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].float()}),
+        ),
+        ({"tie_word_embeddings": True}, {}, lambda t: None),
+        ({}, {"num_nextn_predict_layers": 0}, lambda t: None),
+        ({}, {"num_nextn_predict_layers": None}, lambda t: None),
+    ],
+)
 def test_harmless_redundancy(tmp_path, changes, edits, damage):
     config = tiny_config(**changes)
     tensors = random_tensors(config)
@@ -162,9 +193,12 @@ def test_harmless_redundancy(tmp_path, changes, edits, damage):
 
 def test_buffers_of_another_shape_and_heads_that_differ_are_refused(tmp_path):
     config = tiny_config(tie_word_embeddings=True)
-    for number, (name, value, words) in enumerate([
+    for number, (name, value, words) in enumerate(
+        [
             ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(64, 2), "unexpected"),
-            ("lm_head.weight", torch.ones(64, 320), "lm_head.weight and model.embed_tokens")]):
+            ("lm_head.weight", torch.ones(64, 320), "lm_head.weight and model.embed_tokens"),
+        ]
+    ):
         tensors = random_tensors(config) | {name: value}
         write_checkpoint(tmp_path / str(number), config, tensors)
         with pytest.raises(DSV3Error, match=words):
@@ -175,8 +209,10 @@ def test_an_index_may_point_nowhere_where_nobody_goes(tmp_path):
     write_checkpoint(tmp_path, tiny_config())
     path = tmp_path / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"] |= {"model.old.weight": "gone.safetensors",
-                            "model.older.weight": "model-00001-of-00003.safetensors"}
+    index["weight_map"] |= {
+        "model.old.weight": "gone.safetensors",
+        "model.older.weight": "model-00001-of-00003.safetensors",
+    }
     path.write_text(json.dumps(index))
     load_model(tmp_path)
     index["weight_map"][WO] = "gone.safetensors"
@@ -201,21 +237,27 @@ def test_promised_mtp_that_is_not_there(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Notice)
             other = load_model(tmp_path / name, "bf16")
-        assert json.loads((tmp_path / name / "config.json").read_text())["num_nextn_predict_layers"] == 0
+        assert (
+            json.loads((tmp_path / name / "config.json").read_text())["num_nextn_predict_layers"]
+            == 0
+        )
         assert len(other.mtp) == 0
 
 
 # Other formats ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, dtype, word", [
-    ("model.layers.0.mlp.gate_proj.qweight", torch.int32, "GPTQ or AWQ"),
-    ("model.layers.0.mlp.gate_proj.weight_packed", torch.int32, "compressed-tensors"),
-    ("model.layers.0.mlp.gate_proj.weight.absmax", torch.float32, "bitsandbytes"),
-    ("model.layers.0.mlp.gate_proj.scales", torch.uint32, "MLX"),
-    ("model.layers.1.mlp.experts.gate_up_proj", torch.bfloat16, "one tensor a layer"),
-    ("base_model.model.layers.0.self_attn.o_proj.lora_A.weight", torch.float32, "LoRA"),
-])
+@pytest.mark.parametrize(
+    "name, dtype, word",
+    [
+        ("model.layers.0.mlp.gate_proj.qweight", torch.int32, "GPTQ or AWQ"),
+        ("model.layers.0.mlp.gate_proj.weight_packed", torch.int32, "compressed-tensors"),
+        ("model.layers.0.mlp.gate_proj.weight.absmax", torch.float32, "bitsandbytes"),
+        ("model.layers.0.mlp.gate_proj.scales", torch.uint32, "MLX"),
+        ("model.layers.1.mlp.experts.gate_up_proj", torch.bfloat16, "one tensor a layer"),
+        ("base_model.model.layers.0.self_attn.o_proj.lora_A.weight", torch.float32, "LoRA"),
+    ],
+)
 def test_another_format_is_named(tmp_path, name, dtype, word):
     config = tiny_config(quantization_config=None)
     tensors = random_tensors(config)

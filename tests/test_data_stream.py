@@ -14,12 +14,15 @@ from dsv3.errors import DSV3Error
 @pytest.fixture(scope="module")
 def domains():
     """Small domains of distinct documents: words, functions, sums."""
+
     def wrap(texts):
         return [data.BOS + text + data.EOS for text in texts]
+
     return [
         data.Domain("plays", wrap(f"Speech {n}. " + "word " * (n % 40) for n in range(60)), []),
         data.Domain("code", wrap(f"def f{n}(x):\n    return x + {n}\n" for n in range(300)), []),
-        data.Domain("arithmetic", wrap(f"{n} + 1 = {n + 1}\n" for n in range(80)), [])]
+        data.Domain("arithmetic", wrap(f"{n} + 1 = {n + 1}\n" for n in range(80)), []),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +34,9 @@ SHARES = {"plays": 0.5, "code": 0.3, "arithmetic": 0.2}
 
 
 def make(tokenizer, domains, shares=SHARES, length=16, targets=2, seed=1, **options):
-    return data.Stream(tokenizer, domains, shares, length=length, targets=targets, seed=seed,
-                       **options)
+    return data.Stream(
+        tokenizer, domains, shares, length=length, targets=targets, seed=seed, **options
+    )
 
 
 def read(tokenizer, domains, tokens: int, shares=SHARES, **options) -> list[int]:
@@ -60,7 +64,7 @@ def test_each_token_is_read_once_in_a_shuffled_order(tokenizer, domains, length)
     whole = torch.tensor(read(tokenizer, domains, 3 << 17))
     windows = make(tokenizer, domains, length=length, targets=2).draw((1 << 18) // length)
     assert windows.dtype == torch.int64 and windows.shape[1] == length + 2
-    in_a_row = whole[:(1 << 18) + 2].unfold(0, length + 2, length)
+    in_a_row = whole[: (1 << 18) + 2].unfold(0, length + 2, length)
     assert Counter(map(tuple, windows.tolist())) == Counter(map(tuple, in_a_row.tolist()))
     same = (windows == in_a_row).all(dim=1).float().mean()
     assert same < 0.1
@@ -78,7 +82,7 @@ def test_the_position_is_the_whole_state(tokenizer, domains):
     stream = make(tokenizer, domains, length=64)
     stream.draw(4093)
     assert stream.position == 4093 * 64
-    ahead = stream.draw(8)                    # from one shuffled part into the next
+    ahead = stream.draw(8)  # from one shuffled part into the next
     resumed = make(tokenizer, domains, length=64, position=4093 * 64)
     assert torch.equal(resumed.draw(8), ahead)
     assert resumed.position == stream.position == 4101 * 64
@@ -90,7 +94,7 @@ def test_how_many_are_drawn_at_once_changes_nothing(tokenizer, domains):
     one, other = make(tokenizer, domains), make(tokenizer, domains)
     parts = torch.cat([one.draw(count) for count in (1, 3, 5, 2)])
     assert torch.equal(parts, other.draw(11))
-    parts[:] = -1                             # what was drawn is the caller's
+    parts[:] = -1  # what was drawn is the caller's
     assert torch.equal(make(tokenizer, domains).draw(11), make(tokenizer, domains).draw(11))
     assert one.draw(3).min() >= 0
 
@@ -111,20 +115,22 @@ def test_shares_are_met_in_tokens_all_along(tokenizer, domains):
     ids = read(tokenizer, domains, 80_000)
     for start in range(0, 80_000, 20_000):
         counts = Counter()
-        for text in documents(tokenizer, ids[start:start + 20_000]):
+        for text in documents(tokenizer, ids[start : start + 20_000]):
             size = len(tokenizer.encode(text, add_special_tokens=False).ids)
-            counts["plays" if "Speech" in text else "code" if "def" in text else "arithmetic"
-                   ] += size
+            counts["plays" if "Speech" in text else "code" if "def" in text else "arithmetic"] += (
+                size
+            )
         for name, share in SHARES.items():
             assert abs(counts[name] / counts.total() - share) < 0.01
-    only = documents(tokenizer, read(
-        tokenizer, domains, 5000, {"code": 2, "plays": 0}, fim_rate=0.0))
+    only = documents(
+        tokenizer, read(tokenizer, domains, 5000, {"code": 2, "plays": 0}, fim_rate=0.0)
+    )
     assert all("def" in text for text in only)
 
 
 def test_each_epoch_has_all_documents_in_a_new_order(tokenizer, domains):
     found = documents(tokenizer, read(tokenizer, domains, 5000, {"arithmetic": 1}))
-    epochs = [found[start:start + 80] for start in range(0, 240, 80)]
+    epochs = [found[start : start + 80] for start in range(0, 240, 80)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(domains[2].train) and epoch != domains[2].train
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
@@ -132,9 +138,17 @@ def test_each_epoch_has_all_documents_in_a_new_order(tokenizer, domains):
 
 def test_a_tenth_of_the_code_has_a_hole_to_fill_in(tokenizer, domains):
     found = documents(tokenizer, read(tokenizer, domains, 60_000))
-    form = re.compile(re.escape(data.BOS) + re.escape(data.FIM_BEGIN) + "(.*)"
-                      + re.escape(data.FIM_HOLE) + "(.*)" + re.escape(data.FIM_END) + "(.*)"
-                      + re.escape(data.EOS), re.S)
+    form = re.compile(
+        re.escape(data.BOS)
+        + re.escape(data.FIM_BEGIN)
+        + "(.*)"
+        + re.escape(data.FIM_HOLE)
+        + "(.*)"
+        + re.escape(data.FIM_END)
+        + "(.*)"
+        + re.escape(data.EOS),
+        re.S,
+    )
     code = [text for text in found if "Speech" not in text and " = " not in text]
     holes = [text for text in code if data.FIM_BEGIN in text]
     assert 0.07 < len(holes) / len(code) < 0.13
@@ -151,9 +165,17 @@ def test_cuts_reach_both_ends():
     rng = np.random.default_rng(0)
     cut = {data.fill_in_middle(data.BOS + "ab" + data.EOS, rng) for _ in range(200)}
     b, h, e = data.BOS + data.FIM_BEGIN, data.FIM_HOLE, data.FIM_END
-    assert cut == {b + text + data.EOS for text in (
-        h + e + "ab", h + "b" + e + "a", h + "ab" + e, "a" + h + e + "b", "a" + h + "b" + e,
-        "ab" + h + e)}
+    assert cut == {
+        b + text + data.EOS
+        for text in (
+            h + e + "ab",
+            h + "b" + e + "a",
+            h + "ab" + e,
+            "a" + h + e + "b",
+            "a" + h + "b" + e,
+            "ab" + h + e,
+        )
+    }
 
 
 @pytest.mark.parametrize("shares", [{}, {"music": 1}, {"plays": 0}, {"plays": 1, "code": -1}])
@@ -193,9 +215,11 @@ def test_domains_come_from_folders_and_know_what_is_held_out(tmp_path):
 
 
 def test_tokenizer_learns_from_training_text_of_all_domains_alone():
-    domains = [data.Domain("plays", [data.BOS + data.USER + "x" * 400 + data.EOS], ["secret"]),
-               data.Domain("code", [data.BOS + "y" * 100 + data.EOS] * 40, ["secret"]),
-               data.Domain("arithmetic", ["1", "2"], ["secret"])]
+    domains = [
+        data.Domain("plays", [data.BOS + data.USER + "x" * 400 + data.EOS], ["secret"]),
+        data.Domain("code", [data.BOS + "y" * 100 + data.EOS] * 40, ["secret"]),
+        data.Domain("arithmetic", ["1", "2"], ["secret"]),
+    ]
     texts = data.tokenizer_texts(domains)
     assert texts[0] == "x" * 400 and texts[-2:] == ["1", "2"]
     assert 2 <= texts.count("y" * 100) <= 5 and len(texts) == 3 + texts.count("y" * 100)

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from dsv3.commands import diff as diff_module
 from dsv3.checkpoint.loading import load_model
 from dsv3.checkpoint.saving import save_model
-from dsv3.config import ModelConfig, QuantizationConfig, YarnScaling
+from dsv3.commands import diff as diff_module
 from dsv3.commands.diff import TheirModel, compare, diff
+from dsv3.config import ModelConfig, QuantizationConfig, YarnScaling
 from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES
 from dsv3.model import Transformer
@@ -19,11 +19,27 @@ from dsv3.model import Transformer
 pytest.importorskip("transformers")
 
 CONFIG = ModelConfig(
-    vocab_size=96, hidden_size=48, intermediate_size=64, moe_intermediate_size=32,
-    num_hidden_layers=3, num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=2,
-    kv_lora_rank=24, q_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
-    first_k_dense_replace=1, n_group=4, topk_group=2, num_nextn_predict_layers=2,
-    max_position_embeddings=128, initializer_range=0.15, routed_scaling_factor=2.5)
+    vocab_size=96,
+    hidden_size=48,
+    intermediate_size=64,
+    moe_intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    kv_lora_rank=24,
+    q_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+    num_nextn_predict_layers=2,
+    max_position_embeddings=128,
+    initializer_range=0.15,
+    routed_scaling_factor=2.5,
+)
 
 
 def save_random(folder, config: ModelConfig = CONFIG, change=lambda model: None) -> None:
@@ -56,19 +72,41 @@ TOKENS = torch.randint(CONFIG.vocab_size, (2, 40), generator=torch.Generator().m
 CASES = {
     "two MTP modules": CONFIG,
     "no MTP, tied embeddings, plain queries": CONFIG.but(
-        num_nextn_predict_layers=0, tie_word_embeddings=True, q_lora_rank=None),
+        num_nextn_predict_layers=0, tie_word_embeddings=True, q_lora_rank=None
+    ),
     "FP8 with ragged blocks": CONFIG.but(
-        hidden_size=192, kv_lora_rank=160, quantization_config=QuantizationConfig()),
+        hidden_size=192, kv_lora_rank=160, quantization_config=QuantizationConfig()
+    ),
     "YaRN, no router bias": CONFIG.but(
-        gate_bias=False, n_group=1, topk_group=1, rope_scaling=YarnScaling(
-            factor=4.0, original_max_position_embeddings=32, mscale=0.7, mscale_all_dim=1.0)),
+        gate_bias=False,
+        n_group=1,
+        topk_group=1,
+        rope_scaling=YarnScaling(
+            factor=4.0, original_max_position_embeddings=32, mscale=0.7, mscale_all_dim=1.0
+        ),
+    ),
     "Kimi K2's name and ramp": CONFIG.but(
-        model_type="kimi_k2", n_group=1, topk_group=1, num_nextn_predict_layers=0,
-        rope_scaling=YarnScaling(factor=4.0, original_max_position_embeddings=32, beta_fast=1.0,
-                                 beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)),
+        model_type="kimi_k2",
+        n_group=1,
+        topk_group=1,
+        num_nextn_predict_layers=0,
+        rope_scaling=YarnScaling(
+            factor=4.0,
+            original_max_position_embeddings=32,
+            beta_fast=1.0,
+            beta_slow=1.0,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+        ),
+    ),
     "GLM-4.7-Flash's name and heads": CONFIG.but(
-        model_type="glm4_moe_lite", n_group=1, topk_group=1, qk_nope_head_dim=24, v_head_dim=32,
-        first_k_dense_replace=2),
+        model_type="glm4_moe_lite",
+        n_group=1,
+        topk_group=1,
+        qk_nope_head_dim=24,
+        v_head_dim=32,
+        first_k_dense_replace=2,
+    ),
 }
 
 
@@ -134,8 +172,10 @@ def test_without_transformers(folder, monkeypatch):
         diff(folder)
 
 
-@pytest.mark.parametrize("changes, field", [
-    (dict(scoring_func="softmax"), "scoring_func"), (dict(gate_bias=False), "gate_bias")])
+@pytest.mark.parametrize(
+    "changes, field",
+    [(dict(scoring_func="softmax"), "scoring_func"), (dict(gate_bias=False), "gate_bias")],
+)
 def test_a_router_that_transformers_does_not_have(tmp_path, changes, field):
     save_random(tmp_path, CONFIG.but(**changes))
     with pytest.raises(DSV3Error, match=field):

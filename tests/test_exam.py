@@ -32,6 +32,7 @@ def tokenizer():
 
 # Routing ----------------------------------------------------------------------------------------
 
+
 def test_counts_of_each_window_are_those_of_a_pass_alone():
     model, windows = Transformer(TINY, "fp32").init_weights(0).eval(), window(5)
     counts = routing.expert_counts(model, windows, batch_size=2)
@@ -40,8 +41,8 @@ def test_counts_of_each_window_are_those_of_a_pass_alone():
     for number in range(len(windows)):
         watch.reset()
         with torch.inference_mode():
-            _, hidden = model(windows[number:number + 1, :16], return_hidden=True)
-            model.mtp_logits(hidden, windows[number:number + 1, 1:17], depth=0)
+            _, hidden = model(windows[number : number + 1, :16], return_hidden=True)
+            model.mtp_logits(hidden, windows[number : number + 1, 1:17], depth=0)
         for name in ROUTERS:
             assert counts[name][number].tolist() == watch.load[name].tolist()
             assert counts[name][number].sum() == 16 * TINY.num_experts_per_tok
@@ -52,11 +53,13 @@ def test_counts_of_each_window_are_those_of_a_pass_alone():
 def test_information_of_tables_by_hand():
     def bits(*rows):
         return routing.mutual_information(torch.tensor(rows, dtype=torch.float64))
+
     assert bits([3, 1, 4], [6, 2, 8]) == pytest.approx(0, abs=1e-12)
     assert bits([5, 0, 0], [0, 5, 0], [0, 0, 5]) == pytest.approx(math.log2(3))
     # A binary symmetric channel with error 1/4: 1 - H(1/4).
-    assert bits([3, 1], [1, 3]) == pytest.approx(1 + 0.25 * math.log2(0.25)
-                                                 + 0.75 * math.log2(0.75))
+    assert bits([3, 1], [1, 3]) == pytest.approx(
+        1 + 0.25 * math.log2(0.25) + 0.75 * math.log2(0.75)
+    )
 
 
 def test_windows_are_shuffled_and_not_tokens():
@@ -73,8 +76,15 @@ def test_domains_with_experts_of_their_own_are_beyond_chance():
     labels = torch.arange(3).repeat_interleave(10)
     likely = torch.full((3, 6), 0.1)
     likely[range(3), range(3)] = 0.5
-    counts = torch.stack([torch.bincount(torch.multinomial(
-        likely[label], 200, replacement=True, generator=random), minlength=6) for label in labels])
+    counts = torch.stack(
+        [
+            torch.bincount(
+                torch.multinomial(likely[label], 200, replacement=True, generator=random),
+                minlength=6,
+            )
+            for label in labels
+        ]
+    )
     found = routing.specialisation(counts, labels, permutations=99)
     p = likely.double() / 3
     exact = float((p * (p / (p.sum(1, keepdim=True) * p.sum(0, keepdim=True))).log2()).sum())
@@ -83,7 +93,8 @@ def test_domains_with_experts_of_their_own_are_beyond_chance():
     assert found.p_value == pytest.approx(0.01)
     assert found == routing.specialisation(counts, labels, permutations=99)
     shuffled = routing.specialisation(
-        counts, labels[torch.randperm(30, generator=random)], permutations=99)
+        counts, labels[torch.randperm(30, generator=random)], permutations=99
+    )
     assert shuffled.p_value > 0.01 and abs(shuffled.beyond_chance) < 0.4 * found.bits
 
 
@@ -104,6 +115,7 @@ def test_violation_in_the_training_mixture():
 
 
 # The needle -------------------------------------------------------------------------------------
+
 
 class Reader:
     """A stand-in model that reads the text and answers with the value of a name.
@@ -126,7 +138,7 @@ class Reader:
             asked = next(line for line in lines if line.startswith("get")).split()[1]
             said = exam.encode(self.tokenizer, f" {self.choose(lets, asked)}\n")
             before = exam.encode(self.tokenizer, f"get {asked} =")
-            place = next(i for i in range(len(ids)) if ids[i:i + len(before)] == before)
+            place = next(i for i in range(len(ids)) if ids[i : i + len(before)] == before)
             for offset, token in enumerate(said):
                 logits[row, place + len(before) - 1 + offset, token] = 1.0
         return logits
@@ -135,21 +147,27 @@ class Reader:
 def test_needle_found_and_not_found(tokenizer, as_in_use):
     def asked(lets, name):
         return dict(lets)[name]
-    grid = needle.needle_test(Reader(tokenizer, asked), tokenizer, (128, 200), (0.1, 0.9), count=9,
-                              batch_size=4)
+
+    grid = needle.needle_test(
+        Reader(tokenizer, asked), tokenizer, (128, 200), (0.1, 0.9), count=9, batch_size=4
+    )
     assert grid == {128: {0.1: 1.0, 0.9: 1.0}, 200: {0.1: 1.0, 0.9: 1.0}}
     # A third digit, another let's value, or the right value without the line break are wrong.
-    for wrong in (lambda lets, name: dict(lets)[name] + "0",
-                  lambda lets, name: next(value for other, value in lets if other != name),
-                  lambda lets, name: dict(lets)[name] + " "):
+    for wrong in (
+        lambda lets, name: dict(lets)[name] + "0",
+        lambda lets, name: next(value for other, value in lets if other != name),
+        lambda lets, name: dict(lets)[name] + " ",
+    ):
         grid = needle.needle_test(Reader(tokenizer, wrong), tokenizer, (128,), (0.5,), count=9)
         assert grid == {128: {0.5: 0.0}}
 
 
 def test_last_value_is_no_answer(tokenizer, as_in_use):
     """With the needle far ahead of three other lets, the nearest let is nearly always wrong."""
+
     def last(lets, name):
         return lets[-1][1]
+
     grid = needle.needle_test(Reader(tokenizer, last), tokenizer, (256,), (0.0,), count=20)
     assert grid[256][0.0] == 0
 
@@ -169,8 +187,7 @@ def test_haystack_has_its_length_and_depth(tokenizer, length, depth):
 def test_values_of_one_haystack_differ(tokenizer):
     """Else the value of another let would be taken for the right one."""
     for seed in range(60):
-        text = tokenizer.decode(needle.haystack(tokenizer, 64, 0.5,
-                                                np.random.default_rng(seed))[0])
+        text = tokenizer.decode(needle.haystack(tokenizer, 64, 0.5, np.random.default_rng(seed))[0])
         values = [line.split()[-1] for line in text.split("\n") if line.startswith("let")]
         assert len(set(values)) == 4 and all(len(value) == 2 for value in values)
 
@@ -184,6 +201,7 @@ def test_needle_longer_than_the_context_is_refused(tokenizer, as_in_use):
 
 def test_loss_by_position_is_that_of_the_position(as_in_use):
     """A model that is sure of the right token up to place 8 and knows nothing behind it."""
+
     class Half:
         group = SimpleNamespace(device=torch.device("cpu"))
 
@@ -193,7 +211,8 @@ def test_loss_by_position_is_that_of_the_position(as_in_use):
             logits.scatter_(2, following[..., None], 50.0)
             logits[:, 8:] = 0
             return logits
-    windows = (torch.arange(20)[None] + 7 * torch.arange(3)[:, None])
+
+    windows = torch.arange(20)[None] + 7 * torch.arange(3)[:, None]
     found = needle.loss_by_position(Half(), windows, edges=(0, 8, 16))
     assert found == {(0, 8): pytest.approx(0, abs=1e-6), (8, 16): pytest.approx(math.log(300))}
     with pytest.raises(DSV3Error, match="too short"):
@@ -202,31 +221,37 @@ def test_loss_by_position_is_that_of_the_position(as_in_use):
 
 # Answers, samples, drafts -----------------------------------------------------------------------
 
+
 @pytest.fixture
 def scripted(monkeypatch, tokenizer, as_in_use):
     """Let the model say given (text, stopped_by) pairs, in order; keeps the calls."""
+
     def play(*script, **figures):
         calls, script = [], list(script)
 
         def complete(model, prompts, **options):
             calls.append((prompts, options))
             said = [script.pop(0) for _ in prompts]
-            ids = [text if isinstance(text, list) else exam.encode(tokenizer, text)
-                   for text, _ in said]
+            ids = [
+                text if isinstance(text, list) else exam.encode(tokenizer, text) for text, _ in said
+            ]
             return Generation(ids, [reason for _, reason in said], 0.0, 0, **figures)
+
         monkeypatch.setattr(exam, "complete", complete)
         return calls
+
     return play
 
 
 def test_sums_are_marked_strictly(tokenizer, scripted):
     calls = scripted(
-        (" [7+5=12, 3+4+1=8] 82", "eos"),       # right
-        (" 82", "eos"),                         # right, without the working
+        (" [7+5=12, 3+4+1=8] 82", "eos"),  # right
+        (" 82", "eos"),  # right, without the working
         (" [7+5=12, 3+4+1=8] 83", "eos"),
-        (" [7+5=12, 3+4+1=8] 82", "length"),    # the line does not end
+        (" [7+5=12, 3+4+1=8] 82", "length"),  # the line does not end
         (" [7+5=12, 3+4+1=8] 182", "eos"),
-        ("", "eos"))
+        ("", "eos"),
+    )
     found = exam.sums_right(None, tokenizer, [(37, 45)] * 6, batch_size=4)
     assert found["right"] == pytest.approx(2 / 6) and found["asked"] == 6
     assert found["working_right"] == pytest.approx(1 / 6)
@@ -236,8 +261,10 @@ def test_sums_are_marked_strictly(tokenizer, scripted):
     assert options.get("temperature", 0) == 0
     newline = tokenizer.token_to_id("Ċ")
     assert newline in options["eos_ids"] and tokenizer.token_to_id(data.EOS) in options["eos_ids"]
-    longest = max(len(exam.encode(tokenizer, f" {data.working(a, b)}{a + b}\n"))
-                  for a, b in [(99, 99), (89, 99), (55, 45)])
+    longest = max(
+        len(exam.encode(tokenizer, f" {data.working(a, b)}{a + b}\n"))
+        for a, b in [(99, 99), (89, 99), (55, 45)]
+    )
     assert options["max_new_tokens"] >= longest
 
 
@@ -250,13 +277,16 @@ def test_asked_sums_are_different_pairs_of_their_kind(held_out):
 
 
 def test_code_counts_when_it_ends_and_parses(tokenizer, scripted):
-    scripted(("    return 1\n", "eos"),
-             ("    return 2\n", "length"),              # parses, but did not end
-             ("    return (\n", "eos"),
-             ("    return 3\n    return 4\n    return 5\n", "eos"),
-             (f"    return 6\n{data.BOS}x = 1\n", "eos"))
-    found = exam.code_samples(None, tokenizer, ["def f():\n"] * 5, 0.8,
-                              trained=["def g():\n    return 1\n"], batch_size=3)
+    scripted(
+        ("    return 1\n", "eos"),
+        ("    return 2\n", "length"),  # parses, but did not end
+        ("    return (\n", "eos"),
+        ("    return 3\n    return 4\n    return 5\n", "eos"),
+        (f"    return 6\n{data.BOS}x = 1\n", "eos"),
+    )
+    found = exam.code_samples(
+        None, tokenizer, ["def f():\n"] * 5, 0.8, trained=["def g():\n    return 1\n"], batch_size=3
+    )
     assert found["parsed"] == 2 / 5 and found["ended"] == 4 / 5 and found["samples"] == 5
     assert found["lines"] == 3 and found["copied"] == 1 / 2
     assert len(found["broken"]) == 2 and "SyntaxError" in found["broken"][0]
@@ -266,8 +296,11 @@ def test_code_counts_when_it_ends_and_parses(tokenizer, scripted):
 def test_samples_of_later_batches_have_seeds_of_their_own(tokenizer, scripted):
     calls = scripted(*[("", "eos")] * 6)
     exam.code_samples(None, tokenizer, ["def "] * 6, 0.8, batch_size=3)
-    seeds = {options["seed"] * 1_000_003 + row for prompts, options in calls
-             for row in range(len(prompts))}
+    seeds = {
+        options["seed"] * 1_000_003 + row
+        for prompts, options in calls
+        for row in range(len(prompts))
+    }
     assert len(seeds) == 6
 
 
@@ -277,9 +310,17 @@ def test_nothing_is_no_program():
 
 
 def test_first_lines_hold_a_whole_signature():
-    documents = [data.BOS + text + data.EOS for text in (
-        "def f(x):\n    pass\n", "class A:\n    pass\n", "def g(x,\n      y):\n    pass\n",
-        "def h():\n    pass\n", "import os\n", "def k(z):\n    pass\n")]
+    documents = [
+        data.BOS + text + data.EOS
+        for text in (
+            "def f(x):\n    pass\n",
+            "class A:\n    pass\n",
+            "def g(x,\n      y):\n    pass\n",
+            "def h():\n    pass\n",
+            "import os\n",
+            "def k(z):\n    pass\n",
+        )
+    ]
     assert exam.first_lines(documents, 9) == ["def f(x):\n", "def h():\n", "def k(z):\n"]
     assert exam.first_lines(documents, 2) == ["def f(x):\n", "def h():\n"]
 
@@ -291,8 +332,12 @@ def test_drafts_of_batches_weigh_by_passes(tokenizer, scripted):
     assert found["acceptance"] == 0.5 and found["passes"] == 14 and found["tokens"] == 48
     # 17 runs of eight in each row; the first row has 8 different ones.
     assert found["repeated"] == pytest.approx(9 / 34)
-    assert all(options["speculative"] and options.get("temperature", 0) == 0
-               and options["max_new_tokens"] == 256 for _, options in calls)
+    assert all(
+        options["speculative"]
+        and options.get("temperature", 0) == 0
+        and options["max_new_tokens"] == 256
+        for _, options in calls
+    )
 
 
 def test_prompts_are_the_beginnings_of_documents(tokenizer):

@@ -38,22 +38,32 @@ EXEMPT = {
 
 def examples(text: str) -> list[str]:
     """Commands of all fenced blocks without a language, each on one line."""
-    blocks = "\n".join(block for language, block in re.findall(
-        r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if not language)
+    blocks = "\n".join(
+        block
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        if not language
+    )
     lines = blocks.replace("\\\n", " ").splitlines()
-    return [" ".join(line.split("   #")[0].split()) for line in lines
-            if re.match(r"(\w+=\S+ )*(dsv3|make|python|torchrun) ", line)]
+    return [
+        " ".join(line.split("   #")[0].split())
+        for line in lines
+        if re.match(r"(\w+=\S+ )*(dsv3|make|python|torchrun) ", line)
+    ]
 
 
 def of_help() -> list[str]:
     """The example at the end of a command's --help, where there is one."""
     commands = next(action.choices for action in build_parser()._actions if action.choices)
-    return [parser.epilog.removeprefix("Example: ") for parser in commands.values()
-            if parser.epilog]
+    return [
+        parser.epilog.removeprefix("Example: ") for parser in commands.values() if parser.epilog
+    ]
 
 
-FOUND = [*examples((ROOT / "README.md").read_text(encoding="utf-8")),
-         *examples((ROOT / "assets/dsv3-mini/README.md").read_text(encoding="utf-8")), *of_help()]
+FOUND = [
+    *examples((ROOT / "README.md").read_text(encoding="utf-8")),
+    *examples((ROOT / "assets/dsv3-mini/README.md").read_text(encoding="utf-8")),
+    *of_help(),
+]
 RUN = sorted({line for line in FOUND if not line.startswith(tuple(EXEMPT))})
 
 
@@ -67,23 +77,36 @@ def place(tmp_path_factory) -> dict[str, str]:
     command.chmod(0o755)
     for name in ("venv", "run"):
         (folder / f".stamp-{name}").write_text(f"{ROOT}\n")
-    return {**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT), "VENV": str(folder), "MAKEFLAGS": "",
-            "MAKELEVEL": "0"}  # under `make test` too, a line of make comes first
+    return {
+        **os.environ,
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "VENV": str(folder),
+        "MAKEFLAGS": "",
+        "MAKELEVEL": "0",
+    }  # under `make test` too, a line of make comes first
 
 
 def shown(line: str, place: dict[str, str], capfd) -> str:
     """What an example prints, as bash reads it, in the root; 60 tokens will do."""
     line = re.sub(r"(TOKENS=|--max-new-tokens )\d{3}\b", r"\g<1>60", line)
     if line.startswith("dsv3 ") and "--tp" not in line and "--interactive" not in line:
-        words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], check=True, text=True,
-                               capture_output=True).stdout.split("\0")[1:-1]
-        assert main(words) == 0             # here: torch is loaded already
+        words = subprocess.run(
+            ["bash", "-c", f"printf '%s\\0' {line}"], check=True, text=True, capture_output=True
+        ).stdout.split("\0")[1:-1]
+        assert main(words) == 0  # here: torch is loaded already
         return capfd.readouterr().out
     if line.startswith("make "):
         line += f" VENV={shlex.quote(place['VENV'])}" + " TOKENS=60" * ("TOKENS" not in line)
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=place, input="To be, or not?\n",
-                          text=True, capture_output=True, timeout=200)
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=ROOT,
+        env=place,
+        input="To be, or not?\n",
+        text=True,
+        capture_output=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -122,10 +145,14 @@ def _parses(code: str) -> bool:
 
 
 def test_the_python_of_the_readme_prints_what_it_says():
-    [code] = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"),
-                        re.MULTILINE | re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
-                          timeout=100)
+    [code] = re.findall(
+        r"^```python\n(.*?)^```",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.strip() == "[7+5=12, 3+4+1=8] 82" and second.split()[-1] == "87"

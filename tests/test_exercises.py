@@ -27,9 +27,13 @@ KINDS = ("Warm-up", "Implement", "Explain", "Measure", "Transfer")
 def checks(number: str) -> dict:
     """Name -> check of a chapter, in the order of the module."""
     module = importlib.import_module(f"dsv3.book.ch{number}")
-    return {name: value for name, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == module.__name__
-            and value.__annotations__.get("return") == "Verdict"}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and value.__annotations__.get("return") == "Verdict"
+    }
 
 
 def cells(path: Path) -> dict:
@@ -41,8 +45,9 @@ def cell_id(name: str) -> str:
 
 
 EXERCISES = [(number, name) for number in CHAPTERS for name in checks(number)]
-exercises = pytest.mark.parametrize("number, name", EXERCISES,
-                                    ids=[f"{n}-{name}" for n, name in EXERCISES])
+exercises = pytest.mark.parametrize(
+    "number, name", EXERCISES, ids=[f"{n}-{name}" for n, name in EXERCISES]
+)
 
 
 def test_there_are_exercises():
@@ -51,10 +56,15 @@ def test_there_are_exercises():
 
 @pytest.mark.parametrize("number", CHAPTERS)
 def test_at_least_five_a_chapter_of_rising_difficulty(number):
-    texts = [cell.source for id, cell in cells(CHAPTERS[number]).items()
-             if re.fullmatch(r"ex-.*-text", id)]
-    heads = [re.search(rf"^\*({'|'.join(KINDS)}) · ([★☆]{{3}}) · \d+ minutes?\*$", text,
-                       re.MULTILINE) for text in texts]
+    texts = [
+        cell.source
+        for id, cell in cells(CHAPTERS[number]).items()
+        if re.fullmatch(r"ex-.*-text", id)
+    ]
+    heads = [
+        re.search(rf"^\*({'|'.join(KINDS)}) · ([★☆]{{3}}) · \d+ minutes?\*$", text, re.MULTILINE)
+        for text in texts
+    ]
     assert len(texts) == len(checks(number)) >= 5 and all(heads)
     assert len({head[1] for head in heads}) >= 4
     stars = [head[2].count("★") for head in heads]
@@ -70,8 +80,9 @@ def test_gap_help_and_solution_stand_where_they_should(number, name):
     gap, text = book[cell_id(name)], book[cell_id(name) + "-text"]
     assert f"check.{name}(" in gap.source.splitlines()[-1]
     assert ("# your" in gap.source) or "None" in gap.source
-    folded = re.findall(r"<details><summary>(\w+)</summary>\n\n(.+?)</details>", text.source,
-                        re.DOTALL)
+    folded = re.findall(
+        r"<details><summary>(\w+)</summary>\n\n(.+?)</details>", text.source, re.DOTALL
+    )
     assert [title for title, _ in folded] == ["Help", "Hint", "Solution"]
     assert all(len(inside.split()) >= 4 for _, inside in folded)
     assert f"(solutions/{chapter.name})" in folded[-1][1]
@@ -107,8 +118,14 @@ def test_solutions_fill_the_readers_gaps(number, monkeypatch):
 def test_an_exercise_in_a_new_kernel_names_the_section_to_run_first(number, name):
     """And with the setup cell run, nothing else is needed (the test above)."""
     book = cells(CHAPTERS[number])
-    said = re.search(r"“(.+)”", str(pytest.raises(NotReady, exec, book[cell_id(name)].source,
-                                                  {"__name__": "__main__"}).value))[1]
+    said = re.search(
+        r"“(.+)”",
+        str(
+            pytest.raises(
+                NotReady, exec, book[cell_id(name)].source, {"__name__": "__main__"}
+            ).value
+        ),
+    )[1]
     heading = next(id for id, cell in book.items() if cell.source.startswith(f"## {said}\n"))
     assert list(book)[list(book).index(heading) + 1] == "setup"
 
@@ -157,25 +174,36 @@ def verdict(answer, **options) -> Verdict:
     return judge("halve", answer, halve, CASES, **options)
 
 
-@pytest.mark.parametrize("answer, state, message", [
-    (halve, "right", "all 2 inputs"),
-    (lambda x: None, "open", "nothing written"),
-    (lambda x: ..., "open", "nothing written"),
-    (None, "open", "nothing written"),
-    (lambda x: 1 / 0, "wrong", "on input 1 (shape (2,)) your function stops with ZeroDivision"),
-    (lambda x: x / 2 if len(x) == 2 else None, "wrong", "on input 2 (shape (3,)) your function "
-                                                        "returns nothing"),
-    (lambda x: x.div_(2), "wrong", "changes its input"),
-    (lambda x: (x / 2)[:1], "wrong", "has shape (1,), expected (2,)"),
-    (lambda x: x * torch.nan, "wrong", "NaN"),
-    (lambda x: 1.0, "wrong", "should be a tensor and is of type float"),
-    (lambda x: x / 4, "wrong", "you halved twice"),
-    (lambda x: x / 2 + 1e-3, "wrong", "on input 1 (shape (2,)) the result is off by up to 0.0005"),
-    (halve(torch.ones(2)), "wrong", "give the function itself, not a tensor of shape (2,)"),
-])
+@pytest.mark.parametrize(
+    "answer, state, message",
+    [
+        (halve, "right", "all 2 inputs"),
+        (lambda x: None, "open", "nothing written"),
+        (lambda x: ..., "open", "nothing written"),
+        (None, "open", "nothing written"),
+        (lambda x: 1 / 0, "wrong", "on input 1 (shape (2,)) your function stops with ZeroDivision"),
+        (
+            lambda x: x / 2 if len(x) == 2 else None,
+            "wrong",
+            "on input 2 (shape (3,)) your function returns nothing",
+        ),
+        (lambda x: x.div_(2), "wrong", "changes its input"),
+        (lambda x: (x / 2)[:1], "wrong", "has shape (1,), expected (2,)"),
+        (lambda x: x * torch.nan, "wrong", "NaN"),
+        (lambda x: 1.0, "wrong", "should be a tensor and is of type float"),
+        (lambda x: x / 4, "wrong", "you halved twice"),
+        (
+            lambda x: x / 2 + 1e-3,
+            "wrong",
+            "on input 1 (shape (2,)) the result is off by up to 0.0005",
+        ),
+        (halve(torch.ones(2)), "wrong", "give the function itself, not a tensor of shape (2,)"),
+    ],
+)
 def test_judge_says_what_is_wrong(answer, state, message):
-    found = verdict(answer, mistakes={"you never halve": lambda x: x,
-                                      "you halved twice": lambda x: x / 4})
+    found = verdict(
+        answer, mistakes={"you never halve": lambda x: x, "you halved twice": lambda x: x / 4}
+    )
     assert (found.state, found.name) == (state, "halve") and message in found.message
     assert repr(found) == f"[{state}] halve: {found.message}"
 
@@ -183,13 +211,15 @@ def test_judge_says_what_is_wrong(answer, state, message):
 def test_not_implemented_is_an_open_gap():
     def gap(x):
         raise NotImplementedError
+
     assert verdict(gap).state == "open"
 
 
 def test_a_mistake_must_explain_all_inputs():
     """Right on the first input and wrong on the second is not "you never halve"."""
-    found = verdict(lambda x: x / 2 if len(x) == 2 else x,
-                    mistakes={"you never halve": lambda x: x})
+    found = verdict(
+        lambda x: x / 2 if len(x) == 2 else x, mistakes={"you never halve": lambda x: x}
+    )
     assert found.state == "wrong" and "off by up to 0.5" not in found.message
     assert "input 2" in found.message
 
@@ -205,43 +235,69 @@ def test_tolerance_is_relative_to_large_values_and_absolute_below_one():
     assert judge("f", lambda: 2e-5, lambda: 0.0, [()]).state == "wrong"
 
 
-@pytest.mark.parametrize("found, wanted, state", [
-    ([1, [2, "a"]], [1, [2, "a"]], "right"), ([1, [2, "b"]], [1, [2, "a"]], "wrong"),
-    ((1, 2), [1, 2], "right"), ([1], [1, 2], "wrong"), ({"a": 1}, {"a": 1}, "right"),
-    ({"b": 1}, {"a": 1}, "wrong"), (True, True, "right"), (1, True, "wrong"),
-    (True, 1, "wrong"), (torch.tensor(3), 3, "right"), (float("nan"), 1.0, "wrong"),
-    (torch.tensor([1 + 2j]), torch.tensor([1 + 2j]), "right"),
-    (torch.tensor([1.0]), torch.tensor([1 + 2j]), "wrong"),
-    (torch.tensor([-torch.inf, 1]), torch.tensor([-torch.inf, 1]), "right"),
-    (torch.tensor([0.0, 1]), torch.tensor([-torch.inf, 1]), "wrong"),
-    (torch.tensor([1, 2]), torch.tensor([1, 2]), "right"),
-    (torch.tensor([True]), torch.tensor([False]), "wrong"),
-])
+@pytest.mark.parametrize(
+    "found, wanted, state",
+    [
+        ([1, [2, "a"]], [1, [2, "a"]], "right"),
+        ([1, [2, "b"]], [1, [2, "a"]], "wrong"),
+        ((1, 2), [1, 2], "right"),
+        ([1], [1, 2], "wrong"),
+        ({"a": 1}, {"a": 1}, "right"),
+        ({"b": 1}, {"a": 1}, "wrong"),
+        (True, True, "right"),
+        (1, True, "wrong"),
+        (True, 1, "wrong"),
+        (torch.tensor(3), 3, "right"),
+        (float("nan"), 1.0, "wrong"),
+        (torch.tensor([1 + 2j]), torch.tensor([1 + 2j]), "right"),
+        (torch.tensor([1.0]), torch.tensor([1 + 2j]), "wrong"),
+        (torch.tensor([-torch.inf, 1]), torch.tensor([-torch.inf, 1]), "right"),
+        (torch.tensor([0.0, 1]), torch.tensor([-torch.inf, 1]), "wrong"),
+        (torch.tensor([1, 2]), torch.tensor([1, 2]), "right"),
+        (torch.tensor([True]), torch.tensor([False]), "wrong"),
+    ],
+)
 def test_results_of_every_kind(found, wanted, state):
     assert judge("f", lambda: found, lambda: wanted, [()]).state == state
 
 
-@pytest.mark.parametrize("answer, state, message", [
-    (70272, "right", "70,272 bytes"), (70_273, "right", ""), (None, "open", ""),
-    (1152, "wrong", "one layer"), (35_136, "wrong", "2 times too small"),
-    (140_544.0, "wrong", "2 times too large"), (-70272, "wrong", "not near"),
-    (True, "wrong", "a number"), ("70272", "wrong", "a number"),
-    (torch.tensor(70272.0), "right", ""), (0, "wrong", "not near"),
-    (70272 * 1048, "wrong", "this is 1,048 times too large"),
-    (70.272, "wrong", "this is 1,000 times too small"),
-])
+@pytest.mark.parametrize(
+    "answer, state, message",
+    [
+        (70272, "right", "70,272 bytes"),
+        (70_273, "right", ""),
+        (None, "open", ""),
+        (1152, "wrong", "one layer"),
+        (35_136, "wrong", "2 times too small"),
+        (140_544.0, "wrong", "2 times too large"),
+        (-70272, "wrong", "not near"),
+        (True, "wrong", "a number"),
+        ("70272", "wrong", "a number"),
+        (torch.tensor(70272.0), "right", ""),
+        (0, "wrong", "not near"),
+        (70272 * 1048, "wrong", "this is 1,048 times too large"),
+        (70.272, "wrong", "this is 1,000 times too small"),
+    ],
+)
 def test_judge_value(answer, state, message):
     found = judge_value("kv", answer, 70272, {1152: "that is one layer"}, unit="bytes")
     assert found.state == state and message in found.message
 
 
-@pytest.mark.parametrize("answers, state, message", [
-    ({"a": True, "b": False}, "right", "all 2"), ({"a": None, "b": None}, "open", "nothing"),
-    ({"a": True, "b": None}, "open", '"b" has no answer'),
-    ({"a": True, "b": True}, "wrong", "b is false"), ({"a": True}, "wrong", "['b']"),
-    (3, "wrong", "a dict"), (None, "open", ""),
-])
+@pytest.mark.parametrize(
+    "answers, state, message",
+    [
+        ({"a": True, "b": False}, "right", "all 2"),
+        ({"a": None, "b": None}, "open", "nothing"),
+        ({"a": True, "b": None}, "open", '"b" has no answer'),
+        ({"a": True, "b": True}, "wrong", "b is false"),
+        ({"a": True}, "wrong", "['b']"),
+        (3, "wrong", "a dict"),
+        (None, "open", ""),
+    ],
+)
 def test_judge_statements(answers, state, message):
-    found = judge_statements("s", answers, {"a": True, "b": False},
-                             {"a": "a is true", "b": "b is false"})
+    found = judge_statements(
+        "s", answers, {"a": True, "b": False}, {"a": "a is true", "b": "b is false"}
+    )
     assert found.state == state and message in found.message

@@ -8,18 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
+from checkpoints import random_tensors, tiny_config, write_checkpoint
 from safetensors.torch import save_file
 
-import fuzz
-from checkpoints import random_tensors, tiny_config, write_checkpoint
 from dsv3.checkpoint.cast import cast
 from dsv3.checkpoint.loading import load_model
+from dsv3.checkpoint.reader import CheckpointReader, read_index
+from dsv3.checkpoint.safetensors_io import SafetensorsFile
 from dsv3.errors import DSV3Error, shown
 from dsv3.files import no_duplicates, open_plain, parse_json, read_json, read_text
-from dsv3.checkpoint.safetensors_io import SafetensorsFile
-from dsv3.checkpoint.reader import CheckpointReader, read_index
 from dsv3.generation.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -42,9 +42,12 @@ def make_socket(path):
     socket.socket(socket.AF_UNIX).bind(path.name)
 
 
-SPECIAL = {"pipe": (make_pipe, "a pipe"), "folder": (os.mkdir, "a folder"),
-           "device": (lambda p: os.symlink("/dev/zero", p), "a device"),
-           "socket": (make_socket, "a socket")}
+SPECIAL = {
+    "pipe": (make_pipe, "a pipe"),
+    "folder": (os.mkdir, "a folder"),
+    "device": (lambda p: os.symlink("/dev/zero", p), "a device"),
+    "socket": (make_socket, "a socket"),
+}
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
@@ -73,13 +76,21 @@ def test_a_plain_file_that_becomes_a_pipe_is_not_waited_for(tmp_path, monkeypatc
         open_plain(tmp_path / "pipe")
 
 
-@pytest.mark.parametrize("content, words", [
-    (POINTER, "git-LFS pointer.*git lfs pull"),
-    (b"<!DOCTYPE html><html>", "a web page"), (b"\n <HTML>", "a web page"),
-    (b"GGUF\x03\0\0\0", "GGUF"), (b"PK\x03\x04\0\0\0\0\0", "never opened"),
-    (b"\x80\x02}q\0.\0\0\0\0", "a pickle"), (b"", "empty"), (b"\0" * 100, "zeros"),
-    (b"\x1f\x8b\x08\0\0\0\0\0", "gzip"), (b"\x89HDF\r\n\x1a\n", "HDF5"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (POINTER, "git-LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"\n <HTML>", "a web page"),
+        (b"GGUF\x03\0\0\0", "GGUF"),
+        (b"PK\x03\x04\0\0\0\0\0", "never opened"),
+        (b"\x80\x02}q\0.\0\0\0\0", "a pickle"),
+        (b"", "empty"),
+        (b"\0" * 100, "zeros"),
+        (b"\x1f\x8b\x08\0\0\0\0\0", "gzip"),
+        (b"\x89HDF\r\n\x1a\n", "HDF5"),
+    ],
+)
 @pytest.mark.parametrize("name", [INDEX, "model-00002-of-00003.safetensors"])
 def test_other_kinds_of_files_are_known_by_sight(checkpoint, content, words, name):
     (checkpoint / name).write_bytes(content)
@@ -113,13 +124,29 @@ def test_texts(tmp_path):
 # What is shown ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["\x1b]0;title\x07\x1b[2J", "a\nb\r\nc", "\ud800", "\u202eabc",
-                                   "\x9b31m", 10 ** 5000, "x" * 10 ** 6, b"\x1b", ["\x1b"] * 999],
-                         ids=range(9))
+@pytest.mark.parametrize(
+    "value",
+    [
+        "\x1b]0;title\x07\x1b[2J",
+        "a\nb\r\nc",
+        "\ud800",
+        "\u202eabc",
+        "\x9b31m",
+        10**5000,
+        "x" * 10**6,
+        b"\x1b",
+        ["\x1b"] * 999,
+    ],
+    ids=range(9),
+)
 def test_nothing_shown_moves_a_terminal(value):
-    error = DSV3Error("what " + str(value)[:9] if isinstance(value, str) else "what", where=value,
-                      found=value, expected=value, fix=f"do {value}"[:20] if isinstance(value, str)
-                      else None)
+    error = DSV3Error(
+        "what " + str(value)[:9] if isinstance(value, str) else "what",
+        where=value,
+        found=value,
+        expected=value,
+        fix=f"do {value}"[:20] if isinstance(value, str) else None,
+    )
     line = str(error)
     assert line.isprintable() and len(line) < 2500
     line.encode("utf-8")
@@ -159,8 +186,13 @@ except DSV3Error as error:
 def test_a_header_of_brackets_takes_no_memory(tmp_path, size):
     header = b"[" + b"[]," * (size // 3) + b"[]]"
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "a.safetensors"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path / "a.safetensors"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     kilobytes = int(done.stdout.split()[0])
     assert kilobytes < 150_000, done.stdout
 
@@ -173,7 +205,7 @@ def test_many_names_and_one_duplicate():
 
 
 def test_json_fails_as_one_kind():
-    for text in fuzz.RAW + ("[" * 10 ** 6, "{", "[]," * 10 ** 6, ""):
+    for text in fuzz.RAW + ("[" * 10**6, "{", "[]," * 10**6, ""):
         with pytest.raises(ValueError):
             parse_json(text)
 
@@ -182,11 +214,14 @@ def test_json_fails_as_one_kind():
 
 
 def test_fuzzed_headers(tmp_path):
-    save_file({"a": torch.ones(3, 4), "b": torch.ones(5).bfloat16()}, tmp_path / "good.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {"a": torch.ones(3, 4), "b": torch.ones(5).bfloat16()},
+        tmp_path / "good.safetensors",
+        metadata={"format": "pt"},
+    )
     good = (tmp_path / "good.safetensors").read_bytes()
     length = int.from_bytes(good[:8], "little")
-    header, data = json.loads(good[8:8 + length]), good[8 + length:]
+    header, data = json.loads(good[8 : 8 + length]), good[8 + length :]
     path, refused = tmp_path / "a.safetensors", 0
 
     def read():
@@ -207,8 +242,10 @@ def test_fuzzed_headers(tmp_path):
 def test_fuzzed_indexes(tmp_path):
     save_file({"a": torch.ones(3)}, tmp_path / "one.safetensors")
     save_file({"b": torch.ones(3)}, tmp_path / "two.safetensors")
-    index = {"metadata": {"total_size": 24}, "weight_map": {"a": "one.safetensors",
-                                                            "b": "two.safetensors"}}
+    index = {
+        "metadata": {"total_size": 24},
+        "weight_map": {"a": "one.safetensors", "b": "two.safetensors"},
+    }
     path, refused = tmp_path / INDEX, 0
 
     def read():
@@ -216,16 +253,27 @@ def test_fuzzed_indexes(tmp_path):
         with CheckpointReader(tmp_path) as reader:
             reader.read("a"), reader.read("b")
 
-    damaged = [*(text.encode() for text in fuzz.json_of(index, 500, seed=3)),
-               *fuzz.bytes_of(json.dumps(index).encode(), 500, seed=4)]
+    damaged = [
+        *(text.encode() for text in fuzz.json_of(index, 500, seed=3)),
+        *fuzz.bytes_of(json.dumps(index).encode(), 500, seed=4),
+    ]
     for content in damaged:
         path.write_bytes(content)
         refused += fuzz.survives(read) is not None
     assert refused > 600
 
 
-@pytest.mark.parametrize("name", [INDEX, "config.json", "tokenizer.json", "chat_template.jinja",
-                                  "tokenizer_config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        INDEX,
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "tokenizer_config.json",
+        "model.safetensors",
+    ],
+)
 def test_a_link_that_leads_nowhere_is_said_to_be_one(tiny_checkpoint, tmp_path, name):
     """As a hub's cache has them after a download that was broken off; nothing else is read."""
     folder = tmp_path / "in"
@@ -252,12 +300,18 @@ def test_numbers_of_thousands_of_digits_are_no_advice_to_programmers():
         parse_json("9" * 5000)
 
 
-@pytest.mark.parametrize("name, words", [
-    ("adapter_model.safetensors", "adapter is no model by itself"),
-    ("consolidated.safetensors", "If that file holds the whole model, call it model.safetensors"),
-    ("model-00001-of-00002.safetensors", "Download the index"),
-    ("model-Q4_K.gguf", "found model-Q4_K.gguf.*format of llama.cpp"),
-])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("adapter_model.safetensors", "adapter is no model by itself"),
+        (
+            "consolidated.safetensors",
+            "If that file holds the whole model, call it model.safetensors",
+        ),
+        ("model-00001-of-00002.safetensors", "Download the index"),
+        ("model-Q4_K.gguf", "found model-Q4_K.gguf.*format of llama.cpp"),
+    ],
+)
 def test_what_lies_there_instead_of_a_checkpoint(tmp_path, name, words):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(DSV3Error, match=f"no checkpoint in this folder.*{words}"):

@@ -10,13 +10,13 @@ import threading
 from pathlib import Path
 
 import pytest
-
 from checkpoints import tiny_config, write_checkpoint
+
 from dsv3.checkpoint.cast import cast
-from dsv3.checkpoint.saving import save_model
 from dsv3.checkpoint.convert import convert
-from dsv3.errors import DSV3Error
 from dsv3.checkpoint.folder import LOCK_FILE, claim
+from dsv3.checkpoint.saving import save_model
+from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
 
 ROOT = Path(__file__).parent.parent
@@ -32,8 +32,12 @@ with claim(sys.argv[1], "holding still"):
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds ``tmp_path/out``."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "out"], cwd=ROOT,
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "out"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -44,9 +48,11 @@ def holder(tmp_path):
 def test_every_writer_is_refused_while_another_process_holds_the_folder(tmp_path, holder):
     write_checkpoint(tmp_path / "in", tiny_config())
     model, out = Transformer(tiny_config()).init_weights(0), tmp_path / "out"
-    for write in (lambda: convert(tmp_path / "in", out, 2, progress=False),
-                  lambda: cast(tmp_path / "in", out, "bf16", progress=False),
-                  lambda: save_model(model, out)):
+    for write in (
+        lambda: convert(tmp_path / "in", out, 2, progress=False),
+        lambda: cast(tmp_path / "in", out, "bf16", progress=False),
+        lambda: save_model(model, out),
+    ):
         with pytest.raises(DSV3Error) as error:
             write()
         line = str(error.value)

@@ -156,8 +156,9 @@ def test_any_leading_shape_and_dtype():
     assert same_bits(fp8.quantize_activation(x[0, 0]).data, q.data[0, 0])
     assert fp8.quantize_activation(x[:, :0]).scale.shape == (2, 0, 2)
     turned = torch.randn(200, 6).T
-    assert same_bits(fp8.quantize_activation(turned).data,
-                     fp8.quantize_activation(turned.contiguous()).data)
+    assert same_bits(
+        fp8.quantize_activation(turned).data, fp8.quantize_activation(turned.contiguous()).data
+    )
 
 
 @pytest.mark.parametrize("shape", [(576, 700), (128, 256), (1, 1), (130, 127)])
@@ -249,12 +250,15 @@ def test_what_a_file_may_not_hold_is_refused():
             QuantizedTensor(good.data, torch.full((1, 1), scale)).check("w")
 
 
-@pytest.mark.parametrize("data, scale, words", [
-    (torch.zeros(256, 128), torch.ones(2, 1), "wrong dtypes"),
-    (torch.zeros(256, 128).to(torch.float8_e4m3fn), torch.ones(2, 1).half(), "wrong dtypes"),
-    (torch.zeros(192, 128).to(torch.float8_e4m3fn), torch.ones(1, 1), r"expected \(2, 1\)"),
-    (torch.zeros(128).to(torch.float8_e4m3fn), torch.ones(1), "too few dimensions"),
-])
+@pytest.mark.parametrize(
+    "data, scale, words",
+    [
+        (torch.zeros(256, 128), torch.ones(2, 1), "wrong dtypes"),
+        (torch.zeros(256, 128).to(torch.float8_e4m3fn), torch.ones(2, 1).half(), "wrong dtypes"),
+        (torch.zeros(192, 128).to(torch.float8_e4m3fn), torch.ones(1, 1), r"expected \(2, 1\)"),
+        (torch.zeros(128).to(torch.float8_e4m3fn), torch.ones(1), "too few dimensions"),
+    ],
+)
 def test_pieces_that_do_not_fit_are_refused(data, scale, words, as_in_use):
     with pytest.raises(DSV3Error, match=words):
         QuantizedTensor(data, scale)
@@ -285,8 +289,10 @@ def test_relative_error_of_gaussian_data():
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)
-@pytest.mark.parametrize("m, n, k", [(1, 128, 128), (1, 576, 700), (7, 130, 300), (40, 1500, 512),
-                                     (1, 1500, 512), (5, 1, 1)])
+@pytest.mark.parametrize(
+    "m, n, k",
+    [(1, 128, 128), (1, 576, 700), (7, 130, 300), (40, 1500, 512), (1, 1500, 512), (5, 1, 1)],
+)
 def test_products_against_float64(m, n, k, scale_format):
     generator = torch.Generator().manual_seed(m + n + k)
     x = torch.randn(m, k, generator=generator) * torch.logspace(-6, 4, k)

@@ -298,8 +298,11 @@ def test_blocks_lose_the_gradients_of_small_tokens():
 @pytest.mark.parametrize("scale_format", FORMATS)
 def test_values_without_codes_are_those_of_the_codes(block, scale_format):
     for x in (adversarial_rows(300, 200), token_sized(1024, 384).bfloat16(), torch.zeros(0, 9)):
-        quantise = {TILE: fp8.quantize_activation, COLUMN: fp8.quantize_columns,
-                    BLOCK: fp8.quantize_weight}[block]
+        quantise = {
+            TILE: fp8.quantize_activation,
+            COLUMN: fp8.quantize_columns,
+            BLOCK: fp8.quantize_weight,
+        }[block]
         expected = quantise(x, scale_format).dequantize()
         found = quantized_values(x, block, scale_format)
         assert same_bits(found + 0.0, expected + 0.0)  # -0 + 0 = 0: the sign of zero may differ
@@ -352,11 +355,18 @@ def test_e5m6_keeps_seven_bits():
 def test_wgrad_reads_what_was_saved(saved):
     x, w, dy = case(300, 200, 140)
     y, dx, dw = gradients(x, w, dy, saved=saved)
-    scale = torch.exp2(torch.ceil(torch.log2(  # of 1 x 128, over 65024; no case is near a power
-        F.pad(x, (0, 56)).view(300, 2, 128).abs().amax(-1).double() / 65024)))
+    scale = torch.exp2(
+        torch.ceil(
+            torch.log2(  # of 1 x 128, over 65024; no case is near a power
+                F.pad(x, (0, 56)).view(300, 2, 128).abs().amax(-1).double() / 65024
+            )
+        )
+    )
     spread = scale.repeat_interleave(128, 1)[:, :200]
-    kept = {"e4m3": rounded(x, TILE, "ue8m0"),
-            "e5m6": to_nearest(x.double() / spread, 6, -14) * spread}[saved]
+    kept = {
+        "e4m3": rounded(x, TILE, "ue8m0"),
+        "e5m6": to_nearest(x.double() / spread, 6, -14) * spread,
+    }[saved]
     assert error(dw, rounded(dy, COLUMN, "float32").T @ rounded(kept, COLUMN, "ue8m0")) < 1e-5
     plain = gradients(x, w, dy)
     assert torch.equal(y, plain[0]) and torch.equal(dx, plain[1])
@@ -384,8 +394,9 @@ def test_two_layers_learn_and_masters_stay_float32():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 64, generator=generator).bfloat16()
     target = torch.sin(2 * x.float() @ torch.randn(64, 8, generator=generator) / 8)
-    weights = [torch.randn(shape, generator=generator) / shape[1] ** 0.5
-               for shape in ((160, 64), (8, 160))]
+    weights = [
+        torch.randn(shape, generator=generator) / shape[1] ** 0.5 for shape in ((160, 64), (8, 160))
+    ]
     for w in weights:
         w.requires_grad_()
     optimizer = torch.optim.AdamW(weights, lr=3e-3, weight_decay=0.0)

@@ -16,10 +16,10 @@ import torch
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.generation.loop import complete, generate, prefill, stream
-from dsv3.model import Transformer
-from dsv3.parallel.tensor import TensorGroup
 from dsv3.generation.sampling import Sampling, draw, probabilities, row_generators, sample
 from dsv3.generation.session import Session
+from dsv3.model import Transformer
+from dsv3.parallel.tensor import TensorGroup
 
 VOCAB, CONTEXT = 50, 64
 
@@ -34,7 +34,7 @@ def greedy_text(prompt: list[int], count: int, valid: int = VOCAB) -> list[int]:
     text = list(prompt)
     for _ in range(count):
         text.append(int(next_logits(text)[:valid].argmax()))
-    return text[len(prompt):]
+    return text[len(prompt) :]
 
 
 class OracleCache:
@@ -78,8 +78,9 @@ class Oracle:
             cache.rows[row] += ids[:length]
             assert len(cache.rows[row]) <= cache.max_seq_len
         nothing = torch.zeros(VOCAB)  # a row that fed no token has no answer
-        return torch.stack([next_logits(row) if length else nothing
-                            for row, length in zip(cache.rows, lengths)])
+        return torch.stack(
+            [next_logits(row) if length else nothing for row, length in zip(cache.rows, lengths)]
+        )
 
 
 PROMPTS = [[3], [7, 8, 9, 10, 11, 12, 13], [1, 2, 3], [5, 6]]
@@ -114,8 +115,9 @@ def test_rows_stop_at_their_own_eos():
 
 def test_on_token_sees_every_token_in_order():
     seen = [[] for _ in PROMPTS]
-    out = generate(Oracle(), PROMPTS, max_new_tokens=5,
-                   on_token=lambda row, id: seen[row].append(id))
+    out = generate(
+        Oracle(), PROMPTS, max_new_tokens=5, on_token=lambda row, id: seen[row].append(id)
+    )
     assert seen == out
 
 
@@ -149,7 +151,9 @@ def test_banned_ids_are_never_chosen():
     prompts = [[3], [7, 8, 9], [1, 2, 3], [5, 6]]
     masked = generate(Oracle(), prompts, max_new_tokens=20, banned_ids=range(10, VOCAB))
     assert masked == [greedy_text(prompt, 20, valid=10) for prompt in prompts]
-    drawn = generate(Oracle(), prompts, max_new_tokens=20, temperature=5.0, banned_ids=range(10, VOCAB))
+    drawn = generate(
+        Oracle(), prompts, max_new_tokens=20, temperature=5.0, banned_ids=range(10, VOCAB)
+    )
     assert max(map(max, drawn)) < 10
 
 
@@ -169,10 +173,10 @@ def test_probabilities_by_hand():
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.3, 0.2]]))
     assert torch.allclose(probabilities(logits, 1.0), torch.tensor([[0.1, 0.4, 0.3, 0.2]]).double())
     # T = 1/2 squares: 1, 16, 9, 4 over 30.
-    assert torch.allclose(probabilities(logits, 0.5) * 30, torch.tensor([[1., 16, 9, 4]]).double())
+    assert torch.allclose(probabilities(logits, 0.5) * 30, torch.tensor([[1.0, 16, 9, 4]]).double())
     # 0.4 + 0.3 = 0.7 reaches 0.6, so two tokens stay: 4/7, 3/7.
     kept = probabilities(logits, 1.0, 0.6) * 7
-    assert torch.allclose(kept, torch.tensor([[0., 4, 3, 0]]).double())
+    assert torch.allclose(kept, torch.tensor([[0.0, 4, 3, 0]]).double())
     # The most probable token always stays.
     assert probabilities(logits, 1.0, 1e-9).tolist() == [[0, 1, 0, 0]]
     assert probabilities(logits, 0.0).tolist() == [[0, 1, 0, 0]]
@@ -253,29 +257,53 @@ def test_session_survives_an_exception_in_the_middle():
     assert session.complete([1, 2, 3, 7], max_new_tokens=4).ids == [greedy_text([1, 2, 3, 7], 4)]
 
 
-@pytest.mark.parametrize("prompts, message", [
-    ([[1], []], "prompt 1: empty prompt"),
-    ([[1] * CONTEXT], r"prompt 0: prompt longer than the context.*found 64 tokens.*at most 63"),
-    ([[1, VOCAB]], r"token id out of range \(found 50, expected 0 to 49\)"),
-    ([[-1]], "token id out of range"),
-    ([[1.5]], "token id out of range"),
-    ([1, 2], "prompt 0: not a list of token ids"),
-    (["text"], "prompt 0: not a list of token ids"),
-])
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([[1], []], "prompt 1: empty prompt"),
+        ([[1] * CONTEXT], r"prompt 0: prompt longer than the context.*found 64 tokens.*at most 63"),
+        ([[1, VOCAB]], r"token id out of range \(found 50, expected 0 to 49\)"),
+        ([[-1]], "token id out of range"),
+        ([[1.5]], "token id out of range"),
+        ([1, 2], "prompt 0: not a list of token ids"),
+        (["text"], "prompt 0: not a list of token ids"),
+    ],
+)
 def test_bad_prompts(prompts, message):
     with pytest.raises(DSV3Error, match=message):
         generate(Oracle(), prompts)
 
 
-@pytest.mark.parametrize("option, value", [
-    ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf),
-    ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan), ("max_new_tokens", -1),
-    ("max_new_tokens", 1.5), ("seed", 0.5), ("prefill_chunk", 0), ("top_k", -1), ("top_k", True),
-    ("n", 0), ("eos_ids", ["x"]), ("eos_ids", 3), ("eos_ids", [-1]), ("stop", [""]), ("stop", 3),
-    ("banned_ids", [0.5]), ("logprobs", 1), ("speculative", "yes"),
-    ("temperature", "hot"), ("temperature", True), ("temperature", 10**400),
-    ("stop", ["a\ud800"]),
-])
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("max_new_tokens", -1),
+        ("max_new_tokens", 1.5),
+        ("seed", 0.5),
+        ("prefill_chunk", 0),
+        ("top_k", -1),
+        ("top_k", True),
+        ("n", 0),
+        ("eos_ids", ["x"]),
+        ("eos_ids", 3),
+        ("eos_ids", [-1]),
+        ("stop", [""]),
+        ("stop", 3),
+        ("banned_ids", [0.5]),
+        ("logprobs", 1),
+        ("speculative", "yes"),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("temperature", 10**400),
+        ("stop", ["a\ud800"]),
+    ],
+)
 def test_bad_options(as_in_use, option, value):
     with pytest.raises(DSV3Error, match=option):
         generate(Oracle(), [[1]], **{option: value})
@@ -284,8 +312,9 @@ def test_bad_options(as_in_use, option, value):
 def test_unknown_options_are_named():
     for call in (generate, complete, stream, Session(Oracle()).complete):
         with pytest.raises(DSV3Error, match="valid_vocab: no such option.*temperature, top_k"):
-            call(Oracle(), [[1]], valid_vocab=3) if call in (generate, complete, stream) else \
-                call([1], valid_vocab=3)
+            call(Oracle(), [[1]], valid_vocab=3) if call in (generate, complete, stream) else call(
+                [1], valid_vocab=3
+            )
 
 
 def test_options_change_a_sampling():
@@ -293,29 +322,38 @@ def test_options_change_a_sampling():
     out = generate(Oracle(), PROMPTS, sampling=sampling)
     assert out == generate(Oracle(), PROMPTS, 3, temperature=1.0, seed=2)
     assert generate(Oracle(), PROMPTS, sampling=sampling, temperature=0.0) == [
-        greedy_text(prompt, 3) for prompt in PROMPTS]
+        greedy_text(prompt, 3) for prompt in PROMPTS
+    ]
 
 
 def test_a_prompt_with_an_id_that_is_no_token_is_refused():
-    words = SimpleNamespace(ids_without_token=lambda vocab: range(10, vocab),
-                            text_bytes=lambda id: b"x")
+    words = SimpleNamespace(
+        ids_without_token=lambda vocab: range(10, vocab), text_bytes=lambda id: b"x"
+    )
     with pytest.raises(DSV3Error, match="prompt 0: an id that is no token.*found 12"):
         generate(Oracle(), [[12]], tokenizer=words)
 
 
 def test_a_prompt_may_hold_what_must_not_be_chosen():
     out = generate(Oracle(), [[12, 3]], 20, banned_ids=range(10, VOCAB))
-    assert out == Session(Oracle()).complete([12, 3], max_new_tokens=20,
-                                             banned_ids=range(10, VOCAB)).ids
+    assert (
+        out
+        == Session(Oracle()).complete([12, 3], max_new_tokens=20, banned_ids=range(10, VOCAB)).ids
+    )
     assert max(out[0]) < 10
 
 
 @pytest.fixture(scope="module")
 def small_model():
     """A random model with every mechanism, small enough for a test."""
-    config = ModelConfig.mini().but(vocab_size=128, hidden_size=64, intermediate_size=64,
-                                    moe_intermediate_size=32, num_hidden_layers=2,
-                                    max_position_embeddings=96)
+    config = ModelConfig.mini().but(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        max_position_embeddings=96,
+    )
     return Transformer(config).init_weights(0)
 
 
@@ -325,7 +363,7 @@ def greedy_without_cache(model, prompt: list[int], count: int) -> list[int]:
     with torch.inference_mode():
         for _ in range(count):
             text.append(int(model(torch.tensor([text]), last_only=True).argmax()))
-    return text[len(prompt):]
+    return text[len(prompt) :]
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
@@ -335,7 +373,7 @@ def test_model_in_a_ragged_batch_equals_full_passes(small_model, chunk):
     assert len({tuple(text) for text in texts}) == 4
     eos = texts[0][3]
     out = generate(small_model, PROMPTS, max_new_tokens=10, eos_ids=[eos], prefill_chunk=chunk)
-    assert out == [text[:text.index(eos)] if eos in text else text for text in texts]
+    assert out == [text[: text.index(eos)] if eos in text else text for text in texts]
 
 
 def test_model_in_a_session_equals_full_passes(small_model):

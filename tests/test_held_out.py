@@ -22,8 +22,10 @@ def test_small_credited_and_of_all_domains():
 
 def test_the_arithmetic_is_what_training_held_out():
     documents = data.arithmetic_documents(1, held_out=True)
-    assert held_out.choose(documents, held_out.CHARACTERS["arithmetic"]) == TEXTS["texts"][
-        "arithmetic"]
+    assert (
+        held_out.choose(documents, held_out.CHARACTERS["arithmetic"])
+        == TEXTS["texts"]["arithmetic"]
+    )
 
 
 def test_the_plays_are_what_training_held_out():

@@ -4,14 +4,20 @@ import json
 import re
 
 import pytest
+from checkpoints import released_shapes, tiny_config, write_checkpoint
 from safetensors.torch import load_file
 
-from checkpoints import released_shapes, tiny_config, write_checkpoint
-from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.inspect import (
+    activated_parameters,
+    cache_bytes_per_token,
+    inspect,
+    memory_per_rank,
+    report,
+    table,
+)
+from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.errors import DSV3Error
-from dsv3.checkpoint.inspect import (activated_parameters, cache_bytes_per_token, inspect, memory_per_rank,
-                          report, table)
 from dsv3.model import Transformer
 
 
@@ -23,9 +29,12 @@ def v3():
 def test_671b(v3):
     # fact 2
     assert v3["parameters"] == {
-        "main": 671_026_419_200, "activated": 37_552_297_472, "mtp": 11_610_068_224,
+        "main": 671_026_419_200,
+        "activated": 37_552_297_472,
+        "mtp": 11_610_068_224,
         "by_dtype": {"BF16": 3_918_786_560, "F32": 41_555_600, "F8_E4M3": 680_571_043_840},
-        "total": 684_531_386_000}
+        "total": 684_531_386_000,
+    }
     assert v3["bytes"] == 688_574_839_360 and v3["tensors"] == 91_991
     assert set(v3) == {"parameters", "bytes", "tensors", "per_rank"}
 
@@ -91,9 +100,9 @@ def test_671b_memory_and_what_fits(v3):
     text = table(v3, ModelConfig.deepseek_v3())
     rows = {int(m[1]): m[0].split() for m in re.finditer(r"^ +(\d+) +[\d.]+ .*$", text, re.M)}
     assert set(rows) == {1, 2, 4, 8, 16}
-    assert rows[8][3] == "-" and rows[8][5] != "-"    # eight 80 GB cards are too small, H200 fit
+    assert rows[8][3] == "-" and rows[8][5] != "-"  # eight 80 GB cards are too small, H200 fit
     assert rows[16][3] != "-"
-    assert rows[4][6] == "-" and rows[4][7] != "-"    # four of 192 GiB hold it, four of 183 do not
+    assert rows[4][6] == "-" and rows[4][7] != "-"  # four of 192 GiB hold it, four of 183 do not
     # 81,559 MiB, a tenth left free, less the weights, over 70,272 bytes a token
     held = memory_per_rank(ModelConfig.deepseek_v3(), 16)
     room = (81_559 * 2**20 * 0.9 - held) / 70_272
@@ -110,26 +119,34 @@ def test_a_checkpoint_on_disk(tmp_path, changes):
     assert result["bytes"] == sum(t.nbytes for t in tensors.values())
     assert result["tensors"] == len(tensors)
     assert result["parameters"]["total"] == sum(t.numel() for t in tensors.values())
-    sizes = {n: shape[0] * (shape[1] if len(shape) > 1 else 1)
-             for n, (_, shape) in released_shapes(config, copies=False).items()}
+    sizes = {
+        n: shape[0] * (shape[1] if len(shape) > 1 else 1)
+        for n, (_, shape) in released_shapes(config, copies=False).items()
+    }
     mtp = sum(n for name, n in sizes.items() if name.startswith("model.layers.2."))
     assert result["parameters"]["mtp"] == mtp
     assert result["parameters"]["main"] == sum(sizes.values()) - mtp
     assert result["parameters"]["main"] + mtp == sum(
-        p.numel() for p in Transformer(config, "bf16").parameters())
+        p.numel() for p in Transformer(config, "bf16").parameters()
+    )
     one_expert = 3 * 512 * 320
     assert result["parameters"]["activated"] == result["parameters"]["main"] - 2 * one_expert
     convert(tmp_path, tmp_path / "out", 2, progress=False)
     for rank in range(2):
-        files = [load_file(tmp_path / "out" / f"{kind}{rank}-mp2.safetensors")
-                 for kind in ("model", "mtp")]
+        files = [
+            load_file(tmp_path / "out" / f"{kind}{rank}-mp2.safetensors")
+            for kind in ("model", "mtp")
+        ]
         assert result["per_rank"][rank] == {
-            "rank": rank, "tensors": sum(map(len, files)),
-            "bytes": sum(t.nbytes for f in files for t in f.values())}
+            "rank": rank,
+            "tensors": sum(map(len, files)),
+            "bytes": sum(t.nbytes for f in files for t in f.values()),
+        }
 
 
 def test_dtypes_are_those_of_the_file(tmp_path):
     import torch
+
     config = tiny_config(quantization_config=QuantizationConfig(scale_fmt="ue8m0"))
     write_checkpoint(tmp_path, config, scale_dtype=torch.uint8)
     assert "U8" in report(tmp_path)["parameters"]["by_dtype"]
@@ -144,9 +161,14 @@ def test_prints_json_or_a_table(capsys):
     assert "glm4_moe_lite, the name of GLM-4.7-Flash" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({}, "either a model folder or a preset"), ({"preset": "v4"}, "unknown preset"),
-    ({"preset": "deepseek-v3", "ranks": 32}, "FP8 block")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "either a model folder or a preset"),
+        ({"preset": "v4"}, "unknown preset"),
+        ({"preset": "deepseek-v3", "ranks": 32}, "FP8 block"),
+    ],
+)
 def test_refusals(arguments, message):
     with pytest.raises(DSV3Error, match=message):
         report(**arguments)

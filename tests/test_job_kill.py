@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from checkpoints import random_tensors, tiny_config, write_checkpoint
+
 from dsv3.checkpoint.convert import convert
-from dsv3.errors import DSV3Error
 from dsv3.checkpoint.folder import LOCK_FILE
 from dsv3.checkpoint.jobs import RECORD_FILE
 from dsv3.checkpoint.safetensors_io import PARTIAL, StreamWriter
+from dsv3.errors import DSV3Error
 
 # A process that forks for every life, so that torch is imported once. Prints the number of lives.
 KILLER = """
@@ -80,12 +80,21 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_killed_before_any_file_operation(tmp_path, task, fresh):
     """fresh: each kill in a folder of its own, then undisturbed; on: one folder, the first life
     ends at the first operation, the next at its second, and so on."""
-    config = tiny_config(num_hidden_layers=1, num_nextn_predict_layers=0, hidden_size=128,
-                         intermediate_size=256, moe_intermediate_size=256)
+    config = tiny_config(
+        num_hidden_layers=1,
+        num_nextn_predict_layers=0,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=256,
+    )
     write_checkpoint(tmp_path / "in", config, shards=2)
-    done = subprocess.run([sys.executable, "-c", KILLER, tmp_path / "in", tmp_path / "out", task,
-                           fresh], capture_output=True, text=True, timeout=120,
-                          cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, tmp_path / "in", tmp_path / "out", task, fresh],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parent.parent,
+    )
     assert done.returncode == 0, done.stderr
     lives = int(done.stdout)
     assert 15 < lives < 100  # the later lives of one folder have less to do
@@ -112,7 +121,9 @@ def stopped(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(StreamWriter, "write", killed)
-        patch.setattr("dsv3.checkpoint.safetensors_io.remove", lambda path: None)  # a kill cleans nothing up
+        patch.setattr(
+            "dsv3.checkpoint.safetensors_io.remove", lambda path: None
+        )  # a kill cleans nothing up
         convert(tmp_path / "in", tmp_path / "out", 2, progress=False)
     assert (tmp_path / "out" / ("model1-mp2.safetensors" + PARTIAL)).stat().st_blocks > 0
     return tmp_path
@@ -124,8 +135,9 @@ def test_just_enough_room(stopped, monkeypatch):
     partial = (stopped / "out" / ("model1-mp2.safetensors" + PARTIAL)).stat().st_blocks * 512
     for short in (1, 0):
         free = plan["bytes_to_write"] - partial - short
-        monkeypatch.setattr("shutil.disk_usage",
-                            lambda p, free=free: type("Usage", (), {"free": free}))
+        monkeypatch.setattr(
+            "shutil.disk_usage", lambda p, free=free: type("Usage", (), {"free": free})
+        )
         if short:
             with pytest.raises(DSV3Error, match="not enough space"):
                 convert(stopped / "in", stopped / "out", 2, progress=False)
@@ -134,13 +146,20 @@ def test_just_enough_room(stopped, monkeypatch):
     assert RECORD_FILE not in os.listdir(stopped / "out")
 
 
-@pytest.mark.parametrize("how", ["copied over with its times", "other content, its times set back",
-                                 "one value that no sample meets, its times set back"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "copied over with its times",
+        "other content, its times set back",
+        "one value that no sample meets, its times set back",
+    ],
+)
 def test_input_that_was_replaced_is_noticed(stopped, how):
     path = stopped / "in" / "model.safetensors"
     old = path.stat()
-    write_checkpoint(stopped / "other", tiny_config(), random_tensors(tiny_config(), seed=1),
-                     shards=1)
+    write_checkpoint(
+        stopped / "other", tiny_config(), random_tensors(tiny_config(), seed=1), shards=1
+    )
     new = stopped / "other" / "model.safetensors"
     assert new.stat().st_size == old.st_size
     os.utime(new, ns=(old.st_atime_ns, old.st_mtime_ns))
@@ -155,8 +174,10 @@ def test_input_that_was_replaced_is_noticed(stopped, how):
         new.replace(path)
     assert path.stat().st_mtime_ns == old.st_mtime_ns
     before = files(stopped / "out")
-    with pytest.raises(DSV3Error, match="from other input.*model.safetensors has been replaced"
-                       ".*Remove the output folder"):
+    with pytest.raises(
+        DSV3Error,
+        match="from other input.*model.safetensors has been replaced.*Remove the output folder",
+    ):
         convert(stopped / "in", stopped / "out", 2, progress=False)
     assert files(stopped / "out") == before
 
@@ -174,9 +195,11 @@ def test_replaced_input_is_noticed_by_its_content_where_no_time_tells(stopped, m
 
     monkeypatch.setattr("dsv3.checkpoint.safetensors_io.os.fstat", Timeless)
     from dsv3.checkpoint.safetensors_io import SafetensorsFile
+
     with SafetensorsFile(stopped / "in" / "model.safetensors") as file:
         first = file.fingerprint()
-    write_checkpoint(stopped / "other", tiny_config(), random_tensors(tiny_config(), seed=1),
-                     shards=1)
+    write_checkpoint(
+        stopped / "other", tiny_config(), random_tensors(tiny_config(), seed=1), shards=1
+    )
     with SafetensorsFile(stopped / "other" / "model.safetensors") as file:
         assert file.fingerprint() != first

@@ -62,8 +62,13 @@ def test_act_quant_on_adversarial_rows(dtype, scale_format):
 def test_act_quant_scales_around_powers_of_two():
     exponents = torch.arange(-30, 120)
     powers = torch.ldexp(torch.full((150,), 448.0), exponents)
-    steps = torch.stack([torch.nextafter(powers, torch.tensor(0.0)), powers,
-                         torch.nextafter(powers, torch.tensor(torch.inf))])
+    steps = torch.stack(
+        [
+            torch.nextafter(powers, torch.tensor(0.0)),
+            powers,
+            torch.nextafter(powers, torch.tensor(torch.inf)),
+        ]
+    )
     x = torch.zeros(450, 128)
     x[:, 77] = -steps.flatten()
     assert_same_quantisation(x, "ue8m0")
@@ -137,8 +142,9 @@ def test_wrong_inputs_are_refused():
 def run_without_interpreter(code: str, cache) -> subprocess.CompletedProcess:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
     environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          timeout=250, env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=250, env=environment
+    )
 
 
 COMPILE = """
@@ -175,9 +181,11 @@ def test_kernels_compile_for_hopper_without_a_gpu(tmp_path):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_a_cpu_tensor_outside_the_interpreter_is_refused(tmp_path):
-    code = ("import torch; from dsv3 import fp8\n"
-            "w = fp8.quantize_weight(torch.ones(128, 128))\n"
-            "try: fp8.linear(torch.ones(1, 128), w, backend='triton')\n"
-            "except fp8.product.DSV3Error as error: print(error)\n")
+    code = (
+        "import torch; from dsv3 import fp8\n"
+        "w = fp8.quantize_weight(torch.ones(128, 128))\n"
+        "try: fp8.linear(torch.ones(1, 128), w, backend='triton')\n"
+        "except fp8.product.DSV3Error as error: print(error)\n"
+    )
     done = run_without_interpreter(code, tmp_path)
     assert done.stdout.startswith("act_quant: Triton kernels need a GPU"), done.stderr

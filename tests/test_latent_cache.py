@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from dsv3 import ModelConfig, costs
-from dsv3.fp8 import quantize_activation
 from dsv3.cache import Step
+from dsv3.fp8 import quantize_activation
 from dsv3.mla import MLA
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
@@ -25,11 +25,13 @@ def test_absorbed_equals_expanded_in_float64():
         weight.copy_(torch.randn(weight.shape, generator=draw) / weight.shape[-1] ** 0.5)
     for queries, keys in ((1, 700), (9, 40), (300, 300)):
         step = Step.make(config, [keys - queries], [queries], queries, CPU)
-        q_nope, q_rope, seen = (torch.randn(*shape, generator=draw, dtype=torch.float64)
-                                for shape in ((1, queries, 4, 48), (1, queries, 4, 64),
-                                              (1, keys, 96 + 64)))
-        expanded, absorbed = (form(q_nope, q_rope, seen, step)
-                              for form in (attention.expanded, attention.absorbed))
+        q_nope, q_rope, seen = (
+            torch.randn(*shape, generator=draw, dtype=torch.float64)
+            for shape in ((1, queries, 4, 48), (1, queries, 4, 64), (1, keys, 96 + 64))
+        )
+        expanded, absorbed = (
+            form(q_nope, q_rope, seen, step) for form in (attention.expanded, attention.absorbed)
+        )
         assert (expanded - absorbed).abs().max() < 1e-12 * expanded.abs().max()
 
 
@@ -40,8 +42,9 @@ def test_a_token_packs_into_656_bytes_a_layer():
     latent = torch.randn(7, 512, generator=draw).bfloat16()
     key = torch.randn(7, 64, generator=draw).bfloat16()
     codes = quantize_activation(latent)
-    rows = torch.cat([part.contiguous().view(torch.uint8)
-                      for part in (codes.data, codes.scale, key)], 1)
+    rows = torch.cat(
+        [part.contiguous().view(torch.uint8) for part in (codes.data, codes.scale, key)], 1
+    )
     assert rows.shape == (7, 656) and rows.dtype == torch.uint8
     layers = ModelConfig.deepseek_v3().num_hidden_layers
     assert 656 * layers == 40_016 < costs.latent_bytes_per_token(ModelConfig.deepseek_v3())

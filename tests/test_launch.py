@@ -34,9 +34,17 @@ from dsv3.parallel.launch import RankFailed, launch
 from dsv3.parallel.rank import is_collective, is_lost_peer
 from dsv3.parallel.tensor import TensorGroup
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
-             "TORCHELASTIC_RUN_ID", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
-             "CUDA_VISIBLE_DEVICES")
+VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +62,14 @@ def ended():
     started = []
 
     def start(*words, **options) -> subprocess.Popen:
-        process = subprocess.Popen([sys.executable, "-m", "dsv3", *map(str, words)],
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   env=environment(GLOO_SOCKET_IFNAME="nosuch0"), **options)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dsv3", *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(GLOO_SOCKET_IFNAME="nosuch0"),
+            **options,
+        )
         started.append(process)
         return process
 
@@ -70,13 +83,17 @@ def ended():
 
 # Ports ------------------------------------------------------------------------------------------
 
+
 def sockets(pids) -> list[tuple[str, int, str]]:
     """(address, port, state) of the network sockets of processes."""
     found = []
     for pid in pids:
         try:
-            found += [(*one.laddr, one.status)
-                      for one in psutil.Process(pid).net_connections() if one.laddr]
+            found += [
+                (*one.laddr, one.status)
+                for one in psutil.Process(pid).net_connections()
+                if one.laddr
+            ]
         except psutil.Error:
             pass
     return found
@@ -86,8 +103,17 @@ def sockets(pids) -> list[tuple[str, int, str]]:
 def test_strangers_find_loopback_only_and_change_nothing(tiny_checkpoint, ended, capsys):
     """From the moment a port is open: connections that say nothing, that send noise, that hang up.
     The same tokens come out as in one process."""
-    words = ["generate", tiny_checkpoint, "--precision", "fp32", "--prompt", "In byte", "--json",
-             "--max-new-tokens", 120]
+    words = [
+        "generate",
+        tiny_checkpoint,
+        "--precision",
+        "fp32",
+        "--prompt",
+        "In byte",
+        "--json",
+        "--max-new-tokens",
+        120,
+    ]
     process = ended(*words, "--tp", 2)
     noise, held, seen = random.Random(0), [], set()
     while process.poll() is None:
@@ -126,8 +152,11 @@ def greet(group: TensorGroup, value) -> tuple[str, str]:
         except TypeError:
             refused = "refused"
     try:
-        shake_hands(Place(group.rank, group.size, None), b"right" if group.rank else b"wrong",
-                    timedelta(seconds=20))
+        shake_hands(
+            Place(group.rank, group.size, None),
+            b"right" if group.rank else b"wrong",
+            timedelta(seconds=20),
+        )
     except JoinFailed as error:
         lost = str(error)
     return refused, lost
@@ -135,13 +164,15 @@ def greet(group: TensorGroup, value) -> tuple[str, str]:
 
 def test_words_travel_as_json_and_a_seat_in_strange_hands_is_noticed():
     (_, first), (refused, second) = run_ranks(
-        greet, 2, {"text": "é😀\n", "numbers": [1, 2.5, None, True]})
+        greet, 2, {"text": "é😀\n", "numbers": [1, 2.5, None, True]}
+    )
     assert refused == "refused", "a pickle could be sent, and so received"
     assert "rank 0 of 2: a stranger sits where" in first and "no proof from rank 1" in first
     assert "no proof from rank 0" in second
 
 
 # Ranks that end, stop, or go on without their parent ----------------------------------------------
+
 
 @pytest.fixture
 def programs(monkeypatch):
@@ -162,21 +193,30 @@ def programs(monkeypatch):
 
 SLEEP = "import time; time.sleep(60)"
 LOST = "import time, sys; time.sleep(.2); sys.exit(70)"
-REPORT = ("import json, os, pathlib, time; time.sleep(.6); (pathlib.Path(os.environ["
-          "'DSV3_LAUNCH_FOLDER']) / 'rank1.json').write_text(json.dumps({'message': 'no disk',"
-          "'exit_code': 5})); time.sleep(60)")
+REPORT = (
+    "import json, os, pathlib, time; time.sleep(.6); (pathlib.Path(os.environ["
+    "'DSV3_LAUNCH_FOLDER']) / 'rank1.json').write_text(json.dumps({'message': 'no disk',"
+    "'exit_code': 5})); time.sleep(60)"
+)
 KILLED = "import os, time; time.sleep(.6); os.kill(os.getpid(), 9)"
 
 
-@pytest.mark.parametrize("texts, code, line", [
-    (("", ""), 0, None),
-    ((SLEEP, "import sys; sys.exit(3)"), 1, "rank 1 of 2 ended with exit code 3; the other"),
-    ((SLEEP, "import os; os.kill(os.getpid(), 9)"), 1, "rank 1 of 2 was killed by SIGKILL; the"),
-    ((LOST, KILLED), 1, "rank 1 of 2 was killed by SIGKILL"),
-    ((LOST, REPORT), 5, "^no disk$"),
-    ((LOST, SLEEP), 1, "rank 0 of 2 lost the connection to another rank"),
-    (("import sys; sys.exit(130)", SLEEP), 130, None),
-])
+@pytest.mark.parametrize(
+    "texts, code, line",
+    [
+        (("", ""), 0, None),
+        ((SLEEP, "import sys; sys.exit(3)"), 1, "rank 1 of 2 ended with exit code 3; the other"),
+        (
+            (SLEEP, "import os; os.kill(os.getpid(), 9)"),
+            1,
+            "rank 1 of 2 was killed by SIGKILL; the",
+        ),
+        ((LOST, KILLED), 1, "rank 1 of 2 was killed by SIGKILL"),
+        ((LOST, REPORT), 5, "^no disk$"),
+        ((LOST, SLEEP), 1, "rank 0 of 2 lost the connection to another rank"),
+        (("import sys; sys.exit(130)", SLEEP), 130, None),
+    ],
+)
 def test_the_cause_is_told_and_all_ranks_end(programs, texts, code, line):
     """The one that lost a peer ends first here, and is still not the cause."""
     programs(*texts)
@@ -208,8 +248,10 @@ def test_a_rank_that_is_continued_goes_on(programs, monkeypatch, capsys):
     assert capsys.readouterr().err.count("is stopped") == 1
 
 
-@pytest.mark.parametrize("number, interactive, code", [
-    (signal.SIGINT, False, 130), (signal.SIGTERM, False, 143), (signal.SIGHUP, True, 129)])
+@pytest.mark.parametrize(
+    "number, interactive, code",
+    [(signal.SIGINT, False, 130), (signal.SIGTERM, False, 143), (signal.SIGHUP, True, 129)],
+)
 def test_signals_end_launcher_and_ranks(programs, number, interactive, code):
     """Also ranks that are stopped, and ranks that do not listen to SIGTERM."""
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
@@ -232,8 +274,18 @@ def test_ctrl_c_does_not_end_a_talk(programs):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_parent_that_ends_while_ranks_start_leaves_nothing(tmp_path, ended, moment, number):
     """At the first rank, at both, and when they load torch. Ctrl-C reaches the whole group."""
-    process = ended("train", "--preset", "mini", "--out", tmp_path / "run", "--ranks", 2,
-                    "--device", "cpu", start_new_session=True)
+    process = ended(
+        "train",
+        "--preset",
+        "mini",
+        "--out",
+        tmp_path / "run",
+        "--ranks",
+        2,
+        "--device",
+        "cpu",
+        start_new_session=True,
+    )
 
     def come() -> list[int]:
         below = members(process.pid)
@@ -253,8 +305,9 @@ def test_a_parent_that_ends_while_ranks_start_leaves_nothing(tmp_path, ended, mo
 
 @linux
 def test_a_stopped_rank_ends_with_a_killed_parent(tmp_path, ended):
-    process = ended("train", "--preset", "mini", "--out", tmp_path / "run", "--ranks", 2,
-                    "--device", "cpu")
+    process = ended(
+        "train", "--preset", "mini", "--out", tmp_path / "run", "--ranks", 2, "--device", "cpu"
+    )
     below = wait_until(lambda: len(members(process.pid)) == 2 and members(process.pid))
     time.sleep(0.5)  # both have begun
     os.kill(below[1], signal.SIGSTOP)
@@ -271,24 +324,34 @@ def test_a_stopped_rank_ends_with_a_killed_parent(tmp_path, ended):
 HEAD = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
-@pytest.mark.parametrize("variables, line", [
-    ({"RANK": "0"}, "WORLD_SIZE: missing, though RANK is set .found RANK=0"),
-    ({"WORLD_SIZE": "2"}, "RANK: missing, though WORLD_SIZE is set"),
-    ({"RANK": "0", "WORLD_SIZE": "abc"}, "WORLD_SIZE: not a number.*found 'abc'"),
-    ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE: not a number.*at least 1"),
-    ({"RANK": "", "WORLD_SIZE": "2"}, "RANK: not a number.*found ''"),
-    ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK: not a number.*found '-1'"),
-    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: no such rank .found 2, expected less than"),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR: missing"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "MASTER_PORT: missing"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "99999"}, "no such port"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x", **HEAD}, "LOCAL_RANK: not a number"),
-    ({"RANK": "0", "WORLD_SIZE": "1"}, "--tp: disagrees with the ranks that RANK and WORLD_SIZE "
-     "speak of .found 4, expected 1.*unset RANK"),
-    ({"GLOO_SOCKET_IFNAME": "nosuch0", "RANK": "0", "WORLD_SIZE": "2", **HEAD}, None),
-])
+@pytest.mark.parametrize(
+    "variables, line",
+    [
+        ({"RANK": "0"}, "WORLD_SIZE: missing, though RANK is set .found RANK=0"),
+        ({"WORLD_SIZE": "2"}, "RANK: missing, though WORLD_SIZE is set"),
+        ({"RANK": "0", "WORLD_SIZE": "abc"}, "WORLD_SIZE: not a number.*found 'abc'"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE: not a number.*at least 1"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK: not a number.*found ''"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK: not a number.*found '-1'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: no such rank .found 2, expected less than"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR: missing"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "MASTER_PORT: missing"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "99999"},
+            "no such port",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x", **HEAD}, "LOCAL_RANK: not a number"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1"},
+            "--tp: disagrees with the ranks that RANK and WORLD_SIZE "
+            "speak of .found 4, expected 1.*unset RANK",
+        ),
+        ({"GLOO_SOCKET_IFNAME": "nosuch0", "RANK": "0", "WORLD_SIZE": "2", **HEAD}, None),
+    ],
+)
 def test_launcher_variables_are_taken_whole_or_refused(
-        tiny_checkpoint, monkeypatch, capsys, variables, line):
+    tiny_checkpoint, monkeypatch, capsys, variables, line
+):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     words = ["generate", str(tiny_checkpoint), "--prompt", "x", "--device", "cpu"]
@@ -310,8 +373,10 @@ def test_one_left_over_rank_works_alone(monkeypatch):
     assert TensorGroup.from_environment("cpu").size == 1
 
 
-@pytest.mark.parametrize("chosen, refused", [
-    ("l", False), ("=l", True), ("=LO", False), ("^docker", False), ("nosuch", True), ("", False)])
+@pytest.mark.parametrize(
+    "chosen, refused",
+    [("l", False), ("=l", True), ("=LO", False), ("^docker", False), ("nosuch", True), ("", False)],
+)
 def test_interfaces_as_nccl_reads_them(monkeypatch, chosen, refused):
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", chosen.replace("LO", launcher.loopback()))
     if refused:
@@ -321,12 +386,18 @@ def test_interfaces_as_nccl_reads_them(monkeypatch, chosen, refused):
         check_interface("nccl")
 
 
-@pytest.mark.parametrize("device, local, gpus, line", [
-    ("cuda", 0, 0, "--device cuda: torch finds no GPU .found CUDA_VISIBLE_DEVICES=''"),
-    ("cuda", 1, 1, "not enough GPUs.*found 1, expected at least 2"),
-    (None, 2, 2, "not enough GPUs"),
-    ("cuda", None, 2, "LOCAL_RANK: missing"),
-    ("cuda", 1, 2, None), ("cpu", 7, 0, None), (None, 7, 0, None)])
+@pytest.mark.parametrize(
+    "device, local, gpus, line",
+    [
+        ("cuda", 0, 0, "--device cuda: torch finds no GPU .found CUDA_VISIBLE_DEVICES=''"),
+        ("cuda", 1, 1, "not enough GPUs.*found 1, expected at least 2"),
+        (None, 2, 2, "not enough GPUs"),
+        ("cuda", None, 2, "LOCAL_RANK: missing"),
+        ("cuda", 1, 2, None),
+        ("cpu", 7, 0, None),
+        (None, 7, 0, None),
+    ],
+)
 def test_devices_that_are_not_there(monkeypatch, device, local, gpus, line):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
@@ -348,17 +419,40 @@ def test_device_of_a_torch_without_cuda(monkeypatch):
         TensorGroup.from_environment("cuda")
 
 
-@pytest.mark.parametrize("error, collective, lost", [
-    (RuntimeError("[/x/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:5"), 1, 1),
-    (RuntimeError("[/x/gloo/transport/tcp/pair.cc:98] Read error: Connection reset by peer"), 1, 1),
-    (RuntimeError("[/x/gloo/transport/tcp/buffer.cc:78] Timed out waiting 1000ms for recv"), 1, 0),
-    (RuntimeError("[/x/gloo/transport/tcp/device.cc:83] Unable to find address for: eth9"), 1, 0),
-    (RuntimeError("a tensor named gloo has a wrong shape"), 0, 0),
-    (RuntimeError("connection closed by peer"), 0, 0),
-    (ValueError("gloo"), 0, 0),
-    (dist.DistNetworkError("recv: Connection reset by peer"), 1, 1),
-    (dist.DistStoreError("wait timeout after 300000ms"), 1, 0),
-    (dist.DistBackendError("ncclRemoteError: A call failed possibly due to a network error"), 1, 1),
-])
+@pytest.mark.parametrize(
+    "error, collective, lost",
+    [
+        (
+            RuntimeError("[/x/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:5"),
+            1,
+            1,
+        ),
+        (
+            RuntimeError("[/x/gloo/transport/tcp/pair.cc:98] Read error: Connection reset by peer"),
+            1,
+            1,
+        ),
+        (
+            RuntimeError("[/x/gloo/transport/tcp/buffer.cc:78] Timed out waiting 1000ms for recv"),
+            1,
+            0,
+        ),
+        (
+            RuntimeError("[/x/gloo/transport/tcp/device.cc:83] Unable to find address for: eth9"),
+            1,
+            0,
+        ),
+        (RuntimeError("a tensor named gloo has a wrong shape"), 0, 0),
+        (RuntimeError("connection closed by peer"), 0, 0),
+        (ValueError("gloo"), 0, 0),
+        (dist.DistNetworkError("recv: Connection reset by peer"), 1, 1),
+        (dist.DistStoreError("wait timeout after 300000ms"), 1, 0),
+        (
+            dist.DistBackendError("ncclRemoteError: A call failed possibly due to a network error"),
+            1,
+            1,
+        ),
+    ],
+)
 def test_a_lost_peer_is_told_from_other_troubles(error, collective, lost):
     assert (is_collective(error), is_lost_peer(error)) == (bool(collective), bool(lost))

@@ -3,11 +3,11 @@
 from collections import Counter
 
 import pytest
-
 from checkpoints import released_shapes, tiny_config
+
+from dsv3.checkpoint.layout import TABLE, check_sharding, layout, valid_sizes
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
-from dsv3.checkpoint.layout import TABLE, check_sharding, layout, valid_sizes
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,20 @@ def test_ragged_scale_grid(v3):
     assert weight.scale.name == "layers.7.attn.wkv_a.scale"
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"q_lora_rank": None}, {"tie_word_embeddings": True}, {"gate_bias": False},
-    {"quantization_config": None}, {"num_nextn_predict_layers": 2}, {"n_shared_experts": 2},
-    {"first_k_dense_replace": 0}, {"first_k_dense_replace": 5},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"q_lora_rank": None},
+        {"tie_word_embeddings": True},
+        {"gate_bias": False},
+        {"quantization_config": None},
+        {"num_nextn_predict_layers": 2},
+        {"n_shared_experts": 2},
+        {"first_k_dense_replace": 0},
+        {"first_k_dense_replace": 5},
+    ],
+)
 @pytest.mark.parametrize("copies", [True, False])
 def test_names_and_shapes_of_variants(changes, copies):
     config = tiny_config(**changes)
@@ -83,15 +92,21 @@ def test_671b_divides_by_1_2_4_8_16_only():
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("changes, size, field", [
-    ({"num_attention_heads": 3}, 2, "num_attention_heads"),
-    ({"n_routed_experts": 6}, 4, "n_routed_experts"),
-    ({"vocab_size": 66}, 4, "vocab_size"),
-    ({"intermediate_size": 640}, 2, "model.layers.0.mlp.gate_proj.weight"),
-    ({"moe_intermediate_size": 320}, 2, "model.layers.1.mlp.shared_experts.gate_proj.weight"),
-    ({"v_head_dim": 32, "qk_nope_head_dim": 224, "qk_rope_head_dim": 32}, 4,
-     "model.layers.0.self_attn.o_proj.weight"),
-])
+@pytest.mark.parametrize(
+    "changes, size, field",
+    [
+        ({"num_attention_heads": 3}, 2, "num_attention_heads"),
+        ({"n_routed_experts": 6}, 4, "n_routed_experts"),
+        ({"vocab_size": 66}, 4, "vocab_size"),
+        ({"intermediate_size": 640}, 2, "model.layers.0.mlp.gate_proj.weight"),
+        ({"moe_intermediate_size": 320}, 2, "model.layers.1.mlp.shared_experts.gate_proj.weight"),
+        (
+            {"v_head_dim": 32, "qk_nope_head_dim": 224, "qk_rope_head_dim": 32},
+            4,
+            "model.layers.0.self_attn.o_proj.weight",
+        ),
+    ],
+)
 def test_what_cannot_be_cut_is_named(changes, size, field):
     with pytest.raises(DSV3Error, match=field):
         check_sharding(tiny_config(**changes), size)

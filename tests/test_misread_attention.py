@@ -21,15 +21,23 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("old, new, times", [
-    (" * self.layers", "", 61),                                  # one layer taken for the model
-    ("self.values_per_token_and_layer",                          # keys without values
-     "(self.kv_heads * self.key_dim)", 2)])
+@pytest.mark.parametrize(
+    "old, new, times",
+    [
+        (" * self.layers", "", 61),  # one layer taken for the model
+        (
+            "self.values_per_token_and_layer",  # keys without values
+            "(self.kv_heads * self.key_dim)",
+            2,
+        ),
+    ],
+)
 def test_misread_kv_arithmetic(old, new, times):  # fact 9
     """The formula against a cache that is made and counted."""
     shape = costs.as_mha(ModelConfig.deepseek_v3())
-    real = KVCache(shape.layers, 1, 8, shape.kv_heads, shape.key_dim, shape.value_dim,
-                   device="meta").bytes_per_token
+    real = KVCache(
+        shape.layers, 1, 8, shape.kv_heads, shape.key_dim, shape.value_dim, device="meta"
+    ).bytes_per_token
     assert shape.bytes_per_token() == real == 3_997_696
     with mutated(costs.CacheShape.bytes_per_token, old, new):
         assert shape.bytes_per_token() * times == real
@@ -37,8 +45,9 @@ def test_misread_kv_arithmetic(old, new, times):  # fact 9
 
 def seen_by_torch(q, k, v) -> torch.Tensor:
     """Causal attention as torch computes it; shapes as in ``attend``."""
-    o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True,
-                                       enable_gqa=True)
+    o = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
+    )
     return o.transpose(1, 2)
 
 
@@ -85,6 +94,9 @@ def test_misread_half_split_rope(tmp_path):
     text = tokens(ours, 2, 48)
     wanted = theirs(text).logits
     assert gap(ours(text), wanted) < 2e-5
-    with mutated(rotate, "x.float().contiguous().unflatten(-1, (-1, 2))",
-                 "x.float().unflatten(-1, (2, -1)).mT.contiguous()"):
+    with mutated(
+        rotate,
+        "x.float().contiguous().unflatten(-1, (-1, 2))",
+        "x.float().unflatten(-1, (2, -1)).mT.contiguous()",
+    ):
         assert gap(ours(text), wanted) > 0.05

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3 import ModelConfig, costs
 from dsv3.book import mutated
-from dsv3.config import YarnScaling
 from dsv3.cache import LatentCache, Step
+from dsv3.config import YarnScaling
 from dsv3.mla import MLA, LatentUpProjection
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
@@ -30,29 +30,50 @@ SEEN = 100 * BOUND  # a mistake has to stand far out
 CPU = torch.device("cpu")
 CUTS = (10, 54, 5, 1)
 CONFIG = ModelConfig.mini().but(
-    hidden_size=64, num_attention_heads=4, kv_lora_rank=32, q_lora_rank=24, qk_nope_head_dim=16,
-    qk_rope_head_dim=8, v_head_dim=24, max_position_embeddings=128,
-    rope_scaling=YarnScaling(factor=8, original_max_position_embeddings=16, mscale=0.7,
-                             mscale_all_dim=1.2))
-NAMES = {"q_proj": "wq", "q_a_proj": "wq_a", "q_a_layernorm": "q_norm", "q_b_proj": "wq_b",
-         "kv_a_proj_with_mqa": "wkv_a", "kv_a_layernorm": "kv_norm", "kv_b_proj": "wkv_b",
-         "o_proj": "wo"}
+    hidden_size=64,
+    num_attention_heads=4,
+    kv_lora_rank=32,
+    q_lora_rank=24,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=24,
+    max_position_embeddings=128,
+    rope_scaling=YarnScaling(
+        factor=8, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=1.2
+    ),
+)
+NAMES = {
+    "q_proj": "wq",
+    "q_a_proj": "wq_a",
+    "q_a_layernorm": "q_norm",
+    "q_b_proj": "wq_b",
+    "kv_a_proj_with_mqa": "wkv_a",
+    "kv_a_layernorm": "kv_norm",
+    "kv_b_proj": "wkv_b",
+    "o_proj": "wo",
+}
 
 
 def random_pair(config: ModelConfig = CONFIG) -> tuple[torch.nn.Module, MLA]:
     """(transformers' attention, ours) with the same weights."""
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
     torch.manual_seed(0)
-    theirs = DeepseekV3Attention(transformers.DeepseekV3Config(
-        **config.to_dict(), attn_implementation="eager"), layer_idx=0)
+    theirs = DeepseekV3Attention(
+        transformers.DeepseekV3Config(**config.to_dict(), attn_implementation="eager"), layer_idx=0
+    )
     for name, value in theirs.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(value, 1.0, 0.2)
         else:
             torch.nn.init.normal_(value, 0.0, 1.5 / math.sqrt(value.shape[-1]))
     ours = MLA(config, Precision.of("fp32", config, CPU), TensorGroup.single())
-    ours.load_state_dict({NAMES[name.split(".")[0]] + ".weight": value
-                          for name, value in theirs.state_dict().items()})
+    ours.load_state_dict(
+        {
+            NAMES[name.split(".")[0]] + ".weight": value
+            for name, value in theirs.state_dict().items()
+        }
+    )
     return theirs, ours
 
 
@@ -67,15 +88,21 @@ def read(ours: MLA, h: torch.Tensor) -> torch.Tensor:
     return torch.cat(out, 1)
 
 
-@pytest.fixture(params=[24, None], ids=["queries compressed", "queries not compressed"],
-                scope="module")
+@pytest.fixture(
+    params=[24, None], ids=["queries compressed", "queries not compressed"], scope="module"
+)
 def oracle(request):
     """A function that says how far ours is from transformers, of the largest output."""
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+
     theirs, ours = random_pair(CONFIG.but(q_lora_rank=request.param))
     h = torch.randn(2, sum(CUTS), 64, generator=torch.Generator().manual_seed(1))
-    rotary, cache, parts, start = (DeepseekV3RotaryEmbedding(theirs.config),
-                                   transformers.DynamicCache(), [], 0)
+    rotary, cache, parts, start = (
+        DeepseekV3RotaryEmbedding(theirs.config),
+        transformers.DynamicCache(),
+        [],
+        0,
+    )
     with torch.no_grad():
         for piece in h.split(CUTS, 1):
             at = torch.arange(start, start + piece.shape[1])
@@ -100,8 +127,11 @@ def test_chunks_take_both_forms(oracle):
 
 def test_misread_head_weighting(oracle):
     assert oracle() < BOUND
-    with mutated(MLA.forward, "o.flatten(2)",
-                 "(o * o.shape[2] * o.norm(dim=-1, keepdim=True).softmax(2)).flatten(2)"):
+    with mutated(
+        MLA.forward,
+        "o.flatten(2)",
+        "(o * o.shape[2] * o.norm(dim=-1, keepdim=True).softmax(2)).flatten(2)",
+    ):
         assert oracle() > SEEN  # heads weighed by a softmax over heads
     with mutated(MLA.absorbed, "scores.softmax(-1)", "scores.softmax(2).nan_to_num()"):
         assert oracle() > SEEN  # heads compete, instead of tokens
@@ -117,8 +147,11 @@ def test_misread_query_compression(oracle):
     assert oracle() < BOUND
     listening.remove()
     assert len(calls) == len(CUTS)
-    with mutated(MLA.queries, "self.wq_b(self.q_norm(self.wq_a(h)))",
-                 "F.linear(h, self.wq_b.weight @ self.wq_a.weight)"):
+    with mutated(
+        MLA.queries,
+        "self.wq_b(self.q_norm(self.wq_a(h)))",
+        "F.linear(h, self.wq_b.weight @ self.wq_a.weight)",
+    ):
         assert oracle() > SEEN
 
 
@@ -127,19 +160,28 @@ def test_misread_cache_contents(oracle):
     assert LatentCache(large, 61, 1, 1, torch.bfloat16, "meta").nbytes == 70_272  # fact 7
     assert 2 * 61 * 512 == 62_464 and 2 * 61 * (512 + 128 * 64) == 1_061_888  # often read
     assert oracle() < BOUND
-    with mutated(MLA.latents, "rotate(k_rope, step.rotation)",
-                 "rotate(self.kv_norm(c)[..., :k_rope.shape[-1]], step.rotation)"):
+    with mutated(
+        MLA.latents,
+        "rotate(k_rope, step.rotation)",
+        "rotate(self.kv_norm(c)[..., :k_rope.shape[-1]], step.rotation)",
+    ):
         assert oracle() > SEEN  # rotated key made from the latent
-    with mutated(LatentUpProjection.forward, "k_rope[:, None].expand(-1, self.heads, -1, -1)",
-                 "torch.stack([k_rope.roll(head, -1) for head in range(self.heads)], 1)"):
+    with mutated(
+        LatentUpProjection.forward,
+        "k_rope[:, None].expand(-1, self.heads, -1, -1)",
+        "torch.stack([k_rope.roll(head, -1) for head in range(self.heads)], 1)",
+    ):
         assert oracle() > SEEN  # a rotated key for each head
 
 
 def test_misread_decoupled_rope(oracle):
     """A rotation in the latent's way is wrong, and one between W^UQ and W^UK cannot be absorbed."""
     assert oracle() < BOUND
-    with mutated(MLA.latents, "torch.cat([self.kv_norm(c),",
-                 "torch.cat([rotate(self.kv_norm(c), step.rotation.repeat(1, 1, 4)),"):
+    with mutated(
+        MLA.latents,
+        "torch.cat([self.kv_norm(c),",
+        "torch.cat([rotate(self.kv_norm(c), step.rotation.repeat(1, 1, 4)),",
+    ):
         assert oracle() > SEEN
     ours, count = oracle.ours, 30
     step = Step.make(ours.config, [0], [count], count, CPU)
@@ -148,17 +190,23 @@ def test_misread_decoupled_rope(oracle):
         absorbed = ours.absorbed(*q, seen, step)
         size = absorbed.abs().max()
         assert (ours.expanded(*q, seen, step) - absorbed).abs().max() < BOUND * size
-        with mutated(LatentUpProjection.forward, "torch.cat([k_nope, k_rope], -1)",
-                     "torch.cat([rotate(k_nope, rotations(torch.arange(k_nope.shape[2]), "
-                     "inverse_frequencies(c), 1.0).repeat(1, 2)), k_rope], -1)"):
+        with mutated(
+            LatentUpProjection.forward,
+            "torch.cat([k_nope, k_rope], -1)",
+            "torch.cat([rotate(k_nope, rotations(torch.arange(k_nope.shape[2]), "
+            "inverse_frequencies(c), 1.0).repeat(1, 2)), k_rope], -1)",
+        ):
             turned = ours.expanded(*q, seen, step)
         assert (turned - absorbed).abs().max() > SEEN * size
 
 
 def test_misread_one_scale(oracle):
     assert oracle() < BOUND
-    with mutated(MLA.queries, "return q_nope, rotate(",
-                 "return q_nope * (24 / 16) ** 0.5, (24 / 8) ** 0.5 * rotate("):
+    with mutated(
+        MLA.queries,
+        "return q_nope, rotate(",
+        "return q_nope * (24 / 16) ** 0.5, (24 / 8) ** 0.5 * rotate(",
+    ):
         assert oracle() > SEEN
 
 
@@ -197,11 +245,13 @@ def test_misread_latent_norms(oracle):
 
 def test_misread_yarn_positions(oracle):
     assert oracle() < BOUND
-    with mutated(Step.make, "first[:, None] + columns",
-                 "(first[:, None] + columns).clamp(max=15)"):
+    with mutated(Step.make, "first[:, None] + columns", "(first[:, None] + columns).clamp(max=15)"):
         assert oracle() > SEEN
-    with mutated(Step.make, "inverse_frequencies(config)",
-                 "inverse_frequencies(config if total > 16 else config.but(rope_scaling=None))"):
+    with mutated(
+        Step.make,
+        "inverse_frequencies(config)",
+        "inverse_frequencies(config if total > 16 else config.but(rope_scaling=None))",
+    ):
         assert oracle() > SEEN  # the first chunk is short: its keys are cached with other angles
     with mutated(inverse_frequencies, "ramp.clamp(0, 1)", "torch.ones_like(ramp)"):
         assert oracle() > SEEN  # every pair slowed down

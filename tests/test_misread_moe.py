@@ -11,13 +11,12 @@ import pytest
 import torch
 from test_oracle import BOUND, CASES, gap, random_pair, tokens
 from test_training_balance import by_definition, config, random_scores
-
 from training_cases import ROUTERS, TINY, window
 
 from dsv3 import ModelConfig, load_model, load_tokenizer
 from dsv3.book import held_out, mutated
-from dsv3.config import QuantizationConfig
 from dsv3.checkpoint.layout import layout
+from dsv3.config import QuantizationConfig
 from dsv3.model import Transformer
 from dsv3.moe import Experts, MoE, Router
 from dsv3.training import balance, objective
@@ -48,20 +47,27 @@ def departs(tmp_path_factory):
 
 
 def test_misread_softmax_plus_bias(departs):
-    with mutated(Router.forward, "weights = scores.gather(-1, chosen)",
-                 "weights = (scores.logit() + self.bias).softmax(-1).gather(-1, chosen)"):
+    with mutated(
+        Router.forward,
+        "weights = scores.gather(-1, chosen)",
+        "weights = (scores.logit() + self.bias).softmax(-1).gather(-1, chosen)",
+    ):
         assert departs() > NOTICED
 
 
 def test_misread_bias_in_weights(departs):
-    with mutated(Router.forward, "scores.gather(-1, chosen)",
-                 "(scores + self.bias).gather(-1, chosen)"):
+    with mutated(
+        Router.forward, "scores.gather(-1, chosen)", "(scores + self.bias).gather(-1, chosen)"
+    ):
         assert departs() > NOTICED
 
 
 def test_misread_group_score_max(departs):
-    with mutated(Router.open_groups, "grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)",
-                 "grouped.amax(-1)"):
+    with mutated(
+        Router.open_groups,
+        "grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)",
+        "grouped.amax(-1)",
+    ):
         assert departs() > NOTICED
 
 
@@ -70,13 +76,20 @@ def test_misread_mask_zero(departs):
         assert departs() > NOTICED
 
 
-@pytest.mark.parametrize("function, old, new", [
-    (Experts.grouped, "F.silu(gate)", "F.gelu(gate)"),
-    (Router.scores, "logits.sigmoid()", "logits.softmax(-1)"),
-    (MoE.forward, "self.experts(flat, weights, chosen)",
-     "flat + self.experts(flat, weights, chosen)"),
-    (MoE.forward, " + self.shared_experts.partial_sum(flat)", ""),
-    (ModelConfig.is_moe, "layer >= self.first_k_dense_replace", "layer >= 0")])
+@pytest.mark.parametrize(
+    "function, old, new",
+    [
+        (Experts.grouped, "F.silu(gate)", "F.gelu(gate)"),
+        (Router.scores, "logits.sigmoid()", "logits.softmax(-1)"),
+        (
+            MoE.forward,
+            "self.experts(flat, weights, chosen)",
+            "flat + self.experts(flat, weights, chosen)",
+        ),
+        (MoE.forward, " + self.shared_experts.partial_sum(flat)", ""),
+        (ModelConfig.is_moe, "layer >= self.first_k_dense_replace", "layer >= 0"),
+    ],
+)
 def test_misread_experts_form(departs, tmp_path, function, old, new):
     """GELU, a softmax gate, a residual inside, no shared expert; and experts in every layer."""
     if function is ModelConfig.is_moe:  # another model altogether: its weights do not load
@@ -93,9 +106,12 @@ def follows_the_rule() -> bool:
     model = Transformer(TINY).init_weights(0)
     optimizer, watch = make_optimizer(model), RouterWatch(model)
     train_step(model, optimizer, window(), StepValues(learning_rate=1e-3, bias_speed=0.01), watch)
-    return all(torch.allclose(watch.routers[name].bias,
-                              0.01 * torch.sign(16 - watch.load[name]), atol=1e-7)
-               for name in ROUTERS)
+    return all(
+        torch.allclose(
+            watch.routers[name].bias, 0.01 * torch.sign(16 - watch.load[name]), atol=1e-7
+        )
+        for name in ROUTERS
+    )
 
 
 def test_misread_bias_by_gradient(as_in_use):
@@ -120,8 +136,10 @@ def test_misread_no_auxiliary_loss():
     scores = random_scores(3, 10, 16)
     wanted = pytest.approx(by_definition(scores, 4), rel=1e-5)
     assert float(sequence_balance(scores, config(16, 4))) == wanted
-    for old, new in (("(f * p).sum(-1).mean()", "0.0 * (f * p).sum()"),
-                     ("chosen.mean(1)", "chosen.mean((0, 1))")):
+    for old, new in (
+        ("(f * p).sum(-1).mean()", "0.0 * (f * p).sum()"),
+        ("chosen.mean(1)", "chosen.mean((0, 1))"),
+    ):
         with mutated(sequence_balance, old, new):
             assert float(balance.sequence_balance(scores, config(16, 4))) != wanted
 
@@ -129,7 +147,7 @@ def test_misread_no_auxiliary_loss():
 def test_misread_memory_of_experts():
     """All experts are in memory, of the files and of a model that is made."""
     large = ModelConfig.deepseek_v3()
-    assert sum(t.nbytes for t in layout(large)) == 688_574_839_360    # fact 6
+    assert sum(t.nbytes for t in layout(large)) == 688_574_839_360  # fact 6
     small = TINY.but(quantization_config=QuantizationConfig())
     made = sum(parameter.numel() for parameter in Transformer(small).parameters())
 

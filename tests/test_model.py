@@ -6,19 +6,33 @@ import pytest
 import torch
 
 from dsv3 import ModelConfig, Transformer
+from dsv3.cache import LatentCache, Step
 from dsv3.config import YarnScaling
 from dsv3.errors import DSV3Error
-from dsv3.cache import LatentCache, Step
 from dsv3.moe import MoE, Router
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 from dsv3.rope import inverse_frequencies, rotate, rotations
 
 SMALL = ModelConfig.mini().but(
-    vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
-    num_hidden_layers=2, n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2,
-    kv_lora_rank=32, q_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24,
-    max_position_embeddings=64, initializer_range=0.2, quantization_config=None)
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    n_routed_experts=12,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    kv_lora_rank=32,
+    q_lora_rank=24,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=24,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+    quantization_config=None,
+)
 CPU = torch.device("cpu")
 
 
@@ -48,16 +62,24 @@ def route_by_hand(config, logits: list[float], bias: list[float]) -> dict[int, f
     groups = [range(g * size, (g + 1) * size) for g in range(config.n_group)]
     count = 2 if config.gate_bias else 1
     rank = sorted(groups, key=lambda g: -sum(sorted((biased[i] for i in g), reverse=True)[:count]))
-    open_experts = [i for group in rank[:config.topk_group] for i in group]
-    chosen = sorted(open_experts, key=lambda i: -biased[i])[:config.num_experts_per_tok]
+    open_experts = [i for group in rank[: config.topk_group] for i in group]
+    chosen = sorted(open_experts, key=lambda i: -biased[i])[: config.num_experts_per_tok]
     whole = sum(score[i] for i in chosen) if config.norm_topk_prob else 1.0
     return {i: config.routed_scaling_factor * score[i] / whole for i in chosen}
 
 
 @pytest.mark.parametrize("bias_mean", [0.0, -8.0])
-@pytest.mark.parametrize("changes", [
-    {}, dict(scoring_func="softmax"), dict(scoring_func="softmax", norm_topk_prob=False),
-    dict(gate_bias=False), dict(n_group=1, topk_group=1), dict(n_group=6, topk_group=5)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(scoring_func="softmax"),
+        dict(scoring_func="softmax", norm_topk_prob=False),
+        dict(gate_bias=False),
+        dict(n_group=1, topk_group=1),
+        dict(n_group=6, topk_group=5),
+    ],
+)
 @torch.no_grad()
 def test_router_follows_the_equations(changes, bias_mean):
     # eq. 13-16; fact 22, 23
@@ -112,8 +134,12 @@ def test_experts_equal_a_loop_over_tokens(tokens):
     local, order = chosen.flatten().sort(stable=True)
     ends = torch.searchsorted(local, torch.arange(config.n_routed_experts), right=True)
     token = order // config.num_experts_per_tok
-    torch.testing.assert_close(moe.experts.grouped(u[0], token, ends),
-                               moe.experts.one_by_one(u[0], token, ends), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        moe.experts.grouped(u[0], token, ends),
+        moe.experts.one_by_one(u[0], token, ends),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("queries, past", [(5, 0), (5, 20), (1, 20), (2, 1100)])
@@ -121,23 +147,30 @@ def test_experts_equal_a_loop_over_tokens(tokens):
 def test_absorbed_equals_expanded(queries, past):
     # eq. 2, 4, 5, 9, 10; fact 11
     # fact 11
-    config = SMALL.but(rope_scaling=YarnScaling(factor=4, original_max_position_embeddings=8,
-                                                mscale=1.0, mscale_all_dim=0.7))
+    config = SMALL.but(
+        rope_scaling=YarnScaling(
+            factor=4, original_max_position_embeddings=8, mscale=1.0, mscale_all_dim=0.7
+        )
+    )
     attention = Transformer(config).init_weights(0).layers[0].attn
     seen = torch.randn(2, past + queries, config.latent_dim)
     q_nope = torch.randn(2, queries, config.num_attention_heads, config.qk_nope_head_dim)
     q_rope = torch.randn(2, queries, config.num_attention_heads, config.qk_rope_head_dim)
     step = Step.make(config, [past, past], [queries, queries], queries, CPU)
     expanded = attention.expanded(q_nope, q_rope, seen, step)
-    torch.testing.assert_close(attention.absorbed(q_nope, q_rope, seen, step), expanded,
-                               rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        attention.absorbed(q_nope, q_rope, seen, step), expanded, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_the_cheaper_form_is_chosen():
     """171 queries at the released sizes, by counting multiplications (FACTS of eq. 1-11)."""
     config = ModelConfig.deepseek_v3()
-    attention = Transformer(config.but(num_hidden_layers=1, num_nextn_predict_layers=0),
-                            device="meta").layers[0].attn
+    attention = (
+        Transformer(config.but(num_hidden_layers=1, num_nextn_predict_layers=0), device="meta")
+        .layers[0]
+        .attn
+    )
 
     def multiplications(form: str, queries: int, keys: int) -> int:
         if form == "expanded":
@@ -145,8 +178,9 @@ def test_the_cheaper_form_is_chosen():
         return queries * 512 * (128 + 128) + queries * keys * (576 + 512)
 
     for queries in (1, 170, 171, 4096):
-        cheaper = (multiplications("expanded", queries, 10**6)
-                   < multiplications("absorbed", queries, 10**6))
+        cheaper = multiplications("expanded", queries, 10**6) < multiplications(
+            "absorbed", queries, 10**6
+        )
         assert attention.prefers_expanded(queries) == cheaper
 
 
@@ -173,8 +207,9 @@ def test_scores_depend_on_the_distance_alone():
 
 @pytest.fixture(scope="module")
 def fp8_model():
-    source = Transformer(ModelConfig.mini().but(vocab_size=128, num_hidden_layers=2,
-                                                initializer_range=0.06)).init_weights(0)
+    source = Transformer(
+        ModelConfig.mini().but(vocab_size=128, num_hidden_layers=2, initializer_range=0.06)
+    ).init_weights(0)
     model = Transformer(source.config, "fp8")
     for name in source.weight_names():
         model.load_weight(name, source.weight(name))
@@ -196,15 +231,19 @@ def test_fp8_logits_do_not_depend_on_how_a_text_is_cut(fp8_model):
 
 @torch.inference_mode()
 def test_fp8_stays_fp8_and_near_fp32():
-    config = ModelConfig.mini().but(vocab_size=128, num_hidden_layers=2, first_k_dense_replace=4,
-                                    num_nextn_predict_layers=0)
+    config = ModelConfig.mini().but(
+        vocab_size=128, num_hidden_layers=2, first_k_dense_replace=4, num_nextn_predict_layers=0
+    )
     exact = Transformer(config).init_weights(0)
     model = Transformer(config, "fp8")
     for name in exact.weight_names():
         model.load_weight(name, exact.weight(name))
     quantised = sum(p.numel() for p in model.parameters() if p.dtype == torch.float8_e4m3fn)
-    linears = sum(p.numel() for n, p in exact.named_parameters()
-                  if p.dim() == 2 and not n.startswith(("embed", "head")) and "wkv_b" not in n)
+    linears = sum(
+        p.numel()
+        for n, p in exact.named_parameters()
+        if p.dim() == 2 and not n.startswith(("embed", "head")) and "wkv_b" not in n
+    )
     assert quantised == linears
     text = torch.randint(128, (1, 40), generator=torch.Generator().manual_seed(0))
     error = float((model(text) - exact(text)).norm() / exact(text).norm())
@@ -229,14 +268,18 @@ def test_bad_input_is_named(as_in_use):
         r"wrong row lengths": run(model, torch.zeros(1, 3).long(), lengths=[4]),
         r"no such weight": lambda: model.load_weight("layers.9.attn.wo.weight", torch.zeros(1)),
         r"wrong shape.*\[1\].*\[64, 96\]": lambda: model.load_weight(
-            "layers.0.attn.wo.weight", torch.zeros(1)),
+            "layers.0.attn.wo.weight", torch.zeros(1)
+        ),
         r"without its scale": lambda: model.load_weight(
-            "layers.0.attn.wo.weight", torch.zeros(64, 96).to(torch.float8_e4m3fn)),
+            "layers.0.attn.wo.weight", torch.zeros(64, 96).to(torch.float8_e4m3fn)
+        ),
         r"must be finite": lambda: model.load_weight(
-            "layers.1.ffn.gate.bias", torch.full((12,), float("nan"))),
+            "layers.1.ffn.gate.bias", torch.full((12,), float("nan"))
+        ),
         r"unknown precision": lambda: Transformer(SMALL, "int4"),
         r"no such MTP module": lambda: model.mtp_logits(
-            torch.zeros(1, 1, 64), torch.zeros(1, 1).long(), depth=1),
+            torch.zeros(1, 1, 64), torch.zeros(1, 1).long(), depth=1
+        ),
         r"cannot grow": lambda: cache.truncate([3]),
     }
     for pattern, call in cases.items():

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_diff import CONFIG as BASE
+from test_diff import save_random
 
 from dsv3.checkpoint.loading import load_model
 from dsv3.config import YarnScaling
 from dsv3.generation.loop import complete
 
-from test_diff import CONFIG as BASE
-from test_diff import save_random
-
 transformers = pytest.importorskip("transformers")
-CONFIG = BASE.but(num_nextn_predict_layers=1, rope_scaling=YarnScaling(
-    factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0))
+CONFIG = BASE.but(
+    num_nextn_predict_layers=1,
+    rope_scaling=YarnScaling(
+        factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0
+    ),
+)
 TOKENS = torch.randint(CONFIG.vocab_size, (2, 50), generator=torch.Generator().manual_seed(3))
 BOUND = 2e-5
 
@@ -42,8 +45,11 @@ def folder(tmp_path_factory):
 def main(folder, monkeypatch):
     """transformers' model, able to find the MTP layer."""
     kind = transformers.DeepseekV3ForCausalLM
-    monkeypatch.setattr(kind, "_keys_to_ignore_on_load_unexpected",
-                        [rf"model\.layers\.{CONFIG.num_hidden_layers}.*"])
+    monkeypatch.setattr(
+        kind,
+        "_keys_to_ignore_on_load_unexpected",
+        [rf"model\.layers\.{CONFIG.num_hidden_layers}.*"],
+    )
     return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
@@ -95,9 +101,10 @@ def test_logits_in_pieces_over_a_cache(folder, main, module, cuts):
     cache, their_cache = ours.new_draft_cache(2, 50), new_cache(module)
     whole = their_logits(main, module, states[:, :-1], TOKENS[:, 1:], new_cache(module), 1)
     for a, b in zip(cuts, cuts[1:]):
-        logits, _ = ours.mtp_logits(hidden[:, a:b], TOKENS[:, a + 1:b + 1], cache=cache)
-        wanted = their_logits(main, module, states[:, a:b], TOKENS[:, a + 1:b + 1], their_cache,
-                              a + 1)
+        logits, _ = ours.mtp_logits(hidden[:, a:b], TOKENS[:, a + 1 : b + 1], cache=cache)
+        wanted = their_logits(
+            main, module, states[:, a:b], TOKENS[:, a + 1 : b + 1], their_cache, a + 1
+        )
         assert gap(logits, wanted) < BOUND
         assert gap(logits, whole[:, a:b]) < BOUND
     assert cache.lengths == [49, 49]
@@ -112,19 +119,29 @@ def test_ragged_rows_over_a_cache(folder, main, module):
     cache = ours.new_draft_cache(2, 50)
     ours.mtp_logits(hidden[:, :20], TOKENS[:, 1:21], cache=cache, lengths=[20, 7])
     pieces = [(20, 2), (7, 1)]  # where each row goes on, and by how much
-    inputs = [torch.stack([x[row, at:at + 2] for row, (at, _) in enumerate(pieces)])
-              for x in (hidden, TOKENS[:, 1:])]
+    inputs = [
+        torch.stack([x[row, at : at + 2] for row, (at, _) in enumerate(pieces)])
+        for x in (hidden, TOKENS[:, 1:])
+    ]
     logits, _ = ours.mtp_logits(*inputs, cache=cache, lengths=[2, 1])
     for row, (at, count) in enumerate(pieces):
-        assert gap(logits[row, :count], whole[row, at:at + count]) < BOUND
+        assert gap(logits[row, :count], whole[row, at : at + count]) < BOUND
 
 
 @torch.inference_mode()
 def test_speculative_text_equals_their_speculative_text(folder, main):
     prompt = TOKENS[:1, :9]
-    wanted = main.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=100,
-                           do_sample=False, use_mtp=True, eos_token_id=None, pad_token_id=0)
-    run = complete(load_model(folder, "fp32"), prompt.tolist(), max_new_tokens=100,
-                   speculative=True)
+    wanted = main.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=100,
+        do_sample=False,
+        use_mtp=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    run = complete(
+        load_model(folder, "fp32"), prompt.tolist(), max_new_tokens=100, speculative=True
+    )
     assert run.ids[0] == wanted[0, 9:].tolist()
     assert 0.1 < run.acceptance < 0.9 and len(set(run.ids[0])) > 8

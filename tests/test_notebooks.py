@@ -18,8 +18,11 @@ from packaging.utils import canonicalize_name
 from dsv3.book.saved import WIDGET
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(path for path in (ROOT / "chapters").rglob("*.ipynb")
-                   if not any(part.startswith(".") for part in path.relative_to(ROOT).parts))
+NOTEBOOKS = sorted(
+    path
+    for path in (ROOT / "chapters").rglob("*.ipynb")
+    if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+)
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -50,8 +53,12 @@ def test_saved_clean(notebook):
     nbformat.validate(notebook)
     assert "widgets" not in notebook.metadata  # a site that shows notebooks refuses these
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
-    views = [cell.id for cell in code_cells(notebook) for output in cell.outputs
-             if WIDGET in output.get("data", {})]
+    views = [
+        cell.id
+        for cell in code_cells(notebook)
+        for output in cell.outputs
+        if WIDGET in output.get("data", {})
+    ]
     assert views == [], "a stored widget shows an error where its kernel is gone"
     ids = [cell.id for cell in notebook.cells]
     assert len(ids) == len(set(ids))
@@ -91,18 +98,26 @@ def test_every_picture_says_what_is_to_be_seen(notebook):
 
 def anchors(notebook) -> set[str]:
     """What #... can point at: headings, as JupyterLab and GitHub name them."""
-    titles = re.findall(r"^#+ (.*)$", "\n".join(cell.source for cell in notebook.cells
-                                                if cell.cell_type == "markdown"), re.MULTILINE)
+    titles = re.findall(
+        r"^#+ (.*)$",
+        "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"),
+        re.MULTILINE,
+    )
     return {title.replace(" ", "-") for title in titles} | {
-        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles
+    }
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     notebook = nbformat.read(path, as_version=4)
     texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
-    texts += ["".join(output.data["text/markdown"]) for cell in code_cells(notebook)
-              for output in cell.outputs if "text/markdown" in output.get("data", {})]
+    texts += [
+        "".join(output.data["text/markdown"])
+        for cell in code_cells(notebook)
+        for output in cell.outputs
+        if "text/markdown" in output.get("data", {})
+    ]
     for text in texts:
         for link in re.findall(r"\]\(([^)\s]+)\)", text):
             if "://" in link:
@@ -118,9 +133,15 @@ def test_no_cell_is_called_by_a_name_that_jupyterlab_does_not_show(notebook):
     """Sections have headings and links; what a cell is called stands nowhere on the page."""
     ids = {cell.id for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells}
     for cell in notebook.cells:
-        texts = [cell.source] if cell.cell_type == "markdown" else [
-            output.data["text/markdown"] for output in cell.get("outputs", [])
-            if "text/markdown" in output.get("data", {})]
+        texts = (
+            [cell.source]
+            if cell.cell_type == "markdown"
+            else [
+                output.data["text/markdown"]
+                for output in cell.get("outputs", [])
+                if "text/markdown" in output.get("data", {})
+            ]
+        )
         for text in texts:
             named = set(re.findall(r"`([\w-]+)`", text)) & {id for id in ids if "-" in id}
             assert not named and "misread-" not in text, (cell.id, named)
@@ -129,8 +150,10 @@ def test_no_cell_is_called_by_a_name_that_jupyterlab_does_not_show(notebook):
 def test_the_package_is_imported_before_torch(notebook):
     """``import dsv3`` sets how torch's threads wait; torch reads that once, when it is loaded."""
     source = "\n".join(cell.source for cell in code_cells(notebook))
-    first = {name: re.search(rf"^(?:import|from) {name}\b", source, re.MULTILINE)
-             for name in ("dsv3", "torch")}
+    first = {
+        name: re.search(rf"^(?:import|from) {name}\b", source, re.MULTILINE)
+        for name in ("dsv3", "torch")
+    }
     assert first["dsv3"].start() < first["torch"].start()
 
 
@@ -143,11 +166,18 @@ def test_imports_come_with_the_book(notebook):
     for cell in code_cells(notebook):
         if cell.source.startswith("%%"):
             continue
-        source = "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line
-                           for line in cell.source.splitlines())
+        source = "\n".join(
+            "pass" if line.lstrip().startswith(("%", "!")) else line
+            for line in cell.source.splitlines()
+        )
         for node in ast.walk(ast.parse(source)):
-            names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
-                     else [node.module] if isinstance(node, ast.ImportFrom) else [])
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for name in (name.split(".")[0] for name in names):
                 if name not in sys.stdlib_module_names | {"dsv3"}:
                     assert {canonicalize_name(home) for home in homes.get(name, [])} & book, name

@@ -26,26 +26,32 @@ def test_byte_order_marks(tmp_path, encoding):
     assert read_prompts(str(file)) == ["To be é😀", "Second"]
 
 
-@pytest.mark.parametrize("data, prompts", [
-    (f"{ODD}\nlast".encode(), [ODD, "last"]),
-    (b"a\r\n\r\n \t\nb", ["a", "b"]),
-    (b"a\r\rb\r", ["a", "b"]),
-    (b"a", ["a"]),
-    (b"\xef\xbb\xbf\xef\xbb\xbfa", ["\ufeffa"]),  # one mark is the file's, another the text's
-])
+@pytest.mark.parametrize(
+    "data, prompts",
+    [
+        (f"{ODD}\nlast".encode(), [ODD, "last"]),
+        (b"a\r\n\r\n \t\nb", ["a", "b"]),
+        (b"a\r\rb\r", ["a", "b"]),
+        (b"a", ["a"]),
+        (b"\xef\xbb\xbf\xef\xbb\xbfa", ["\ufeffa"]),  # one mark is the file's, another the text's
+    ],
+)
 def test_what_ends_a_line(tmp_path, data, prompts):
     (tmp_path / "prompts").write_bytes(data)
     assert read_prompts(str(tmp_path / "prompts")) == prompts
 
 
-@pytest.mark.parametrize("data, message", [
-    (b"", "no prompts in the file .found 0 bytes"),
-    (b"\n \n", "found 2 empty lines"),
-    (b"\xef\xbb\xbf", "no prompts"),
-    ("é".encode("latin-1"), "not a UTF-8 text file .found byte 0"),
-    ("no mark".encode("utf-16-le"), "7 zero bytes of 14.*save it as UTF-8"),
-    (b"\xff\xfea", "not a UTF-16-LE text file"),
-])
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "no prompts in the file .found 0 bytes"),
+        (b"\n \n", "found 2 empty lines"),
+        (b"\xef\xbb\xbf", "no prompts"),
+        ("é".encode("latin-1"), "not a UTF-8 text file .found byte 0"),
+        ("no mark".encode("utf-16-le"), "7 zero bytes of 14.*save it as UTF-8"),
+        (b"\xff\xfea", "not a UTF-16-LE text file"),
+    ],
+)
 def test_files_that_hold_no_prompts(tmp_path, data, message):
     (tmp_path / "prompts").write_bytes(data)
     with pytest.raises(DSV3Error, match=message):
@@ -69,9 +75,17 @@ def test_a_pipe_whose_writer_comes_late(tmp_path):
 
 def shell(command: str, **environment) -> tuple[int, bytes, bytes]:
     """Run a shell line in which $DSV3 is the command."""
-    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, env={
-        **os.environ, "DSV3": f"{sys.executable} -P -m dsv3", "PYTHONPATH": str(ROOT),
-        **environment})
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        timeout=60,
+        env={
+            **os.environ,
+            "DSV3": f"{sys.executable} -P -m dsv3",
+            "PYTHONPATH": str(ROOT),
+            **environment,
+        },
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -85,8 +99,10 @@ def test_closed_streams():
     assert shell("$DSV3 swim <&- >&- 2>&-")[0] == 2
 
 
-SAY = f"{sys.executable} -c \"from dsv3.commands import streams; import sys; streams.prepare(); " \
-      "print('caf\u00e9 \\x1b[2J\\ttab\\r'); print('bar\\r\\x9b2J', file=sys.stderr)\""
+SAY = (
+    f'{sys.executable} -c "from dsv3.commands import streams; import sys; streams.prepare(); '
+    "print('caf\u00e9 \\x1b[2J\\ttab\\r'); print('bar\\r\\x9b2J', file=sys.stderr)\""
+)
 
 
 def test_text_reaches_an_output_of_any_encoding():
@@ -100,8 +116,14 @@ def test_text_reaches_an_output_of_any_encoding():
 def test_a_terminal_is_shown_text_only():
     """Tabs, ends of lines and the return of progress bars pass; other controls show as marks."""
     outside, inside = pty.openpty()
-    subprocess.run(["bash", "-c", SAY], stdout=inside, stderr=inside, timeout=60, check=True,
-                   env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"})
+    subprocess.run(
+        ["bash", "-c", SAY],
+        stdout=inside,
+        stderr=inside,
+        timeout=60,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+    )
     os.close(inside)
     seen = os.read(outside, 4096).decode()
     os.close(outside)

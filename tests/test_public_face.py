@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from ranks import run_ranks
@@ -15,9 +14,16 @@ from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 
 PRECISIONS = ["fp8", "bf16", "fp32"]
-SMALL = ModelConfig.mini().but(vocab_size=96, hidden_size=64, intermediate_size=96,
-                               moe_intermediate_size=32, num_hidden_layers=2, n_routed_experts=8,
-                               num_experts_per_tok=2, max_position_embeddings=96)
+SMALL = ModelConfig.mini().but(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=96,
+)
 
 
 def text(rows: int, length: int, vocab: int = 96) -> torch.Tensor:
@@ -57,7 +63,7 @@ def test_a_cache_keeps_no_history(precision):
     cache, tokens = model.new_cache(1, 40), text(1, 30)
     sizes = []
     for place in range(30):
-        logits = model(tokens[:, place:place + 1], cache=cache, last_only=True)
+        logits = model(tokens[:, place : place + 1], cache=cache, last_only=True)
         sizes.append(nodes(logits))
     assert not cache.data.requires_grad and sizes[-1] == sizes[1]
     logits.sum().backward()
@@ -132,10 +138,15 @@ def test_defaults_of_torch_change_nothing(tiny_checkpoint, defaults, precision, 
 
     def outcome() -> list:
         model = load_model(tiny_checkpoint, precision)
-        return [model.device.type, *(weight.dtype for weight in model.parameters()),
-                *model(tokens).flatten().tolist(),
-                *(generate(model, prompts, **options, speculative=drafts, banned_ids=[3])
-                  for drafts in (False, True))]
+        return [
+            model.device.type,
+            *(weight.dtype for weight in model.parameters()),
+            *model(tokens).flatten().tolist(),
+            *(
+                generate(model, prompts, **options, speculative=drafts, banned_ids=[3])
+                for drafts in (False, True)
+            ),
+        ]
 
     plain = outcome()
     torch.set_default_dtype(dtype)
@@ -156,24 +167,30 @@ def test_autocast_changes_nothing(model):
 def test_other_things_than_tokens_and_caches_are_refused(as_in_use, model):
     tokens = text(1, 3)
     for call, message in (
-            (lambda: model([[1, 2]]), "wrong token tensor.*found list"),
-            (lambda: model(tokens, lengths=3), "wrong row lengths.*found 3"),
-            (lambda: model(tokens, cache=True), "not a cache.*found bool"),
-            (lambda: model.new_cache(-1, 8), "batch_size: not a usable value.*found -1"),
-            (lambda: model.new_cache(1, "8"), "max_seq_len: not a usable value.*found '8'"),
-            (lambda: model.new_cache(2, 8).truncate([0]), "lengths.*expected a list of 2"),
-            (lambda: model.new_cache(1, 8).truncate(0), "wrong row lengths.*found 0")):
+        (lambda: model([[1, 2]]), "wrong token tensor.*found list"),
+        (lambda: model(tokens, lengths=3), "wrong row lengths.*found 3"),
+        (lambda: model(tokens, cache=True), "not a cache.*found bool"),
+        (lambda: model.new_cache(-1, 8), "batch_size: not a usable value.*found -1"),
+        (lambda: model.new_cache(1, "8"), "max_seq_len: not a usable value.*found '8'"),
+        (lambda: model.new_cache(2, 8).truncate([0]), "lengths.*expected a list of 2"),
+        (lambda: model.new_cache(1, 8).truncate(0), "wrong row lengths.*found 0"),
+    ):
         with pytest.raises(DSV3Error, match=message):
             call()
 
 
 # Devices and dtypes ------------------------------------------------------------------------------
 
-CHANGES = {"to(bfloat16)": lambda m: m.to(torch.bfloat16), "half": lambda m: m.half(),
-           "float": lambda m: m.float(), "double": lambda m: m.double(),
-           "bfloat16": lambda m: m.bfloat16(), "type": lambda m: m.type(torch.float16),
-           "outside": lambda m: torch.nn.Sequential(m).half(),
-           "with device": lambda m: m.to("cpu", torch.float16)}
+CHANGES = {
+    "to(bfloat16)": lambda m: m.to(torch.bfloat16),
+    "half": lambda m: m.half(),
+    "float": lambda m: m.float(),
+    "double": lambda m: m.double(),
+    "bfloat16": lambda m: m.bfloat16(),
+    "type": lambda m: m.type(torch.float16),
+    "outside": lambda m: torch.nn.Sequential(m).half(),
+    "with device": lambda m: m.to("cpu", torch.float16),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -181,8 +198,11 @@ CHANGES = {"to(bfloat16)": lambda m: m.to(torch.bfloat16), "half": lambda m: m.h
 def test_a_dtype_is_kept_or_refused(tiny_checkpoint, precision, change):
     model = load_model(tiny_checkpoint, precision)
     before = {name: (value.dtype, value.clone()) for name, value in model.named_parameters()}
-    fine = (precision, change) in {("bf16", "to(bfloat16)"), ("bf16", "bfloat16"),
-                                   ("fp32", "float")}
+    fine = (precision, change) in {
+        ("bf16", "to(bfloat16)"),
+        ("bf16", "bfloat16"),
+        ("fp32", "float"),
+    }
     if fine:
         CHANGES[change](model)
     else:
@@ -195,7 +215,7 @@ def test_a_dtype_is_kept_or_refused(tiny_checkpoint, precision, change):
 
 
 def test_a_move_takes_group_precision_and_ties_along(tiny_checkpoint):
-    """"meta" stands for a GPU: it sums in float32, and wkv_b is held in the dtype of the core."""
+    """ "meta" stands for a GPU: it sums in float32, and wkv_b is held in the dtype of the core."""
     model = load_model(tiny_checkpoint)
     assert model.precision.sums == torch.float64
     model.to("meta")
@@ -214,9 +234,13 @@ def test_a_move_takes_group_precision_and_ties_along(tiny_checkpoint):
     assert tied.head.weight is tied.embed.weight
 
 
-@pytest.mark.parametrize("call", [
-    lambda folder: Transformer(SMALL, group=TensorGroup.single(), device="meta"),
-    lambda folder: load_model(folder, group=TensorGroup.single("meta"), device="cpu")])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda folder: Transformer(SMALL, group=TensorGroup.single(), device="meta"),
+        lambda folder: load_model(folder, group=TensorGroup.single("meta"), device="cpu"),
+    ],
+)
 def test_two_devices_for_one_model_are_refused(tiny_checkpoint, call):
     with pytest.raises(DSV3Error, match="the model and its group are on two devices"):
         call(tiny_checkpoint)
@@ -224,8 +248,11 @@ def test_two_devices_for_one_model_are_refused(tiny_checkpoint, call):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(tiny_checkpoint):
-    for call in (lambda: load_model(tiny_checkpoint, device="cuda"),
-                 lambda: Transformer(SMALL, device="gpu"), lambda: Transformer(SMALL, device="xpu")):
+    for call in (
+        lambda: load_model(tiny_checkpoint, device="cuda"),
+        lambda: Transformer(SMALL, device="gpu"),
+        lambda: Transformer(SMALL, device="xpu"),
+    ):
         with pytest.raises(DSV3Error, match="device: no such device here"):
             call()
     model = Transformer(SMALL).init_weights(0)
@@ -243,6 +270,7 @@ def test_caches_of_another_model_are_refused(tiny_checkpoint):
 
 
 # Ranks and gradients -----------------------------------------------------------------------------
+
 
 def gradients_on_a_rank(group: TensorGroup) -> list[str]:
     said = []

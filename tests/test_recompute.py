@@ -25,6 +25,7 @@ def forward(precision: str, recompute: bool):
     def remember(module, inputs, outputs):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         held.extend(StorageWeakRef(output.untyped_storage()) for output in outputs)
+
     for layer in model.layers:
         for module in layer.modules():
             if isinstance(module, (RMSNorm, LatentUpProjection)):

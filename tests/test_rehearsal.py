@@ -4,12 +4,12 @@ import sys
 
 import pytest
 import torch
+from checkpoints import tiny_config
 from safetensors import safe_open
 
 from benchmarks import sparse_671b, wide_slice
-from checkpoints import tiny_config
-from dsv3.config import ModelConfig
 from dsv3.checkpoint.inspect import report
+from dsv3.config import ModelConfig
 from dsv3.parallel.tensor import TensorGroup
 
 
@@ -24,16 +24,18 @@ def test_sparse_rehearsal(tmp_path, few_layers):
     assert len(list(tmp_path.glob("*.safetensors"))) == 7
     expected = report(tmp_path, ranks=8)
     assert result["inspect"] == expected and expected["bytes"] > 5e9
-    assert result["bytes_on_disk"] < 2e6                      # sparse: no disk is used
-    assert len(result["convert"]["files"]) == 16              # model and mtp, for each of 8 ranks
+    assert result["bytes_on_disk"] < 2e6  # sparse: no disk is used
+    assert len(result["convert"]["files"]) == 16  # model and mtp, for each of 8 ranks
     assert result["convert"]["bytes"] == sum(r["bytes"] for r in expected["per_rank"])
     by_dtype = expected["parameters"]["by_dtype"]
     moe_layers = 2  # layer 3 and the MTP module
-    assert result["cast"]["bytes"] == 2 * (by_dtype["F8_E4M3"] + by_dtype["BF16"]) \
-        + 4 * 16 * moe_layers                                 # router biases stay float32
+    assert (
+        result["cast"]["bytes"]
+        == 2 * (by_dtype["F8_E4M3"] + by_dtype["BF16"]) + 4 * 16 * moe_layers
+    )  # router biases stay float32
     assert not any((tmp_path / name).exists() for name in ("converted", "bf16"))
     with safe_open(tmp_path / "model-00003-of-000007.safetensors", "pt") as file:
-        assert len(file.keys()) > 10                          # the library accepts the headers
+        assert len(file.keys()) > 10  # the library accepts the headers
 
 
 def test_one_rank_reads_less_than_a_layer(tmp_path):
@@ -46,11 +48,12 @@ def test_one_rank_reads_less_than_a_layer(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_wide_slice(tmp_path):
-    small = tiny_config(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0,
-                        n_routed_experts=8)
+    small = tiny_config(
+        num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, n_routed_experts=8
+    )
     result = wide_slice.run(tmp_path, small, start=wide_slice.measured)
     assert result["slices_equal"] and result["codes_equal_there_and_back"]
     for job in ("convert", "bf16", "fp8"):
         assert result[job]["limit_bytes"] == 3 * result[job]["largest_tensor"]
     value = torch.zeros(3, dtype=torch.uint8)
-    assert not wide_slice._same(value, value + 1)             # the check can fail
+    assert not wide_slice._same(value, value + 1)  # the check can fail

@@ -7,14 +7,20 @@ import resource
 import numpy as np
 import pytest
 import torch
+from checkpoints import same_bits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoints import same_bits
 from dsv3.checkpoint.loading import safetensors_io
-from dsv3.errors import DSV3Error
-from dsv3.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, SafetensorsFile, StreamWriter, write_text
 from dsv3.checkpoint.reader import CheckpointReader
+from dsv3.checkpoint.safetensors_io import (
+    DTYPE_NAMES,
+    DTYPES,
+    SafetensorsFile,
+    StreamWriter,
+    write_text,
+)
+from dsv3.errors import DSV3Error
 
 
 def of_every_dtype() -> dict[str, torch.Tensor]:
@@ -22,11 +28,20 @@ def of_every_dtype() -> dict[str, torch.Tensor]:
     out = {}
     for i, (name, dtype) in enumerate(DTYPES.items()):
         shape = (7 + i, 5)
-        raw = torch.randint(0, 2 if dtype == torch.bool else 256, (shape[0], shape[1]
-                            * dtype.itemsize), generator=random, dtype=torch.uint8)
+        raw = torch.randint(
+            0,
+            2 if dtype == torch.bool else 256,
+            (shape[0], shape[1] * dtype.itemsize),
+            generator=random,
+            dtype=torch.uint8,
+        )
         out[name] = raw.view(dtype)
-    out |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "line": torch.arange(9),
-            "cube": torch.arange(60.0).view(3, 4, 5)}
+    out |= {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "line": torch.arange(9),
+        "cube": torch.arange(60.0).view(3, 4, 5),
+    }
     return out
 
 
@@ -44,8 +59,9 @@ def test_reads_what_the_library_writes(tmp_path):
 def test_the_library_reads_what_we_write(tmp_path):
     tensors = of_every_dtype()
     path = tmp_path / "a.safetensors"
-    with StreamWriter(path, [(n, DTYPE_NAMES[t.dtype], tuple(t.shape))
-                             for n, t in tensors.items()]) as out:
+    with StreamWriter(
+        path, [(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
+    ) as out:
         for name, tensor in reversed(tensors.items()):  # any order
             out.write(name, tensor)
     with safe_open(path, "pt") as file:
@@ -57,8 +73,9 @@ def test_the_library_reads_what_we_write(tmp_path):
 
 
 def test_tensors_are_aligned_in_what_we_write():
-    text, entries = safetensors_io.build_header([("a", "U8", (3,)), ("b", "F32", (5,)),
-                                                 ("c", "BF16", (3,))])
+    text, entries = safetensors_io.build_header(
+        [("a", "U8", (3,)), ("b", "F32", (5,)), ("c", "BF16", (3,))]
+    )
     assert len(text) % 8 == 0
     assert all(e.start % DTYPES[e.dtype].itemsize == 0 for e in entries.values())
 
@@ -67,7 +84,7 @@ def test_bands_of_rows_make_the_same_file(tmp_path):
     tensor = torch.arange(50 * 6, dtype=torch.float32).view(50, 6)
     with StreamWriter(tmp_path / "a.safetensors", [("t", "F32", (50, 6))]) as out:
         for first in range(0, 50, 16):
-            out.write("t", tensor[first:first + 16], first)
+            out.write("t", tensor[first : first + 16], first)
     assert torch.equal(load_file(tmp_path / "a.safetensors")["t"], tensor)
 
 
@@ -120,9 +137,12 @@ LIES = {
     "missing field": ({"a": {"dtype": "F32", "shape": [2]}}, dict(data=b"1" * 8), "described"),
     "entry is a number": ({"a": 3}, dict(data=b""), "described"),
     "odd metadata": ({"__metadata__": {"a": 1}}, dict(data=b""), "__metadata__"),
-    "name twice": (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
-                   b'"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}', dict(data=b"12"),
-                   "appears twice"),
+    "name twice": (
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+        b'"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
+        dict(data=b"12"),
+        "appears twice",
+    ),
 }
 
 
@@ -179,8 +199,10 @@ def test_a_forgotten_tensor_is_an_error_and_leaves_no_file(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("value, row", [(torch.zeros(3).half(), 0), (torch.zeros(4), 0),
-                                        (torch.zeros(2), 2), (torch.zeros(3, 1), 0)])
+@pytest.mark.parametrize(
+    "value, row",
+    [(torch.zeros(3).half(), 0), (torch.zeros(4), 0), (torch.zeros(2), 2), (torch.zeros(3, 1), 0)],
+)
 def test_what_does_not_fit_the_header_is_not_written(tmp_path, value, row):
     with pytest.raises(ValueError):
         with StreamWriter(tmp_path / "a.safetensors", [("t", "F32", (3,))]) as out:
@@ -240,24 +262,27 @@ def test_index(tmp_path):
             reader.read("c")
 
 
-@pytest.mark.parametrize("weight_map, message", [
-    ({"a": "gone.safetensors"}, "missing.*gone.safetensors"),
-    ({"a": "../one.safetensors"}, "outside its folder"),
-    ({"a": "/etc/passwd"}, "outside its folder"),
-    ({"a": "sub/one.safetensors"}, "outside its folder"),
-    ({"a": "..\\one.safetensors"}, "outside its folder"),
-    ({"a": ".."}, "outside its folder"),
-    ({"a": ""}, "outside its folder"),
-    ({"a": "pytorch_model.bin"}, "never opened"),
-    ({"a": "one.txt"}, "another kind"),
-    ({"a": "two.safetensors"}, "does not have.*a"),
-    ({"a": 3}, "damaged index"),
-    ({}, "damaged index"),
-    ("[]", "damaged index"),
-    ("{", "damaged index"),
-    ("[" * 100_000, "damaged index"),
-    ('{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "appears twice"),
-])
+@pytest.mark.parametrize(
+    "weight_map, message",
+    [
+        ({"a": "gone.safetensors"}, "missing.*gone.safetensors"),
+        ({"a": "../one.safetensors"}, "outside its folder"),
+        ({"a": "/etc/passwd"}, "outside its folder"),
+        ({"a": "sub/one.safetensors"}, "outside its folder"),
+        ({"a": "..\\one.safetensors"}, "outside its folder"),
+        ({"a": ".."}, "outside its folder"),
+        ({"a": ""}, "outside its folder"),
+        ({"a": "pytorch_model.bin"}, "never opened"),
+        ({"a": "one.txt"}, "another kind"),
+        ({"a": "two.safetensors"}, "does not have.*a"),
+        ({"a": 3}, "damaged index"),
+        ({}, "damaged index"),
+        ("[]", "damaged index"),
+        ("{", "damaged index"),
+        ("[" * 100_000, "damaged index"),
+        ('{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "appears twice"),
+    ],
+)
 def test_a_bad_index(tmp_path, weight_map, message):
     with pytest.raises(DSV3Error, match=message) as error:
         CheckpointReader(folder_with_index(tmp_path, weight_map)).read("a")

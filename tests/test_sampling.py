@@ -15,19 +15,27 @@ import torch
 from ranks import run_ranks
 
 from dsv3 import ModelConfig, Transformer, generate, load_model, load_tokenizer
+from dsv3.checkpoint.generation_config import FILE, GenerationConfig
 from dsv3.checkpoint.saving import save_model
 from dsv3.errors import DSV3Error
 from dsv3.generation.loop import complete, stream
-from dsv3.checkpoint.generation_config import FILE, GenerationConfig
 from dsv3.generation.sampling import Choice, Sampling, probabilities
 from dsv3.generation.session import Session
 from dsv3.generation.stops import RowText
 
-CONFIG = ModelConfig.mini().but(vocab_size=96, hidden_size=64, intermediate_size=96,
-                                moe_intermediate_size=32, num_hidden_layers=2, n_routed_experts=8,
-                                num_experts_per_tok=2, max_position_embeddings=96,
-                                eos_token_id=None, initializer_range=0.2,
-                                quantization_config=None)
+CONFIG = ModelConfig.mini().but(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=96,
+    eos_token_id=None,
+    initializer_range=0.2,
+    quantization_config=None,
+)
 PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6]]
 
 
@@ -44,19 +52,37 @@ def words(tiny_checkpoint):
 
 # Prompts and options -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("form", [
-    lambda p: torch.tensor(p), lambda p: np.array(p), lambda p: [torch.tensor(row) for row in p],
-    lambda p: [np.array(row) for row in p], lambda p: tuple(tuple(row) for row in p),
-    lambda p: [[np.int64(id) for id in row] for row in p],
-    lambda p: [[torch.tensor(id) for id in row] for row in p]])
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda p: torch.tensor(p),
+        lambda p: np.array(p),
+        lambda p: [torch.tensor(row) for row in p],
+        lambda p: [np.array(row) for row in p],
+        lambda p: tuple(tuple(row) for row in p),
+        lambda p: [[np.int64(id) for id in row] for row in p],
+        lambda p: [[torch.tensor(id) for id in row] for row in p],
+    ],
+)
 def test_prompts_in_every_form(model, form):
     prompts = [[5, 6], [7, 8]]
     assert generate(model, form(prompts), 4) == generate(model, prompts, 4)
 
 
-@pytest.mark.parametrize("prompts", [torch.tensor([1, 2]), np.array([1.5]), "text", 3,
-                                     [torch.tensor(3)], torch.tensor([[1.5, 2.0]]), [[True]],
-                                     [b"bytes"]])
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        torch.tensor([1, 2]),
+        np.array([1.5]),
+        "text",
+        3,
+        [torch.tensor(3)],
+        torch.tensor([[1.5, 2.0]]),
+        [[True]],
+        [b"bytes"],
+    ],
+)
 def test_other_prompts_are_refused(as_in_use, model, prompts):
     with pytest.raises(DSV3Error, match="not a list of (token ids|prompts)|token id out of range"):
         generate(model, prompts)
@@ -66,16 +92,17 @@ def test_a_text_ends_at_the_models_end_tokens(model):
     whole = generate(model, PROMPTS, 12)
     ends = Transformer(CONFIG.but(eos_token_id=whole[0][4])).init_weights(1)
     run = complete(ends, PROMPTS, max_new_tokens=12)
-    assert run.ids[0] == whole[0][:whole[0].index(whole[0][4])] and run.stopped_by[0] == "eos"
+    assert run.ids[0] == whole[0][: whole[0].index(whole[0][4])] and run.stopped_by[0] == "eos"
     assert generate(ends, PROMPTS, 12, eos_ids=()) == whole
     other = whole[1][2]
-    assert generate(ends, PROMPTS, 12, eos_ids=[other])[1] == whole[1][:whole[1].index(other)]
+    assert generate(ends, PROMPTS, 12, eos_ids=[other])[1] == whole[1][: whole[1].index(other)]
 
 
 def test_top_k_by_hand(model):
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.3, 0.2]]))
-    assert torch.allclose(probabilities(logits, 1.0, top_k=2) * 7,
-                          torch.tensor([[0.0, 4, 3, 0]]).double())
+    assert torch.allclose(
+        probabilities(logits, 1.0, top_k=2) * 7, torch.tensor([[0.0, 4, 3, 0]]).double()
+    )
     # Top-p looks at what top-k left: 4/7 < 0.6 <= 1, where 0.4 + 0.3 of all would do as well.
     assert (probabilities(logits, 1.0, 0.57, 2) > 0).sum() == 1
     assert (probabilities(logits, 1.0, 0.58, 2) > 0).sum() == 2
@@ -85,6 +112,7 @@ def test_top_k_by_hand(model):
 
 
 # Ids that are no token ---------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("speculative", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
@@ -109,10 +137,10 @@ def test_holes_of_a_tokenizer(tiny_checkpoint, tmp_path):
     vocab = data["model"]["vocab"]
     gone = {word for word, id in vocab.items() if 270 <= id < 299}
     data["model"]["vocab"] = {word: id for word, id in vocab.items() if word not in gone}
-    pair = [merge if isinstance(merge, list) else merge.split(" ")
-            for merge in data["model"]["merges"]]
-    data["model"]["merges"] = [merge for merge in pair
-                               if not gone & {*merge, "".join(merge)}]
+    pair = [
+        merge if isinstance(merge, list) else merge.split(" ") for merge in data["model"]["merges"]
+    ]
+    data["model"]["merges"] = [merge for merge in pair if not gone & {*merge, "".join(merge)}]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     tokenizer = load_tokenizer(tmp_path)
     absent = tokenizer.ids_without_token(384)
@@ -121,8 +149,15 @@ def test_holes_of_a_tokenizer(tiny_checkpoint, tmp_path):
     free = generate(model, [[5]], 60, temperature=5.0, eos_ids=())
     assert {*free[0]} & {*range(270, 299)} and {*free[0]} & {*range(300, 384)}
     for speculative in (False, True):
-        run = complete(model, [[5]], max_new_tokens=40, temperature=5.0, tokenizer=tokenizer,
-                       eos_ids=(), speculative=speculative)
+        run = complete(
+            model,
+            [[5]],
+            max_new_tokens=40,
+            temperature=5.0,
+            tokenizer=tokenizer,
+            eos_ids=(),
+            speculative=speculative,
+        )
         assert not {*run.ids[0]} & set(absent) and run.texts == [tokenizer.decode(run.ids[0])]
 
 
@@ -133,29 +168,48 @@ def test_all_ids_banned(model):
 
 # Log-probabilities -------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("speculative", [False, True])
 def test_logprobs_are_the_models_own(model, speculative):
     """Of the whole distribution, though the draw is from a narrower one."""
-    run = complete(model, PROMPTS, max_new_tokens=10, temperature=0.7, top_p=0.8, top_k=20, seed=4,
-                   logprobs=True, banned_ids=[8], speculative=speculative)
+    run = complete(
+        model,
+        PROMPTS,
+        max_new_tokens=10,
+        temperature=0.7,
+        top_p=0.8,
+        top_k=20,
+        seed=4,
+        logprobs=True,
+        banned_ids=[8],
+        speculative=speculative,
+    )
     for prompt, ids, logprobs in zip(PROMPTS, run.ids, run.logprobs, strict=True):
         text = torch.tensor([prompt + ids])
-        wanted = model(text)[0, len(prompt) - 1:-1].double().log_softmax(-1)
-        assert torch.allclose(torch.tensor(logprobs).double(),
-                              wanted.gather(-1, torch.tensor(ids)[:, None])[:, 0], atol=1e-5)
+        wanted = model(text)[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        assert torch.allclose(
+            torch.tensor(logprobs).double(),
+            wanted.gather(-1, torch.tensor(ids)[:, None])[:, 0],
+            atol=1e-5,
+        )
     assert complete(model, PROMPTS, max_new_tokens=2).logprobs is None
 
 
 # Samples -----------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("speculative", [False, True])
 def test_samples_over_one_prefill_are_those_of_the_prompt_repeated(model, monkeypatch, speculative):
-    options = dict(max_new_tokens=9, temperature=1.0, seed=3, speculative=speculative,
-                   prefill_chunk=2)
+    options = dict(
+        max_new_tokens=9, temperature=1.0, seed=3, speculative=speculative, prefill_chunk=2
+    )
     repeated = complete(model, [prompt for prompt in PROMPTS for _ in range(3)], **options)
     fed, forward = [], model.forward
-    monkeypatch.setattr(model, "forward", lambda tokens, **named: (
-        fed.append(sum(named["lengths"])), forward(tokens, **named))[1])
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda tokens, **named: (fed.append(sum(named["lengths"])), forward(tokens, **named))[1],
+    )
     run = complete(model, PROMPTS, n=3, **options)
     assert run.ids == repeated.ids and len({tuple(ids) for ids in run.ids}) == 9
     assert sum(fed[:3]) == sum(map(len, PROMPTS))  # three chunks, of the prompts alone
@@ -165,10 +219,22 @@ def test_samples_over_one_prefill_are_those_of_the_prompt_repeated(model, monkey
 
 # Several ranks -----------------------------------------------------------------------------------
 
+
 def account(model) -> tuple:
-    runs = [complete(model, PROMPTS, max_new_tokens=8, temperature=1.0, seed=3 + model.group.rank,
-                     n=2, logprobs=True, top_k=50, speculative=speculative)
-            for speculative in (False, True)]
+    runs = [
+        complete(
+            model,
+            PROMPTS,
+            max_new_tokens=8,
+            temperature=1.0,
+            seed=3 + model.group.rank,
+            n=2,
+            logprobs=True,
+            top_k=50,
+            speculative=speculative,
+        )
+        for speculative in (False, True)
+    ]
     return [run.ids for run in runs], [np.array(sum(run.logprobs, [])) for run in runs]
 
 
@@ -189,6 +255,7 @@ def test_two_ranks_draw_what_one_draws(model, tmp_path):
 
 # Caches that hold something already --------------------------------------------------------------
 
+
 @pytest.mark.parametrize("speculative", [False, True])
 def test_rows_that_are_cached_in_part_or_whole(model, speculative):
     wanted = generate(model, PROMPTS, 6)
@@ -199,8 +266,14 @@ def test_rows_that_are_cached_in_part_or_whole(model, speculative):
             _, hidden = model(padded, cache=cache, lengths=held, return_hidden=True)
             # An entry about the token behind the prompt is a guess, and is not kept.
             model.mtp_logits(hidden, padded.roll(-1, 1), cache=drafts, lengths=held)
-        out = complete(model, PROMPTS, max_new_tokens=6, cache=cache, speculative=speculative,
-                       draft_cache=drafts if speculative else None)
+        out = complete(
+            model,
+            PROMPTS,
+            max_new_tokens=6,
+            cache=cache,
+            speculative=speculative,
+            draft_cache=drafts if speculative else None,
+        )
         assert out.ids == wanted
 
 
@@ -211,10 +284,11 @@ def test_caches_of_another_text_are_refused(model):
         return cache
 
     for cache, prompts, message in (
-            (cached(5, 6, 7, 8), [[5, 6, 7]], "cache, row 0: the cache holds more than the prompt"),
-            (cached(5, 9), [[5, 6, 7]], "holds another text.*found token 9 at 1, expected 6"),
-            (cached(5), [[5, 6], [7]], "for another batch.*found 1 rows, expected 2"),
-            (model.new_cache(1, 6), [[5, 6]], "too short.*room for 6 tokens, expected 7 or more")):
+        (cached(5, 6, 7, 8), [[5, 6, 7]], "cache, row 0: the cache holds more than the prompt"),
+        (cached(5, 9), [[5, 6, 7]], "holds another text.*found token 9 at 1, expected 6"),
+        (cached(5), [[5, 6], [7]], "for another batch.*found 1 rows, expected 2"),
+        (model.new_cache(1, 6), [[5, 6]], "too short.*room for 6 tokens, expected 7 or more"),
+    ):
         with pytest.raises(DSV3Error, match=message):
             complete(model, prompts, max_new_tokens=6, cache=cache)
 
@@ -222,12 +296,17 @@ def test_caches_of_another_text_are_refused(model):
 def test_what_is_no_cache_of_the_prompts_is_refused(as_in_use, model):
     drafts = dict(speculative=True, cache=model.new_cache(1, 20))
     for options, message in (
-            (dict(cache=[5]), "cache: not a cache.*found list"),
-            (dict(drafts, draft_cache="x"), "draft_cache: not a cache.*found str"),
-            (dict(drafts, draft_cache=model.new_draft_cache(2, 20)),
-             "draft_cache: the cache is for another batch.*found 2 rows, expected 1"),
-            (dict(speculative=True, draft_cache=model.new_draft_cache(1, 3)),
-             "draft_cache, row 0: the cache is too short")):
+        (dict(cache=[5]), "cache: not a cache.*found list"),
+        (dict(drafts, draft_cache="x"), "draft_cache: not a cache.*found str"),
+        (
+            dict(drafts, draft_cache=model.new_draft_cache(2, 20)),
+            "draft_cache: the cache is for another batch.*found 2 rows, expected 1",
+        ),
+        (
+            dict(speculative=True, draft_cache=model.new_draft_cache(1, 3)),
+            "draft_cache, row 0: the cache is too short",
+        ),
+    ):
         with pytest.raises(DSV3Error, match=message):
             complete(model, [[5, 6]], max_new_tokens=6, **options)
 
@@ -246,11 +325,18 @@ def test_caches_of_a_speculative_run_are_cut_back_as_the_message_says(model):
 
 # Streams -----------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("speculative", [False, True])
 def test_a_stream_gives_what_complete_gives(words, speculative):
     model, tokenizer = words
-    options = dict(max_new_tokens=24, temperature=1.5, seed=2, tokenizer=tokenizer, logprobs=True,
-                   speculative=speculative)
+    options = dict(
+        max_new_tokens=24,
+        temperature=1.5,
+        seed=2,
+        tokenizer=tokenizer,
+        logprobs=True,
+        speculative=speculative,
+    )
     prompts = [tokenizer.encode("In byte"), [5]]
     run = complete(model, prompts, **options)
     tokens = list(stream(model, prompts, **options))
@@ -308,6 +394,7 @@ def test_two_texts_never_share_a_cache_in_silence(model):
 
 # Stop strings ------------------------------------------------------------------------------------
 
+
 def released(parts: list[bytes], stop: list[str]) -> tuple[list[str], bool]:
     """The texts that come out, one for each token pushed and one for the end."""
     row = RowText(lambda id: parts[id], stop)
@@ -319,18 +406,25 @@ def released(parts: list[bytes], stop: list[str]) -> tuple[list[str], bool]:
     return [*texts, "".join(text for _, text in row.flush())], False
 
 
-@pytest.mark.parametrize("parts, stop, texts", [
-    ([b"ab", b"c", b"d"], ["bcd"], ["", "", "a"]),                   # across three tokens
-    ([b"ab", b"c", b"x", b"d"], ["bcd"], ["", "", "abcx", "d", ""]),  # begun and not ended
-    ([b"a", b"\n", b"\nb"], ["\n\n"], ["a", "", ""]),
-    ([b"one STOP two"], ["STOP", "one S"], [""]),                    # what is whole first
-    ([b"x", b"\xe2\x82", b"\xac", b"y"], ["y"], ["x", "", "€", ""]),  # a character over two tokens
-    ([b"x", b"\xe2\x82", b"y"], ["y"], ["x", "", "\ufffd"]),
-    ([b"\xe2"], ["y"], ["", "\ufffd"]),
-    ([b"\xe2\x82", b"a", b"b"], ["ab"], ["", "", "\ufffd"]),       # bytes that are no character
-    ([b"aa", b"", b"ab"], ["aab"], ["", "", "a"]),                   # a token without a text
-    ([b"ends", b" here"], ["never"], ["ends", " here", ""]),
-])
+@pytest.mark.parametrize(
+    "parts, stop, texts",
+    [
+        ([b"ab", b"c", b"d"], ["bcd"], ["", "", "a"]),  # across three tokens
+        ([b"ab", b"c", b"x", b"d"], ["bcd"], ["", "", "abcx", "d", ""]),  # begun and not ended
+        ([b"a", b"\n", b"\nb"], ["\n\n"], ["a", "", ""]),
+        ([b"one STOP two"], ["STOP", "one S"], [""]),  # what is whole first
+        (
+            [b"x", b"\xe2\x82", b"\xac", b"y"],
+            ["y"],
+            ["x", "", "€", ""],
+        ),  # a character over two tokens
+        ([b"x", b"\xe2\x82", b"y"], ["y"], ["x", "", "\ufffd"]),
+        ([b"\xe2"], ["y"], ["", "\ufffd"]),
+        ([b"\xe2\x82", b"a", b"b"], ["ab"], ["", "", "\ufffd"]),  # bytes that are no character
+        ([b"aa", b"", b"ab"], ["aab"], ["", "", "a"]),  # a token without a text
+        ([b"ends", b" here"], ["never"], ["ends", " here", ""]),
+    ],
+)
 def test_stop_strings_by_hand(parts, stop, texts):
     assert released(parts, stop)[0] == texts
 
@@ -343,20 +437,28 @@ def test_stop_strings_at_random():
         text = "".join(chance.choices("ab€\n", k=chance.randint(1, 12))).encode()
         cuts = sorted(chance.choices(range(len(text) + 1), k=4))
         parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
-        stop = ["".join(chance.choices("ab€\n", k=chance.randint(1, 3)))
-                for _ in range(chance.randint(1, 2))]
+        stop = [
+            "".join(chance.choices("ab€\n", k=chance.randint(1, 3)))
+            for _ in range(chance.randint(1, 2))
+        ]
         whole = text.decode()
         found = [(place + len(word), place) for word in stop if (place := whole.find(word)) >= 0]
         texts, stopped = released(parts, stop)
         assert stopped == bool(found)
-        assert "".join(texts) == whole[:min(found)[1] if found else None]
+        assert "".join(texts) == whole[: min(found)[1] if found else None]
 
 
 @pytest.mark.parametrize("speculative", [False, True])
 def test_a_text_ends_before_its_stop_string(words, speculative):
     model, tokenizer = words
-    options = dict(max_new_tokens=30, temperature=1.5, seed=6, tokenizer=tokenizer, eos_ids=(),
-                   speculative=speculative)
+    options = dict(
+        max_new_tokens=30,
+        temperature=1.5,
+        seed=6,
+        tokenizer=tokenizer,
+        eos_ids=(),
+        speculative=speculative,
+    )
     prompts = [[5], [9, 9]]
     whole = complete(model, prompts, **options)
     chance = random.Random(1)
@@ -365,13 +467,13 @@ def test_a_text_ends_before_its_stop_string(words, speculative):
         runs = re.findall("[^\ufffd]+", text)  # U+FFFD stands for bytes
         some = chance.choice(runs)
         start = chance.randrange(len(some))
-        stop = some[start:start + chance.randint(1, 3)]
+        stop = some[start : start + chance.randint(1, 3)]
         run = complete(model, prompts, stop=[stop], **options)
         for row in range(2):
             place = whole.texts[row].find(stop)
-            assert run.texts[row] == whole.texts[row][:place if place >= 0 else None]
+            assert run.texts[row] == whole.texts[row][: place if place >= 0 else None]
             assert run.stopped_by[row] == ("stop" if place >= 0 else "length")
-            assert whole.ids[row][:len(run.ids[row])] == run.ids[row]
+            assert whole.ids[row][: len(run.ids[row])] == run.ids[row]
             assert tokenizer.decode(run.ids[row]).startswith(run.texts[row].rstrip("\ufffd"))
             assert len(tokenizer.decode(run.ids[row][:-1])) <= len(run.texts[row])
 
@@ -383,6 +485,7 @@ def test_stop_strings_need_a_tokenizer(model):
 
 # generation_config.json --------------------------------------------------------------------------
 
+
 def written(tmp_path, content) -> GenerationConfig:
     (tmp_path / FILE).write_text(content if isinstance(content, str) else json.dumps(content))
     return GenerationConfig.beside(tmp_path, 100)
@@ -391,8 +494,18 @@ def written(tmp_path, content) -> GenerationConfig:
 def test_generation_config_says(tmp_path):
     assert GenerationConfig.beside(tmp_path, 100) == GenerationConfig()
     assert written(tmp_path, {"transformers_version": "4", "bos_token_id": 0}) == GenerationConfig()
-    made = written(tmp_path, {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 50,
-                              "eos_token_id": [1, 7], "repetition_penalty": 1.1, "min_p": 0.0})
+    made = written(
+        tmp_path,
+        {
+            "do_sample": True,
+            "temperature": 0.6,
+            "top_p": 0.95,
+            "top_k": 50,
+            "eos_token_id": [1, 7],
+            "repetition_penalty": 1.1,
+            "min_p": 0.0,
+        },
+    )
     assert made.defaults == {"temperature": 0.6, "top_p": 0.95, "top_k": 50}
     assert (made.eos_ids, made.ignored) == ((1, 7), ("repetition_penalty",))
     assert written(tmp_path, {"do_sample": False, "temperature": 0.6}).temperature == 0
@@ -401,13 +514,23 @@ def test_generation_config_says(tmp_path):
     assert written(tmp_path, {"eos_token_id": 3}).eos_ids == (3,)
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", "is not JSON"), ("[1]", "is not a JSON object"), ({"temperature": "hot"}, "temperature"),
-    ({"temperature": -1}, "temperature"), ("{\"temperature\": NaN}", "temperature"),
-    ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"top_k": 2.5}, "top_k"),
-    ({"eos_token_id": [1, "x"]}, "eos_token_id"), ({"eos_token_id": 100}, "eos_token_id"),
-    ({"eos_token_id": True}, "eos_token_id"), ({"do_sample": "yes"}, "do_sample"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ('{"temperature": NaN}', "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"eos_token_id": [1, "x"]}, "eos_token_id"),
+        ({"eos_token_id": 100}, "eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id"),
+        ({"do_sample": "yes"}, "do_sample"),
+    ],
+)
 def test_a_damaged_generation_config_gives_one_line(tmp_path, content, message):
     with pytest.raises(DSV3Error, match=f"{FILE}.*{message}|{message}.*{FILE}"):
         written(tmp_path, content)
@@ -426,8 +549,16 @@ def test_sampling_keeps_lists_as_tuples():
 
 
 def test_numbers_of_numpy_are_numbers(as_in_use):
-    given = Sampling(max_new_tokens=np.int64(5), seed=np.uint8(3), temperature=np.float32(0.5),
-                     top_k=np.int32(4), eos_ids=[np.int64(2)])
+    given = Sampling(
+        max_new_tokens=np.int64(5),
+        seed=np.uint8(3),
+        temperature=np.float32(0.5),
+        top_k=np.int32(4),
+        eos_ids=[np.int64(2)],
+    )
     assert given == Sampling(max_new_tokens=5, seed=3, temperature=0.5, top_k=4, eos_ids=[2])
     assert [type(value) for value in (given.seed, given.temperature, given.eos_ids[0])] == [
-        int, float, int]
+        int,
+        float,
+        int,
+    ]

@@ -20,8 +20,14 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-SETUP_FILES = ["pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run",
-               ".github/workflows/test.yml"]
+SETUP_FILES = [
+    "pyproject.toml",
+    "constraints.txt",
+    "environment.yml",
+    "Makefile",
+    ".ci/run",
+    ".github/workflows/test.yml",
+]
 
 
 def pins() -> dict[str, str]:
@@ -42,8 +48,11 @@ def code_blocks(markdown: str) -> list[str]:
 
 
 def test_constraints_name_each_package_once_with_an_exact_version():
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines()
-             if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line) for line in lines)
     names = [line.split("==")[0] for line in lines]
     assert len(names) == len(set(names))
@@ -101,12 +110,16 @@ def test_readme_links_to_files_that_exist():
 
 def test_readme_says_where_to_find_every_module():
     part = (ROOT / "README.md").read_text().split("## The package")[1].split("\n## ")[0]
-    table = part[part.index("\n| | modules of `dsv3/` |\n") + 1:].partition("\n")[2]
+    table = part[part.index("\n| | modules of `dsv3/` |\n") + 1 :].partition("\n")[2]
     named = set(re.findall(r"`([a-z0-9_]+(?:\.py|/))`", table))
     package = ROOT / "dsv3"
     opened = ("checkpoint", "generation", "commands", "parallel")
-    there = {file.name for folder in (package, *map(package.joinpath, opened))
-             for file in folder.glob("*.py") if not file.name.startswith("__")}
+    there = {
+        file.name
+        for folder in (package, *map(package.joinpath, opened))
+        for file in folder.glob("*.py")
+        if not file.name.startswith("__")
+    }
     there |= {f"{file.parent.name}/" for file in package.glob("*/__init__.py")}
     assert named == there
 
@@ -115,8 +128,9 @@ def test_checks_elsewhere_call_the_same_command():
     assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     assert os.access(ROOT / ".ci/run", os.X_OK)
     workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
-    assert {"bash .ci/run"} == {step["run"] for step in workflow["jobs"]["test"]["steps"]
-                                if "run" in step}
+    assert {"bash .ci/run"} == {
+        step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step
+    }
 
 
 def test_console_script_points_at_a_function():
@@ -133,8 +147,14 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHON", "VENV", "TORCH_INDEX"}
     environment = {name: value for name, value in os.environ.items() if name not in outer}
-    return subprocess.run(["make", *arguments], cwd=folder, env=environment, text=True,
-                          capture_output=True, timeout=60)
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=folder,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
 
 
 @pytest.fixture
@@ -209,10 +229,13 @@ def test_the_torch_index_is_asked_for_torch_alone(clone):
 
 
 @needs_make
-@pytest.mark.parametrize("refuses, message", [
-    ("version_info", "3.11 or later is needed"),
-    ("ensurepip", "cannot make virtual environments"),
-])
+@pytest.mark.parametrize(
+    "refuses, message",
+    [
+        ("version_info", "3.11 or later is needed"),
+        ("ensurepip", "cannot make virtual environments"),
+    ],
+)
 def test_an_unfit_python_is_named_in_one_line(clone, refuses, message):
     python = clone / "old-python"
     python.write_text(f'#!/bin/sh\ncase "$*" in *{refuses}*) exit 1;; esac\necho Python 3.9.2\n')
@@ -240,8 +263,9 @@ def test_clean_removes_only_an_environment(ready):
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
-                          timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -257,15 +281,26 @@ def test_import_dsv3_loads_nothing_heavy():
 def test_the_public_face_needs_no_optional_package():
     """As on a Mac without Triton: importing any of these packages fails here."""
     print_names = "print(*[f'{name}:{type(globals()[name]).__name__}' for name in dsv3.__all__])"
-    names = python(f"import sys, dsv3\nfor name in {OPTIONAL}: sys.modules[name] = None\n"
-                   f"from dsv3 import *\n{print_names}").split()
-    assert names == ["ModelConfig:type", "Transformer:type", "load_model:function",
-                     "load_tokenizer:function", "generate:function"]
+    names = python(
+        f"import sys, dsv3\nfor name in {OPTIONAL}: sys.modules[name] = None\n"
+        f"from dsv3 import *\n{print_names}"
+    ).split()
+    assert names == [
+        "ModelConfig:type",
+        "Transformer:type",
+        "load_model:function",
+        "load_tokenizer:function",
+        "generate:function",
+    ]
 
 
 def test_generate_is_the_function_whatever_was_imported_before():
-    assert python("import dsv3.generation.loop\nfrom dsv3 import generate\n"
-                  "print(type(generate).__name__)") == "function"
+    assert (
+        python(
+            "import dsv3.generation.loop\nfrom dsv3 import generate\nprint(type(generate).__name__)"
+        )
+        == "function"
+    )
 
 
 def test_unknown_names_of_the_package_are_attribute_errors():

@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import SHAPED
 
+from dsv3.cache import Step
 from dsv3.config import ModelConfig
 from dsv3.fp8 import QuantizedTensor
 from dsv3.layers import RMSNorm
-from dsv3.cache import Step
 from dsv3.moe import Router
 from dsv3.precision import Precision
 from dsv3.rope import rotate
@@ -65,9 +65,11 @@ def test_results_are_checked(monkeypatch):
 
 def modules_with_shapes() -> list[str]:
     """Modules of the package that import jaxtyping."""
-    return [".".join(path.relative_to(ROOT).with_suffix("").parts)
-            for path in sorted((ROOT / "dsv3").rglob("*.py"))
-            if "from jaxtyping import" in path.read_text()]
+    return [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / "dsv3").rglob("*.py"))
+        if "from jaxtyping import" in path.read_text()
+    ]
 
 
 def test_every_module_that_says_shapes_is_checked():

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 
 from dsv3 import ModelConfig, data, load_model, load_tokenizer
 from dsv3.checkpoint.cast import cast
-from dsv3.generation.loop import complete
 from dsv3.checkpoint.inspect import held_bytes, report
 from dsv3.checkpoint.layout import layout
+from dsv3.generation.loop import complete
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.training import exam
 from dsv3.training.needle import loss_by_position
@@ -28,10 +28,25 @@ from dsv3.training.routing import expert_counts
 MODEL = Path(__file__).parents[1] / "assets" / "dsv3-mini"
 NEW_TOKENS = 48
 PROMPTS = [
-    "HAMLET.\n", "O Romeo, ", "The king is dead, and", "Enter two Gentlemen", "My lord, I",
-    "What ho!", "Good night, good night!", "ROMEO.\nBut soft,", "I have a wife whom", "Farewell",
-    "To be, or not to be", "Now is the winter of", "The quality of mercy", "Friends, Romans,",
-    "JULIET.\nO ", "If it were done", "Exeunt.\n", "def main(args):\n", "class Reader:\n",
+    "HAMLET.\n",
+    "O Romeo, ",
+    "The king is dead, and",
+    "Enter two Gentlemen",
+    "My lord, I",
+    "What ho!",
+    "Good night, good night!",
+    "ROMEO.\nBut soft,",
+    "I have a wife whom",
+    "Farewell",
+    "To be, or not to be",
+    "Now is the winter of",
+    "The quality of mercy",
+    "Friends, Romans,",
+    "JULIET.\nO ",
+    "If it were done",
+    "Exeunt.\n",
+    "def main(args):\n",
+    "class Reader:\n",
     "Is this a dagger which I see before me, the handle toward my hand?",
 ]
 
@@ -80,9 +95,11 @@ def words():
 def held_out():
     """Held-out documents by domain, without making those to train on."""
     modules = data.split_modules(data.read_modules())[1]
-    return {"plays": data.documents(data.split(data.read_plays())[1], chats=False),
-            "code": data.code_documents(modules),
-            "arithmetic": data.arithmetic_documents(1, held_out=True)}
+    return {
+        "plays": data.documents(data.split(data.read_plays())[1], chats=False),
+        "code": data.code_documents(modules),
+        "arithmetic": data.arithmetic_documents(1, held_out=True),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +114,8 @@ def bf16(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bf16") / "model"
     cast(MODEL, folder, to="bf16", progress=False)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager").eval()
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     return theirs, load_model(folder, precision="fp32")
 
 
@@ -138,8 +156,9 @@ def test_sums_of_pairs_never_trained(model, words):
 
 
 def test_functions_end_and_parse(model, words, held_out):
-    found = exam.code_samples(model, words, exam.first_lines(held_out["code"], 12), 0.8,
-                              max_new_tokens=256)
+    found = exam.code_samples(
+        model, words, exam.first_lines(held_out["code"], 12), 0.8, max_new_tokens=256
+    )
     assert found["parsed"] >= 0.25, found["broken"]
 
 
@@ -175,8 +194,10 @@ def test_transformers_has_the_same_validation_loss(bf16, ids):
     short = [exam.held_out_windows(ours, tokens, 256, 2) for tokens in ids.values()]
     for windows in (torch.cat(short), exam.held_out_windows(ours, ids["plays"], 1024, 2)):
         with torch.inference_mode():
-            losses = [float(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:-1].flatten()))
-                      for logits in (theirs(windows[:, :-2]).logits, ours(windows[:, :-2]))]
+            losses = [
+                float(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:-1].flatten()))
+                for logits in (theirs(windows[:, :-2]).logits, ours(windows[:, :-2]))
+            ]
         assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
@@ -191,14 +212,18 @@ def test_drafting_changes_nothing(model, prompts, plain, capsys):
     assert together == plain
     assert 0.1 < acceptance < 1.0
     with capsys.disabled():
-        print(f"\ndrafts accepted, greedy: {acceptance:.0%} alone, {acceptance_together:.0%} "
-              "in a batch")
+        print(
+            f"\ndrafts accepted, greedy: {acceptance:.0%} alone, {acceptance_together:.0%} "
+            "in a batch"
+        )
 
 
 def say_on_two_ranks(group: TensorGroup, prompts):
     model = load_model(MODEL, precision="fp8", group=group)
-    return (say(model, prompts, batched=True)[0],
-            say(model, prompts, batched=True, speculative=True)[0])
+    return (
+        say(model, prompts, batched=True)[0],
+        say(model, prompts, batched=True, speculative=True)[0],
+    )
 
 
 def test_two_ranks_say_what_one_says(prompts, plain):
@@ -211,7 +236,8 @@ def test_bf16_and_fp8_are_near_fp32(prompts):
     """Log-probabilities of real continuations; what is lost is reported in the model card."""
     text = torch.tensor([prompts[-1]])
     with torch.inference_mode():
-        exact, half, fp8 = (load_model(MODEL, precision=p)(text).log_softmax(-1)
-                            for p in ("fp32", "bf16", "fp8"))
+        exact, half, fp8 = (
+            load_model(MODEL, precision=p)(text).log_softmax(-1) for p in ("fp32", "bf16", "fp8")
+        )
     assert float((half - exact).abs().mean()) < 0.05
     assert 1e-3 < float((fp8 - exact).abs().mean()) < 0.3

@@ -14,23 +14,39 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from dsv3.generation import speculative
 from dsv3.checkpoint.loading import load_model
 from dsv3.checkpoint.saving import save_model
 from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.errors import DSV3Error
+from dsv3.generation import speculative
 from dsv3.generation.loop import complete
-from dsv3.model import Transformer
-from dsv3.parallel.tensor import TensorGroup
 from dsv3.generation.sampling import draw, probabilities
 from dsv3.generation.session import Session
+from dsv3.model import Transformer
+from dsv3.parallel.tensor import TensorGroup
 
 CONFIG = ModelConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
-    num_hidden_layers=2, num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=2,
-    kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
-    first_k_dense_replace=1, n_group=4, topk_group=2, num_nextn_predict_layers=1,
-    max_position_embeddings=64, initializer_range=0.2, eos_token_id=None)
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    kv_lora_rank=16,
+    q_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+    num_nextn_predict_layers=1,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+    eos_token_id=None,
+)
 
 
 def drafting_model(config: ModelConfig = CONFIG, seed: int = 0) -> Transformer:
@@ -40,8 +56,9 @@ def drafting_model(config: ModelConfig = CONFIG, seed: int = 0) -> Transformer:
     with torch.no_grad():
         model.embed.weight.mul_(15.0)
         for module in model.mtp:
-            module.eh_proj.weight.copy_(torch.cat([5 * torch.eye(size),
-                                                   torch.eye(size).flip(0)], dim=1))
+            module.eh_proj.weight.copy_(
+                torch.cat([5 * torch.eye(size), torch.eye(size).flip(0)], dim=1)
+            )
     return model.eval()
 
 
@@ -52,8 +69,10 @@ def model() -> Transformer:
 
 def prompts(count: int = 20, longest: int = 20) -> list[list[int]]:
     chance = random.Random(7)
-    return [[chance.randrange(CONFIG.vocab_size) for _ in range(chance.randint(1, longest))]
-            for _ in range(count)]
+    return [
+        [chance.randrange(CONFIG.vocab_size) for _ in range(chance.randint(1, longest))]
+        for _ in range(count)
+    ]
 
 
 @torch.inference_mode()
@@ -62,7 +81,7 @@ def greedy_text(model: Transformer, prompt: list[int], count: int) -> list[int]:
     text = list(prompt)
     for _ in range(count):
         text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
-    return text[len(prompt):]
+    return text[len(prompt) :]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +91,7 @@ def texts(model) -> list[list[int]]:
 
 
 # Greedy ------------------------------------------------------------------------------------------
+
 
 def test_one_prompt_at_a_time(model, texts):
     # fact 46
@@ -97,6 +117,7 @@ def test_drafts_that_are_never_right_and_always_right(model, texts):
 
     def guess(offset: int):
         """Draft what plain decoding gives, moved by ``offset`` ids."""
+
         def mtp_logits(hidden, tokens, cache, lengths, last_only):
             cache.advance(lengths)
             rows = torch.zeros(len(lengths), CONFIG.vocab_size)
@@ -105,6 +126,7 @@ def test_drafts_that_are_never_right_and_always_right(model, texts):
                 if 0 <= place < len(ids):
                     rows[row, (ids[place] + offset) % CONFIG.vocab_size] = 1.0
             return rows, hidden
+
         return mtp_logits
 
     for offset, acceptance, per_pass in (0, 1.0, 2.0), (1, 0.0, 1.0):
@@ -125,8 +147,8 @@ def test_acceptance_is_that_of_the_whole_text_seen_at_once(model, texts, chunk):
             _, hidden = model(text, return_hidden=True)
             logits, _ = model.mtp_logits(hidden[:, :-1], text[:, 1:])
         guesses = logits[0].argmax(-1).tolist()  # entry i is a guess at token i + 2
-        last = len(prompt)                       # the newest token that has been chosen
-        while last + 2 < text.shape[1]:          # room for two more
+        last = len(prompt)  # the newest token that has been chosen
+        while last + 2 < text.shape[1]:  # room for two more
             right = guesses[last - 1] == text[0, last + 1]
             drafts, accepted = drafts + 1, accepted + int(right)
             last += 2 if right else 1
@@ -141,8 +163,14 @@ def test_rows_end_at_their_own_eos(model, texts, seed):
     eos = random.Random(seed).sample(sorted({id for ids in texts for id in ids}), 5)
     wanted = complete(model, prompts(), max_new_tokens=24, eos_ids=eos)
     seen = [[] for _ in prompts()]
-    run = complete(model, prompts(), max_new_tokens=24, eos_ids=eos, speculative=True,
-                   on_token=lambda row, id: seen[row].append(id))
+    run = complete(
+        model,
+        prompts(),
+        max_new_tokens=24,
+        eos_ids=eos,
+        speculative=True,
+        on_token=lambda row, id: seen[row].append(id),
+    )
     assert run.ids == wanted.ids == seen
     assert run.stopped_by == wanted.stopped_by
     assert {"eos", "length"} == set(run.stopped_by)
@@ -154,8 +182,10 @@ def test_up_to_the_context(model, new):
     """Prompts that leave room for 1, 2, 3 ... tokens, side by side with short ones."""
     context = CONFIG.max_position_embeddings
     chance = random.Random(1)
-    rows = [[chance.randrange(CONFIG.vocab_size) for _ in range(length)]
-            for length in (context - 1, 1, context - 2, context - 3, context - 4, 9, context - 9)]
+    rows = [
+        [chance.randrange(CONFIG.vocab_size) for _ in range(length)]
+        for length in (context - 1, 1, context - 2, context - 3, context - 4, 9, context - 9)
+    ]
     wanted = complete(model, rows, max_new_tokens=new)
     run = complete(model, rows, max_new_tokens=new, speculative=True)
     assert (run.ids, run.stopped_by) == (wanted.ids, wanted.stopped_by)
@@ -166,10 +196,11 @@ def test_up_to_the_context(model, new):
 
 def test_interrupt_keeps_a_beginning(model, texts):
     answers = iter([False] * 5 + [True])
-    run = complete(model, prompts(4), max_new_tokens=24, speculative=True,
-                   should_stop=lambda: next(answers))
+    run = complete(
+        model, prompts(4), max_new_tokens=24, speculative=True, should_stop=lambda: next(answers)
+    )
     assert run.stopped_by == ["interrupt"] * 4
-    assert all(0 < len(ids) < 24 and ids == whole[:len(ids)] for ids, whole in zip(run.ids, texts))
+    assert all(0 < len(ids) < 24 and ids == whole[: len(ids)] for ids, whole in zip(run.ids, texts))
 
 
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
@@ -222,6 +253,7 @@ def test_a_model_without_the_module_is_refused():
 
 # Sampling ----------------------------------------------------------------------------------------
 
+
 def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
     """Pearson's statistic, and its 0.999 point (Wilson and Hilferty's approximation).
 
@@ -253,10 +285,11 @@ VOCAB, RUNS, PROMPT = 6, 3000, [3, 1, 4]
 @torch.inference_mode()
 def exact_joint(model: Transformer, temperature: float, top_p: float) -> torch.Tensor:
     """Probability of every three-token continuation of PROMPT, (v, v, v), from plain logits."""
-    texts = torch.tensor([PROMPT + list(tail)
-                          for tail in itertools.product(range(VOCAB), repeat=3)])
-    p = probabilities(model(texts), temperature, top_p)[:, len(PROMPT) - 1:-1]
-    steps = p.gather(-1, texts[:, len(PROMPT):, None])[..., 0]
+    texts = torch.tensor(
+        [PROMPT + list(tail) for tail in itertools.product(range(VOCAB), repeat=3)]
+    )
+    p = probabilities(model(texts), temperature, top_p)[:, len(PROMPT) - 1 : -1]
+    steps = p.gather(-1, texts[:, len(PROMPT) :, None])[..., 0]
     return steps.prod(-1).view(VOCAB, VOCAB, VOCAB)
 
 
@@ -268,8 +301,15 @@ def test_sampled_text_has_the_distribution_of_plain_logits(monkeypatch, temperat
     exact = exact_joint(model, temperature, top_p)
 
     def statistic(speculate: bool = True) -> tuple[float, float]:
-        run = complete(model, [PROMPT] * RUNS, max_new_tokens=4, temperature=temperature,
-                       top_p=top_p, seed=5, speculative=speculate)
+        run = complete(
+            model,
+            [PROMPT] * RUNS,
+            max_new_tokens=4,
+            temperature=temperature,
+            top_p=top_p,
+            seed=5,
+            speculative=speculate,
+        )
         assert not speculate or 0.3 < run.acceptance < 0.9
         counts = torch.zeros(VOCAB, VOCAB, VOCAB)
         for ids in run.ids:
@@ -286,8 +326,9 @@ def test_sampled_text_has_the_distribution_of_plain_logits(monkeypatch, temperat
     assert value > bound, "the test does not see a wrong replacement"
 
 
-@pytest.mark.parametrize("rule, right", [(speculative.verify, True), (replace_by_p, False),
-                                         (accept_all, False)])
+@pytest.mark.parametrize(
+    "rule, right", [(speculative.verify, True), (replace_by_p, False), (accept_all, False)]
+)
 def test_rejection_rule_alone(rule, right):
     p = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
     q = torch.tensor([0.1, 0.6, 0.1, 0.2], dtype=torch.float64)
@@ -320,8 +361,12 @@ def draft_on_a_rank(group: TensorGroup, folder: str) -> list:
 
 
 def account(model, seed: int) -> list:
-    runs = [complete(model, prompts(), max_new_tokens=16, seed=seed, eos_ids=[11],
-                     speculative=True, **case) for case in CASES]
+    runs = [
+        complete(
+            model, prompts(), max_new_tokens=16, seed=seed, eos_ids=[11], speculative=True, **case
+        )
+        for case in CASES
+    ]
     return [(run.ids, run.stopped_by, run.acceptance) for run in runs]
 
 

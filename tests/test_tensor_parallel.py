@@ -17,12 +17,21 @@ from dsv3.parallel.tensor import TensorGroup
 
 # Sizes whose FP8 blocks can be cut over 4 ranks, with a last block of 64 rows in wkv_a.
 CONFIG = ModelConfig.mini().but(
-    vocab_size=256, hidden_size=128, intermediate_size=512, moe_intermediate_size=512,
-    num_hidden_layers=3, num_attention_heads=8, n_routed_experts=8, num_experts_per_tok=3,
-    rope_scaling=YarnScaling(factor=4, original_max_position_embeddings=16, mscale=1.0,
-                             mscale_all_dim=1.0),
-    max_position_embeddings=64, initializer_range=0.08,
-    quantization_config=QuantizationConfig(scale_fmt="ue8m0"))
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=512,
+    moe_intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    rope_scaling=YarnScaling(
+        factor=4, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0
+    ),
+    max_position_embeddings=64,
+    initializer_range=0.08,
+    quantization_config=QuantizationConfig(scale_fmt="ue8m0"),
+)
 
 
 BOUNDS = {"fp32": 1e-5, "fp8": 1e-6}  # of the largest logit
@@ -35,16 +44,16 @@ def folder(request, tmp_path_factory):
     with torch.no_grad():
         for name in model.weight_names():
             if name.endswith("gate.bias"):
-                model.weight(name).normal_(-3.0, 0.5,
-                                           generator=torch.Generator().manual_seed(2))
+                model.weight(name).normal_(-3.0, 0.5, generator=torch.Generator().manual_seed(2))
     path = tmp_path_factory.mktemp("parallel")
     save_model(model, path)
     return path
 
 
 def text(rows: int, length: int) -> torch.Tensor:
-    return torch.randint(CONFIG.vocab_size, (rows, length),
-                         generator=torch.Generator().manual_seed(5))
+    return torch.randint(
+        CONFIG.vocab_size, (rows, length), generator=torch.Generator().manual_seed(5)
+    )
 
 
 @torch.inference_mode()
@@ -57,11 +66,16 @@ def answers(group: TensorGroup, folder) -> dict:
         full, hidden = model(tokens, return_hidden=True)
         cache = model.new_cache(2, 60)
         ragged = model(tokens[:, :30], cache=cache, lengths=[30, 11], last_only=True)
-        steps = [model(tokens[:, i:i + 1], cache=cache) for i in range(30, 40)]
+        steps = [model(tokens[:, i : i + 1], cache=cache) for i in range(30, 40)]
         sent = group.bytes_sent - before
         draft, _ = model.mtp_logits(hidden[:, :-1], tokens[:, 1:])
-        found[precision] = {"full": full.numpy(), "ragged": ragged.numpy(), "sent": sent,
-                            "steps": torch.cat(steps, 1).numpy(), "draft": draft.numpy()}
+        found[precision] = {
+            "full": full.numpy(),
+            "ragged": ragged.numpy(),
+            "sent": sent,
+            "steps": torch.cat(steps, 1).numpy(),
+            "draft": draft.numpy(),
+        }
     return found
 
 
@@ -80,8 +94,9 @@ def test_ranks_equal_one(folder, ranks):
             first = together[0][precision][name]
             assert gap(first, wanted) < bound, (precision, name)
             assert (first.argmax(-1) == wanted.argmax(-1)).all(), (precision, name)
-            assert all((found[precision][name] == first).all() for found in together), \
+            assert all((found[precision][name] == first).all() for found in together), (
                 "ranks that see different logits choose different tokens"
+            )
     check_bytes(together[0]["fp32"]["sent"], ranks)
 
 
@@ -90,16 +105,21 @@ def check_bytes(sent: int, ranks: int) -> None:
     2 (N-1)/N * hidden_size * 4 bytes; and N-1 times my part of the logits that were asked for."""
     sums = 1 + 2 * CONFIG.num_hidden_layers
     positions, asked = 80 + 60 + 20, 80 + 2 + 20
-    assert sent == (positions * sums * CONFIG.hidden_size * 4 * 2 * (ranks - 1) // ranks
-                    + asked * CONFIG.vocab_size // ranks * (ranks - 1) * 4)
+    assert sent == (
+        positions * sums * CONFIG.hidden_size * 4 * 2 * (ranks - 1) // ranks
+        + asked * CONFIG.vocab_size // ranks * (ranks - 1) * 4
+    )
 
 
-@pytest.mark.parametrize("changes, named", [
-    (dict(num_attention_heads=6), "num_attention_heads"),
-    (dict(vocab_size=254), "vocab_size"),
-    (dict(n_routed_experts=6, n_group=1, topk_group=1), "n_routed_experts"),
-    (dict(intermediate_size=514), "intermediate_size"),
-])
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(num_attention_heads=6), "num_attention_heads"),
+        (dict(vocab_size=254), "vocab_size"),
+        (dict(n_routed_experts=6, n_group=1, topk_group=1), "n_routed_experts"),
+        (dict(intermediate_size=514), "intermediate_size"),
+    ],
+)
 def test_sizes_that_do_not_divide_are_named(changes, named):
     with pytest.raises(DSV3Error, match=named):
         Transformer(CONFIG.but(**changes), group=TensorGroup(rank=1, size=4, device="meta"))

@@ -47,8 +47,11 @@ def oracle(released):
     transformers = pytest.importorskip("transformers")
     settings = json.loads((released / "tokenizer_config.json").read_text(encoding="utf-8"))
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(released / "tokenizer.json"), bos_token=BOS, eos_token=EOS,
-        chat_template=settings["chat_template"], clean_up_tokenization_spaces=False,
+        tokenizer_file=str(released / "tokenizer.json"),
+        bos_token=BOS,
+        eos_token=EOS,
+        chat_template=settings["chat_template"],
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -82,17 +85,34 @@ TEXTS = [
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Hi"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why <b> & \"c\"?"}],
-    [{"role": "system", "content": "One."}, {"role": "user", "content": "a"},
-     {"role": "assistant", "content": "b"}, {"role": "system", "content": "Two."},
-     {"role": "user", "content": "c\n"}],
-    [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "<think>hm</think>4"},
-     {"role": "user", "content": "3+3"}],
-    [{"role": "user", "content": "weather?"},
-     {"role": "assistant", "content": "Let me look.", "tool_calls": [
-         {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}]},
-     {"role": "tool", "content": "sunny"},
-     {"role": "assistant", "content": "Sunny."}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Why <b> & "c"?'}],
+    [
+        {"role": "system", "content": "One."},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "system", "content": "Two."},
+        {"role": "user", "content": "c\n"},
+    ],
+    [
+        {"role": "user", "content": "2+2"},
+        {"role": "assistant", "content": "<think>hm</think>4"},
+        {"role": "user", "content": "3+3"},
+    ],
+    [
+        {"role": "user", "content": "weather?"},
+        {
+            "role": "assistant",
+            "content": "Let me look.",
+            "tool_calls": [
+                {
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": '{"city": "Ulm"}'},
+                }
+            ],
+        },
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "Sunny."},
+    ],
 ]
 
 
@@ -100,8 +120,14 @@ def test_known_ids(tokenizer):
     """Ids of the released vocabulary, as its documentation lists them."""
     assert (tokenizer.bos_token, tokenizer.bos_id) == (BOS, 0)
     assert (tokenizer.eos_token, tokenizer.eos_id) == (EOS, 1)
-    known = {"<｜▁pad▁｜>": 2, "<｜fim▁begin｜>": 128801, USER: 128803, ASSISTANT: 128804,
-             "<|EOT|>": 128805, "<｜tool▁calls▁begin｜>": 128806}
+    known = {
+        "<｜▁pad▁｜>": 2,
+        "<｜fim▁begin｜>": 128801,
+        USER: 128803,
+        ASSISTANT: 128804,
+        "<|EOT|>": 128805,
+        "<｜tool▁calls▁begin｜>": 128806,
+    }
     for token, id in known.items():
         assert tokenizer.encode(token, add_bos=False) == [id]
     assert tokenizer.vocab_size == 128815  # the model's embedding has 129280 rows
@@ -143,18 +169,24 @@ def test_tool_call_without_words(tokenizer):
     )
 
 
-@pytest.mark.parametrize("template", [
-    "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }}\n  {% endif %}\n"
-    "{% endfor %}\n",
-    "{{ messages[0] | tojson }} {{ {'ö': '<&>'} | tojson(indent=2) }}",
-    "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
-    "{{ bos_token }}{{ nothing }}{{ extra }}|{{ eos_token }}",
-])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }}\n  {% endif %}\n"
+        "{% endfor %}\n",
+        "{{ messages[0] | tojson }} {{ {'ö': '<&>'} | tojson(indent=2) }}",
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+        "{{ bos_token }}{{ nothing }}{{ extra }}|{{ eos_token }}",
+    ],
+)
 def test_jinja_dialect_as_transformers(tokenizer, oracle, template):
     """Whitespace around block tags, tojson without HTML escapes, loop controls."""
     ours = with_template(tokenizer, template)
     expected = oracle.apply_chat_template(
-        CONVERSATIONS[2], tokenize=False, chat_template=template, add_generation_prompt=True,
+        CONVERSATIONS[2],
+        tokenize=False,
+        chat_template=template,
+        add_generation_prompt=True,
         extra="more",
     )
     assert ours.apply_chat_template(CONVERSATIONS[2], extra="more") == expected
@@ -172,8 +204,12 @@ def test_add_bos_token_is_honoured(released, tmp_path, tokenizer):
 def test_file_with_truncation_does_not_cut_prompts(released, tmp_path, tokenizer):
     folder = edited(released, tmp_path)
     description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    description["truncation"] = {"max_length": 4, "stride": 0, "strategy": "LongestFirst",
-                                 "direction": "Right"}
+    description["truncation"] = {
+        "max_length": 4,
+        "stride": 0,
+        "strategy": "LongestFirst",
+        "direction": "Right",
+    }
     (folder / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
     text = "one two three four five six seven eight"
     assert load_tokenizer(folder).encode(text) == tokenizer.encode(text)
@@ -215,8 +251,11 @@ def test_stream_equals_decode_on_random_ids(tokenizer, oracle, skip_special):
 
 def test_template_spellings(released, tmp_path):
     """A list of named templates, and the newer file beside the config."""
-    folder = edited(released, tmp_path, chat_template=[
-        {"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}])
+    folder = edited(
+        released,
+        tmp_path,
+        chat_template=[{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}],
+    )
     assert load_tokenizer(folder).apply_chat_template([]) == "yes"
     (folder / "chat_template.jinja").write_text("file", encoding="utf-8")
     assert load_tokenizer(folder).apply_chat_template([]) == "file"
@@ -273,8 +312,12 @@ def test_special_token_outside_the_vocabulary(released, tmp_path):
 def test_tokenizer_of_another_kind(released, tmp_path):
     folder = edited(released, tmp_path)
     description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    description["decoder"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always",
-                              "split": True}
+    description["decoder"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": "always",
+        "split": True,
+    }
     (folder / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
     with pytest.raises(DSV3Error, match="not a byte-level tokenizer.*Metaspace"):
         load_tokenizer(folder)
@@ -282,12 +325,17 @@ def test_tokenizer_of_another_kind(released, tmp_path):
 
 def small_files(tiny_checkpoint: Path, folder: Path) -> dict[str, object]:
     """The small model's tokenizer with fewer tokens, so that damage hits all kinds of fields."""
-    files = {name: json.loads((tiny_checkpoint / name).read_text(encoding="utf-8"))
-             for name in ("tokenizer.json", "tokenizer_config.json")}
+    files = {
+        name: json.loads((tiny_checkpoint / name).read_text(encoding="utf-8"))
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    }
     model = files["tokenizer.json"]["model"]
     model["vocab"] = {token: id for token, id in model["vocab"].items() if id < 270}
-    model["merges"] = [pair for pair in model["merges"]
-                       if "".join(pair) in model["vocab"] and {*pair} <= model["vocab"].keys()]
+    model["merges"] = [
+        pair
+        for pair in model["merges"]
+        if "".join(pair) in model["vocab"] and {*pair} <= model["vocab"].keys()
+    ]
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     return files
@@ -297,6 +345,7 @@ def small_files(tiny_checkpoint: Path, folder: Path) -> dict[str, object]:
 def test_damaged_files_are_read_or_refused_in_one_line(tiny_checkpoint, tmp_path, name):
     """Everything that can be asked of a tokenizer, over 500 damaged files."""
     files = small_files(tiny_checkpoint, tmp_path)
+
     def use():
         tokenizer = load_tokenizer(tmp_path)
         ids = tokenizer.encode("In a word, é😀\0")
@@ -362,11 +411,19 @@ def test_files_in_other_formats_are_named(tiny_checkpoint, tmp_path):
 
 def test_templates_in_files_of_their_own(released, tmp_path):
     """chat_template.jinja is the default one; the folder's files are named after themselves."""
-    folder = edited(released, tmp_path, chat_template="config", bos_token=BOS, mask_token=None,
-                    pad_token={"content": "<｜▁pad▁｜>"}, sep_token=3)
+    folder = edited(
+        released,
+        tmp_path,
+        chat_template="config",
+        bos_token=BOS,
+        mask_token=None,
+        pad_token={"content": "<｜▁pad▁｜>"},
+        sep_token=3,
+    )
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text(
-        "{{ tools[0].name }}{{ pad_token }}{{ mask_token }}{{ sep_token }}", encoding="utf-8")
+        "{{ tools[0].name }}{{ pad_token }}{{ mask_token }}{{ sep_token }}", encoding="utf-8"
+    )
     (folder / "chat_template.jinja").write_text("file", encoding="utf-8")
     tokenizer = load_tokenizer(folder)
     assert tokenizer.apply_chat_template([]) == "file"

@@ -13,7 +13,7 @@ from dsv3.training.objective import losses
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.step import StepValues, train_step
 
-EXPERTS, CHOSEN = 8, 2     # N_r and K_r of TINY
+EXPERTS, CHOSEN = 8, 2  # N_r and K_r of TINY
 
 
 @pytest.fixture
@@ -22,6 +22,7 @@ def model():
 
 
 # The bias ---------------------------------------------------------------------------------------
+
 
 def test_bias_rule_by_hand():
     bias = torch.tensor([0.5, 0.0, 0.0, -1.0])
@@ -47,16 +48,23 @@ def test_bias_moves_by_gamma_only_and_gets_no_gradient(model, micro_batch):
             router.bias += torch.arange(8) / 100
     before = {name: router.bias.clone() for name, router in watch.routers.items()}
     seen = {name: [] for name in watch.routers}
-    hooks = [router.register_forward_hook(lambda m, i, o, name=name: seen[name].append(o[1]))
-             for name, router in watch.routers.items()]
-    train_step(model, optimizer, window(),
-               StepValues(learning_rate=1e-3, bias_speed=0.01, micro_batch=micro_batch), watch)
+    hooks = [
+        router.register_forward_hook(lambda m, i, o, name=name: seen[name].append(o[1]))
+        for name, router in watch.routers.items()
+    ]
+    train_step(
+        model,
+        optimizer,
+        window(),
+        StepValues(learning_rate=1e-3, bias_speed=0.01, micro_batch=micro_batch),
+        watch,
+    )
     for hook in hooks:
         hook.remove()
     for name, router in watch.routers.items():
         assert router.bias.grad is None
         chosen = torch.cat(seen[name]).flatten()
-        assert len(chosen) == 4 * 16 * 2        # the whole batch, not one micro-batch
+        assert len(chosen) == 4 * 16 * 2  # the whole batch, not one micro-batch
         load = torch.tensor([int((chosen == e).sum()) for e in range(8)])
         moved = router.bias - before[name]
         assert torch.allclose(moved, 0.01 * (16 - load).sign(), atol=1e-7)
@@ -76,7 +84,7 @@ def test_the_rule_balances_a_skewed_router():
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         router.weight.normal_(0, 0.1, generator=random)
-        router.weight[:2] += 0.1                       # e_1 and e_2 suit tokens whose mean is 1
+        router.weight[:2] += 0.1  # e_1 and e_2 suit tokens whose mean is 1
         router.bias.zero_()
         violations = []
         for _ in range(200):
@@ -89,11 +97,12 @@ def test_the_rule_balances_a_skewed_router():
 
 # The watch --------------------------------------------------------------------------------------
 
+
 def test_watch_counts_from_reset_until_close(model):
     watch = RouterWatch(model)
     with torch.no_grad():
         model(window(2, 16))
-        assert [load.sum() for load in watch.load.values()] == [2 * 16 * CHOSEN, 0]   # MTP idle
+        assert [load.sum() for load in watch.load.values()] == [2 * 16 * CHOSEN, 0]  # MTP idle
         watch.reset()
         model(window(1, 16))
         assert watch.load[ROUTERS[0]].sum() == 16 * CHOSEN
@@ -118,10 +127,12 @@ def test_watch_adds_up_all_routers(model):
     scores = {name: [] for name in watch.routers}
     for name, router in watch.routers.items():
         router.register_forward_hook(
-            lambda m, inputs, o, name=name: scores[name].append(m.scores(inputs[0])))
+            lambda m, inputs, o, name=name: scores[name].append(m.scores(inputs[0]))
+        )
     losses(model, window())
-    by_hand = sum(by_definition(scores[name][0].detach().view(4, 16, 8), CHOSEN)
-                  for name in ROUTERS)
+    by_hand = sum(
+        by_definition(scores[name][0].detach().view(4, 16, 8), CHOSEN) for name in ROUTERS
+    )
     assert float(watch.sequence_loss(4).detach()) == pytest.approx(by_hand, rel=1e-5)
 
 
@@ -134,6 +145,7 @@ def test_a_dense_model_has_no_sequence_loss():
 
 # The sequence-wise loss -------------------------------------------------------------------------
 
+
 def by_definition(scores: torch.Tensor, k: int) -> float:
     """Eq. 17-20 without alpha, token after token in Python floats; the mean over sequences."""
     total = 0.0
@@ -142,9 +154,9 @@ def by_definition(scores: torch.Tensor, k: int) -> float:
         for i in range(experts):
             f = p = 0.0
             for s in sequence:
-                f += s[i] in sorted(s)[-k:]                         # among the K_r largest
-                p += s[i] / sum(s)                                  # eq. 19
-            total += f * experts / (k * tokens) * p / tokens        # eq. 18, 20
+                f += s[i] in sorted(s)[-k:]  # among the K_r largest
+                p += s[i] / sum(s)  # eq. 19
+            total += f * experts / (k * tokens) * p / tokens  # eq. 18, 20
     return total / len(scores)
 
 
@@ -169,7 +181,8 @@ def test_loss_is_eq_17_to_20(experts, k):
     # eq. 17-20
     scores = random_scores(3, 10, experts)
     assert float(sequence_balance(scores, config(experts, k))) == pytest.approx(
-        by_definition(scores, k), rel=1e-5)
+        by_definition(scores, k), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("experts, k", [(8, 2), (16, 4), (256, 8)])
@@ -211,7 +224,7 @@ def test_loss_is_per_sequence_and_not_per_batch():
     # fact 30
     domains = torch.full((4, 20, 8), 0.01)
     for domain in range(4):
-        domains[domain, :, 2 * domain:2 * domain + 2] = 0.9
+        domains[domain, :, 2 * domain : 2 * domain + 2] = 0.9
     per_batch = sequence_balance(domains.reshape(1, 80, 8), TINY)
     mixed = sequence_balance(domains.transpose(0, 1).reshape(4, 20, 8), TINY)
     assert float(per_batch) == pytest.approx(1) == float(mixed)
@@ -224,7 +237,7 @@ def test_the_watch_cuts_micro_batches_into_sequences(model):
     watch = RouterWatch(model)
     with torch.no_grad():
         for router in watch.routers.values():
-            router.weight.mul_(100)                       # some affinities near 0, some near 1
+            router.weight.mul_(100)  # some affinities near 0, some near 1
     losses(model, text)
     apart = float(watch.sequence_loss(4).detach())
     losses(model, text)
@@ -236,12 +249,12 @@ def test_bias_changes_the_choice_and_not_the_loss(model):
     watch, values = RouterWatch(model), []
     for push in (0.0, 5.0):
         with torch.no_grad():
-            watch.routers[ROUTERS[1]].bias[3] = push      # the last layer: nothing comes after it
+            watch.routers[ROUTERS[1]].bias[3] = push  # the last layer: nothing comes after it
         watch.reset()
         losses(model, window())
         values.append((float(watch.sequence_loss(4).detach()), watch.load[ROUTERS[1]][3]))
     assert values[0][0] == values[1][0]
-    assert values[0][1] < 4 * 16 == values[1][1]          # all tokens went there
+    assert values[0][1] < 4 * 16 == values[1][1]  # all tokens went there
 
 
 def test_gradient_comes_through_p_and_reaches_the_router():
@@ -249,7 +262,7 @@ def test_gradient_comes_through_p_and_reaches_the_router():
     sequence_balance(scores, TINY).backward()
     # By hand: d loss / d s_i,t = (f_i - sum_j f_j s'_j,t) / (sum_j s_j,t T b), f held constant.
     s = scores.detach()
-    kth = s.sort(dim=-1, descending=True).values[..., CHOSEN - 1:CHOSEN]
+    kth = s.sort(dim=-1, descending=True).values[..., CHOSEN - 1 : CHOSEN]
     f = (s >= kth).double().mean(1, keepdim=True) * EXPERTS / CHOSEN
     total = s.sum(-1, keepdim=True)
     expected = (f - (f * s / total).sum(-1, keepdim=True)) / total / 10 / 2
@@ -263,7 +276,7 @@ def test_gradient_reaches_the_router_weights_and_no_bias(model):
     for name in ROUTERS:
         assert watch.routers[name].weight.grad.abs().max() > 0
         assert watch.routers[name].bias.grad is None
-    assert model.head.weight.grad is None                 # balance is no business of the head
+    assert model.head.weight.grad is None  # balance is no business of the head
 
 
 def test_small_steps_down_the_loss_spread_the_tokens():

@@ -26,9 +26,17 @@ class Server:
         path = os.pathsep.join([str(TESTS.parent), *filter(None, [os.getenv("PYTHONPATH")])])
         self.process = subprocess.Popen(
             [sys.executable, TESTS / "training_server.py", texts["plays"], texts["code"]],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
-                 "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"})
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                "TOKENIZERS_PARALLELISM": "false",
+            },
+        )
         assert self.process.stdout.readline() == "ready\n"
 
     def train(self, folder: Path, seconds: float = 0, operations: int = 0) -> int:
@@ -56,15 +64,24 @@ def whole(server, tmp_path_factory):
 
 def files(folder: Path) -> dict[str, bytes]:
     """All files: weights, moments, random state, tokenizer, exported model; clocks left out."""
-    found = {str(path.relative_to(folder)): path.read_bytes()
-             for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     for name, content in found.items():
-        if name.endswith("SHA256SUMS"):         # that of state.json goes with its clocks
+        if name.endswith("SHA256SUMS"):  # that of state.json goes with its clocks
             found[name] = [line for line in content.splitlines() if b"state.json" not in line]
         if name == LOG_FILE or name.endswith("state.json"):
             lines = content.splitlines() if name == LOG_FILE else [content]
-            found[name] = [{key: value for key, value in json.loads(line).items()
-                            if key not in (*CLOCKS, "log_bytes")} for line in lines]
+            found[name] = [
+                {
+                    key: value
+                    for key, value in json.loads(line).items()
+                    if key not in (*CLOCKS, "log_bytes")
+                }
+                for line in lines
+            ]
     return found
 
 

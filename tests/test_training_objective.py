@@ -43,12 +43,13 @@ def shuffled_vocabulary() -> torch.Tensor:
 
 # Targets ----------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("depths", [0, 1, 2])
 def test_targets_are_the_tokens_the_paper_names(depths, as_in_use):
     """t_{i+1} for the model, t_{i+k+1} for depth k: any shift makes these losses large."""
     # eq. 24; fact 44
     order = shuffled_vocabulary()
-    text = order.repeat(2)[:17 + depths][None]
+    text = order.repeat(2)[: 17 + depths][None]
     main, extra = losses(Successor(order, depths), text)
     assert len(extra) == depths and main < 1e-6 and all(loss < 1e-6 for loss in extra)
 
@@ -71,6 +72,7 @@ def test_objective_is_the_papers_sum():
 
 # What is shared ----------------------------------------------------------------------------------
 
+
 def test_mtp_has_no_embedding_or_head_of_its_own_and_trains_the_models():
     """The gradient of the sum is the sum of both losses' gradients, on the one tensor there is."""
     # fact 45
@@ -82,14 +84,17 @@ def test_mtp_has_no_embedding_or_head_of_its_own_and_trains_the_models():
         main, extra = losses(model, text)
         return torch.autograd.grad(pick(main, extra[0]), shared)
 
-    alone, ahead, both = (gradients(pick) for pick in (
-        lambda main, mtp: main, lambda main, mtp: mtp, lambda main, mtp: main + mtp))
+    alone, ahead, both = (
+        gradients(pick)
+        for pick in (lambda main, mtp: main, lambda main, mtp: mtp, lambda main, mtp: main + mtp)
+    )
     for a, b, total in zip(alone, ahead, both):
         assert b.abs().max() > 0
         torch.testing.assert_close(a + b, total)
 
 
 # Leaks ------------------------------------------------------------------------------------------
+
 
 def test_mtp_sees_the_next_token_and_not_its_target():
     model, text, i = Transformer(TINY).init_weights(0), window(1), 7
@@ -103,13 +108,18 @@ def test_mtp_sees_the_next_token_and_not_its_target():
         fed[0, i + 1] = (fed[0, i + 1] + 1) % 320
         target[0, i + 2] = (target[0, i + 2] + 1) % 320
         assert not torch.allclose(logits(fed)[0, i], base[0, i])
-        assert torch.equal(logits(target)[0, :i + 1], base[0, :i + 1])
+        assert torch.equal(logits(target)[0, : i + 1], base[0, : i + 1])
         assert not torch.allclose(logits(target)[0, i + 1], base[0, i + 1])
 
 
 # One dense layer learns this text in 40 steps.
-SMALL = TINY.but(vocab_size=8, rope_scaling=None, initializer_range=0.1, num_hidden_layers=1,
-                 first_k_dense_replace=2)
+SMALL = TINY.but(
+    vocab_size=8,
+    rope_scaling=None,
+    initializer_range=0.1,
+    num_hidden_layers=1,
+    first_k_dense_replace=2,
+)
 # What is left to guess in it: the right value comes with 0.7 + 0.3 / 8, each other with 0.3 / 8.
 RIGHT, OTHER = 0.7 + 0.3 / 8, 0.3 / 8
 NOISE = -RIGHT * math.log(RIGHT) - 7 * OTHER * math.log(OTHER)
@@ -149,12 +159,13 @@ def test_shuffling_the_fed_embedding_raises_the_mtp_loss(as_in_use):
     model, text = trained(losses), noisy_text(64, 1000)
     other_rows = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     honest = mtp_loss(model, text, text)
-    assert NOISE - 0.05 < honest < NOISE + 0.25     # as good as it can be: it names no noise
+    assert NOISE - 0.05 < honest < NOISE + 0.25  # as good as it can be: it names no noise
     assert mtp_loss(model, text, text[other_rows]) > honest + 0.5
 
 
 def test_an_mtp_that_is_fed_its_target_would_show(as_in_use):
     """The mistake those tests are for: with its target before it, even noise is no riddle."""
+
     def leaking(model, text):
         hidden = model(text[:, :16], return_hidden=True)[1]
         ahead = model.mtp_logits(hidden, text[:, 2:])[0]
@@ -166,6 +177,7 @@ def test_an_mtp_that_is_fed_its_target_would_show(as_in_use):
 
 
 # Held-out figures -------------------------------------------------------------------------------
+
 
 def test_evaluate_on_a_model_that_knows_nothing(as_in_use):
     class Uniform(Successor):
@@ -186,7 +198,7 @@ def test_draft_agreement_counts_the_models_own_next_choice(as_in_use):
     class Wrong(Successor):
         def mtp_logits(self, hidden, tokens, depth):
             bets, hidden = super().mtp_logits(hidden, tokens, depth)
-            bets[:, ::4] = 0.0          # every fourth draft says nothing: best token 0
+            bets[:, ::4] = 0.0  # every fourth draft says nothing: best token 0
             return bets, hidden
 
     windows, sizes = order[1:19][None], torch.ones(320, dtype=torch.int64)

@@ -21,8 +21,10 @@ def weights() -> list[nn.Parameter]:
 def gradients(step: int) -> list[torch.Tensor]:
     """Of very different sizes, as in a model: from 1e-6 to 10."""
     random = torch.Generator().manual_seed(100 + step)
-    return [torch.randn(shape, generator=random) * 10.0 ** torch.randint(
-        -6, 2, shape, generator=random) for shape in SHAPES]
+    return [
+        torch.randn(shape, generator=random) * 10.0 ** torch.randint(-6, 2, shape, generator=random)
+        for shape in SHAPES
+    ]
 
 
 def run(optimizer: torch.optim.Optimizer, steps: int) -> list[torch.Tensor]:
@@ -85,7 +87,7 @@ def test_bfloat16_moments_are_rounded_once_a_step_and_nothing_else_is():
         for name, moment in zip(MOMENTS, moments):
             ours = optimizer.state[weight][name]
             assert ours.dtype == torch.bfloat16
-            torch.testing.assert_close(ours, moment, rtol=2 ** -7, atol=0)
+            torch.testing.assert_close(ours, moment, rtol=2**-7, atol=0)
             apart += int((ours != moment).sum())
             count += moment.numel()
         assert weight.dtype == torch.float32 and optimizer.state[weight]["step"] == 12
@@ -95,8 +97,10 @@ def test_bfloat16_moments_are_rounded_once_a_step_and_nothing_else_is():
 def test_bfloat16_moments_stay_near_float32():
     """50 steps: weights move by about 0.2 each; the formats differ by 1 percent of that at most."""
     start = weights()
-    narrow, wide = (run(AdamW([{"params": weights()}], moments=moments, **OPTIONS), 50)
-                    for moments in ("bf16", "fp32"))
+    narrow, wide = (
+        run(AdamW([{"params": weights()}], moments=moments, **OPTIONS), 50)
+        for moments in ("bf16", "fp32")
+    )
     for a, b, first in zip(narrow, wide, start):
         assert 0 < (a - b).norm() < 0.01 * (b - first.detach()).norm()
 

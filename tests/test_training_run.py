@@ -15,14 +15,13 @@ from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.training import LOG_FILE, Recipe, Run, train
-from dsv3.training import minutes
+from dsv3.training import LOG_FILE, Recipe, Run, minutes, train
 from dsv3.training import run as run_module
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.state import latest_state, load_state, save_state
 
 CLOCKS = ("seconds", "cpu_seconds", "tokens_per_second")
-UNSEEN = ModelConfig.from_dict(TINY.to_dict())     # equal to TINY, another object
+UNSEEN = ModelConfig.from_dict(TINY.to_dict())  # equal to TINY, another object
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +57,9 @@ def steps_of(folder) -> list[dict]:
 
 def assert_same_end(run: Run, other: Run) -> None:
     """Weights, moments, random state, log and exported files are equal, bit for bit."""
-    for (name, a), (_, b) in zip(run.model.named_parameters(), other.model.named_parameters(),
-                                 strict=True):
+    for (name, a), (_, b) in zip(
+        run.model.named_parameters(), other.model.named_parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
         ours, theirs = run.optimizer.state.get(a, {}), other.optimizer.state.get(b, {})
         assert set(ours) == set(theirs)
@@ -89,6 +89,7 @@ def stop_at(run: Run, step: int, saved: int = 1000) -> None:
         if run.step == step:
             raise Killed
         return draw_values()
+
     run._step_values = dying
     with pytest.raises(Killed):
         run.go()
@@ -107,18 +108,31 @@ def test_first_weights_are_those_of_seed_and_recipe(texts, tmp_path):
 
 # Phases -----------------------------------------------------------------------------------------
 
+
 def test_schedules_phases_and_loads_are_in_the_log(whole):
     lines = steps_of(whole.out_dir)
     assert [line["step"] for line in lines] == list(range(1, 10))
     assert [line["tokens"] for line in lines] == POSITIONS
     assert [line["windows"] for line in lines] == [2, 4, 4, 4, 4, 4, 1, 1, 1]
+
     # Before the steps 0, 32, ... tokens were read; 300 tokens stand for 14.8T.
     def cosine(tokens):
         done = (tokens * 14.8 / 300 - 10) / 4.3
         return 5e-4 + 4.5e-3 * (1 + math.cos(math.pi * done)) / 2
+
     assert [line["lr"] for line in lines] == pytest.approx(
-        [2.5e-3, 5e-3, 5e-3, 5e-3, cosine(224), cosine(288),
-         1e-3, 1e-3 * (1 - 0.9 * 64 / 200), 1e-3 * (1 - 0.9 * 128 / 200)])
+        [
+            2.5e-3,
+            5e-3,
+            5e-3,
+            5e-3,
+            cosine(224),
+            cosine(288),
+            1e-3,
+            1e-3 * (1 - 0.9 * 64 / 200),
+            1e-3 * (1 - 0.9 * 128 / 200),
+        ]
+    )
     assert [line["mtp_weight"] for line in lines] == [0.3] * 4 + [0.1] * 5
     assert [line["bias_speed"] for line in lines] == [0.001] * 6 + [0.0] * 3
     before = 0
@@ -128,9 +142,11 @@ def test_schedules_phases_and_loads_are_in_the_log(whole):
             load = line["load"][name]
             assert len(load) == 8 and sum(load) == 2 * (line["tokens"] - before)
             assert line["max_violation"][name] == pytest.approx(
-                max(load) / (sum(load) / 8) - 1, abs=6e-4)
-        assert all(0 < line[name] < 10 for name in (
-            "loss", "mtp_loss", "sequence_loss", "grad_norm"))
+                max(load) / (sum(load) / 8) - 1, abs=6e-4
+            )
+        assert all(
+            0 < line[name] < 10 for name in ("loss", "mtp_loss", "sequence_loss", "grad_norm")
+        )
         before = line["tokens"]
     clocks = [json.loads(line) for line in open(whole.out_dir / LOG_FILE)]
     assert all(line["seconds"] >= 0 and line["cpu_seconds"] >= 0 for line in clocks)
@@ -171,8 +187,17 @@ def test_yarn_appears_at_the_boundary_and_all_else_goes_on(texts, tmp_path, monk
         before = run.model and (run.model.config, snapshot(run))
         enter(run)
         assert all(router in [*run.model.modules()] for router in run.watch.routers.values())
-        seen.append((run.tokens, run.phase_start, run.stream.length, before, run.model.config,
-                     snapshot(run)))
+        seen.append(
+            (
+                run.tokens,
+                run.phase_start,
+                run.stream.length,
+                before,
+                run.model.config,
+                snapshot(run),
+            )
+        )
+
     monkeypatch.setattr(Run, "_enter_phase", watched)
     train(TINY, tmp_path, RECIPE, progress=False, **texts)
     short = TINY.but(rope_scaling=None, max_position_embeddings=32)
@@ -210,8 +235,14 @@ def test_without_a_second_phase(texts, tmp_path, config, tokens):
 def batches(monkeypatch):
     """What every step was given to read."""
     seen, step = [], run_module.train_step
-    monkeypatch.setattr(run_module, "train_step", lambda model, optimizer, batch, *rest: (
-        seen.append(batch), step(model, optimizer, batch, *rest))[1])
+    monkeypatch.setattr(
+        run_module,
+        "train_step",
+        lambda model, optimizer, batch, *rest: (
+            seen.append(batch),
+            step(model, optimizer, batch, *rest),
+        )[1],
+    )
     return seen
 
 
@@ -220,12 +251,11 @@ def test_each_phase_reads_a_text_from_its_beginning(texts, tmp_path, batches):
     run = Run(TINY, tmp_path, same, **texts)
     first = run.stream
     run.go()
-    assert [tuple(batch.shape) for batch in batches] == [
-        (2, 18), *[(4, 18)] * 5, *[(1, 66)] * 3]
+    assert [tuple(batch.shape) for batch in batches] == [(2, 18), *[(4, 18)] * 5, *[(1, 66)] * 3]
     assert first.position == 352 and run.stream.position == 192
     assert len({tuple(row.tolist()) for batch in batches for row in batch}) == 25
     # Even with the same documents, the second does not begin as the first did.
-    text = str(first._ids[:first._filled].tolist())
+    text = str(first._ids[: first._filled].tolist())
     assert all(str(row.tolist())[1:-1] in text for batch in batches[:6] for row in batch)
     assert all(str(batch[0].tolist())[1:-1] not in text for batch in batches[6:])
 
@@ -234,8 +264,10 @@ def test_each_phase_has_its_own_mixture(texts, tmp_path, batches):
     recipe = replace(RECIPE, shares={"plays": 1.0}, extension_shares={"functions": 1.0})
     run = Run(TINY, tmp_path, recipe, **texts)
     run.go()
-    plays, functions = (" ".join(run.corpus.tokenizer.decode(row.tolist()) for batch in part
-                                 for row in batch) for part in (batches[:6], batches[6:]))
+    plays, functions = (
+        " ".join(run.corpus.tokenizer.decode(row.tolist()) for batch in part for row in batch)
+        for part in (batches[:6], batches[6:])
+    )
     assert "sweet" in plays and "return" not in plays
     assert "return x" in functions and "sweet" not in functions
     assert set(run.corpus.held_out) == {"plays", "code", "arithmetic"}
@@ -243,8 +275,10 @@ def test_each_phase_has_its_own_mixture(texts, tmp_path, batches):
 
 # Stopping and going on --------------------------------------------------------------------------
 
-@pytest.mark.parametrize("saved, killed", [
-    (3, 3), (2, 5), (6, 6), (5, 7), (8, 8), (6, 8), (0, 3), (0, 7)])
+
+@pytest.mark.parametrize(
+    "saved, killed", [(3, 3), (2, 5), (6, 6), (5, 7), (8, 8), (6, 8), (0, 3), (0, 7)]
+)
 def test_resumed_run_is_bit_equal(whole, texts, tmp_path, saved, killed):
     """Stopped in phase one, at the boundary, and in phase two, with steps to be made again."""
     broken = Run(TINY, tmp_path, RECIPE, **texts)
@@ -317,12 +351,16 @@ def test_a_folder_without_checkpoints_is_begun_anew(texts, tmp_path):
     assert [line["step"] for line in log_of(tmp_path)] == [1]
 
 
-@pytest.mark.parametrize("config, changes, message", [
-    (TINY.but(rope_theta=500.0), {}, "another model"),
-    (TINY, {"seed": 2}, "another recipe"),
-    (TINY, {"moments": "bf16"}, "another recipe"),
-    (TINY, {"tokens": 400}, "another recipe"),
-    (TINY.but(vocab_size=330), {}, "another model")])
+@pytest.mark.parametrize(
+    "config, changes, message",
+    [
+        (TINY.but(rope_theta=500.0), {}, "another model"),
+        (TINY, {"seed": 2}, "another recipe"),
+        (TINY, {"moments": "bf16"}, "another recipe"),
+        (TINY, {"tokens": 400}, "another recipe"),
+        (TINY.but(vocab_size=330), {}, "another model"),
+    ],
+)
 def test_another_run_in_the_same_folder_is_refused(texts, tmp_path, config, changes, message):
     stop_at(Run(TINY, tmp_path, RECIPE, **texts), 1)
     with pytest.raises(DSV3Error, match=message):
@@ -333,7 +371,7 @@ def test_another_text_in_the_same_folder_is_refused(texts, tmp_path):
     stop_at(Run(TINY, tmp_path / "out", RECIPE, **texts), 1)
     (tmp_path / "others").mkdir()
     others = write_texts(tmp_path / "others")
-    Run(TINY, tmp_path / "out", RECIPE, **others)                      # equal, in another place
+    Run(TINY, tmp_path / "out", RECIPE, **others)  # equal, in another place
     (others["code"] / "first.py").write_text("def first(x):\n    return x\n")
     with pytest.raises(DSV3Error, match="another text"):
         Run(TINY, tmp_path / "out", RECIPE, **others)
@@ -345,6 +383,7 @@ def test_options_survive_the_way_through_json(texts, tmp_path):
 
 
 # Time -------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def few_timed_steps(monkeypatch):
@@ -364,31 +403,43 @@ def test_minutes_shorten_the_run_and_are_remembered(texts, tmp_path):
     again = Run(TINY, tmp_path, LONG, max_minutes=1.0, **texts)
     assert again.recipe == run.recipe and again.tokens > again.total
     assert again.last_windows == 1
-    with pytest.raises(DSV3Error, match="another recipe.*tokens was 32, is now 100000.*give "
-                       "--max-minutes again"):
+    with pytest.raises(
+        DSV3Error, match="another recipe.*tokens was 32, is now 100000.*give --max-minutes again"
+    ):
         Run(TINY, tmp_path, LONG, **texts)
 
 
-@pytest.mark.parametrize("steps, seconds, minutes_, known", [
-    (1, 3.1, 1.0, True), (1, 2.9, 1.0, False), (20, 0.1, 1.0, True), (19, 0.1, 1.0, False)])
+@pytest.mark.parametrize(
+    "steps, seconds, minutes_, known",
+    [(1, 3.1, 1.0, True), (1, 2.9, 1.0, False), (20, 0.1, 1.0, True), (19, 0.1, 1.0, False)],
+)
 def test_speed_is_known_after_some_steps_or_some_of_the_time(steps, seconds, minutes_, known):
     assert minutes.knows_its_speed(steps, seconds, minutes_) is known
 
 
 def test_minutes_are_of_everything():
     """Setting up, validation and export leave their time to the steps."""
+
     def planned(spent, held_out, minutes_=10.0):
         recipe, most = minutes.fit_minutes(
-            Recipe(tokens=900_000, extension_tokens=100_000), minutes_, tokens=3000,
-            total=1_000_000, speed=100.0, spent=spent, cutting=40, held_out=held_out)
+            Recipe(tokens=900_000, extension_tokens=100_000),
+            minutes_,
+            tokens=3000,
+            total=1_000_000,
+            speed=100.0,
+            spent=spent,
+            cutting=40,
+            held_out=held_out,
+        )
         steps = (sum(recipe.values()) - 3000) / 100
         return spent + 40 + steps + 3 + (held_out / 250 if most is None else 90), most
+
     for spent, held_out in ((30, 0), (300, 0), (30, 20_000)):
         seconds, most = planned(spent, held_out)
         assert most is None and 0.9 * 600 < seconds <= 600
-    seconds, most = planned(30, 100_000)        # 400 s of validation do not fit
+    seconds, most = planned(30, 100_000)  # 400 s of validation do not fit
     assert most == 90 * 250 // (3 * 1024) and 0.9 * 600 < seconds <= 600
-    assert planned(30, 0, 1e9)[0] > 9_000       # time enough: everything
+    assert planned(30, 0, 1e9)[0] > 9_000  # time enough: everything
 
 
 def test_minutes_hold_for_a_run_killed_before_they_were_known(texts, tmp_path, few_timed_steps):
@@ -402,8 +453,9 @@ def test_minutes_hold_for_a_run_killed_before_they_were_known(texts, tmp_path, f
 
 def test_a_shortened_run_resumes_bit_equal(texts, tmp_path, few_timed_steps, monkeypatch):
     """Killed right after its length was fixed, which was stored at once."""
-    monkeypatch.setattr(run_module, "fit_minutes", lambda *_, **__: (
-        {"tokens": 400, "extension_tokens": 130}, 2))
+    monkeypatch.setattr(
+        run_module, "fit_minutes", lambda *_, **__: ({"tokens": 400, "extension_tokens": 130}, 2)
+    )
     recipe, runs = replace(LONG, eval_every=3), []
     for name in ("whole", "broken"):
         run = Run(TINY, tmp_path / name, recipe, max_minutes=100, **texts)
@@ -431,6 +483,7 @@ def test_minutes_come_too_late_for_a_run_in_its_last_phase(whole, texts, tmp_pat
 
 # What goes wrong --------------------------------------------------------------------------------
 
+
 def test_non_finite_loss_stops_and_names_the_last_good_checkpoint(texts, tmp_path):
     run = Run(TINY, tmp_path, RECIPE, **texts)
     draw = run.stream.draw
@@ -440,6 +493,7 @@ def test_non_finite_loss_stops_and_names_the_last_good_checkpoint(texts, tmp_pat
             with torch.no_grad():
                 run.model.layers[1].ffn.experts.w2.fill_(float("nan"))
         return draw(count)
+
     run.stream.draw = poison
     with pytest.raises(DSV3Error) as stopped:
         run.go()
@@ -452,9 +506,14 @@ def test_non_finite_loss_stops_and_names_the_last_good_checkpoint(texts, tmp_pat
 
 def test_checkpoints_hold_no_pickle_and_old_ones_go(whole):
     assert sorted(path.name for path in whole.checkpoints.iterdir()) == [
-        "step-000008", "step-000009"]
+        "step-000008",
+        "step-000009",
+    ]
     assert sorted(path.name for path in latest_state(whole.checkpoints).iterdir()) == [
-        "SHA256SUMS", "state.json", "state.safetensors"]
+        "SHA256SUMS",
+        "state.json",
+        "state.safetensors",
+    ]
 
 
 def test_full_disk_leaves_the_last_checkpoint(texts, tmp_path, monkeypatch):
@@ -465,15 +524,22 @@ def test_full_disk_leaves_the_last_checkpoint(texts, tmp_path, monkeypatch):
     def full(tensors, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr("dsv3.training.state.save_file", full)
     with pytest.raises(DSV3Error, match="No space left"):
         run.save()
     assert list(run.checkpoints.iterdir()) == [good]
 
 
-@pytest.mark.parametrize("file, content", [
-    ("state.safetensors", b"\x10\0\0\0\0\0\0\0nonsense"), ("state.safetensors", None),
-    ("state.json", b'{"step": 1'), ("state.json", None)])
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("state.safetensors", b"\x10\0\0\0\0\0\0\0nonsense"),
+        ("state.safetensors", None),
+        ("state.json", b'{"step": 1'),
+        ("state.json", None),
+    ],
+)
 def test_broken_checkpoint_is_one_clear_line(texts, tmp_path, file, content):
     run = Run(TINY, tmp_path, RECIPE, **texts)
     stop_at(run, 2)
@@ -514,9 +580,14 @@ def test_a_folder_that_cannot_be_written_is_named(texts, tmp_path):
         Run(TINY, tmp_path / "file" / "out", RECIPE, **texts)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"seq_len": 33}, "seq_len"), ({"extension_seq_len": 129}, "extension_seq_len"),
-    ({"extension_seq_len": 33, "extension_tokens": 0, "seq_len": 129}, "seq_len")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seq_len": 33}, "seq_len"),
+        ({"extension_seq_len": 129}, "extension_seq_len"),
+        ({"extension_seq_len": 33, "extension_tokens": 0, "seq_len": 129}, "seq_len"),
+    ],
+)
 def test_windows_longer_than_the_context_are_refused(texts, tmp_path, changes, message):
     with pytest.raises(DSV3Error, match=message):
         Run(TINY, tmp_path, replace(RECIPE, **changes), **texts)
@@ -525,7 +596,7 @@ def test_windows_longer_than_the_context_are_refused(texts, tmp_path, changes, m
 def test_held_out_text_shorter_than_a_window_is_refused(texts, tmp_path, monkeypatch):
     monkeypatch.setattr("dsv3.data.arithmetic.HELD_OUT_CHARACTERS", 1)
     config = TINY.but(max_position_embeddings=4096)
-    recipe = replace(RECIPE, extension_seq_len=530)      # the held-out code has 540 tokens
+    recipe = replace(RECIPE, extension_seq_len=530)  # the held-out code has 540 tokens
     with pytest.raises(DSV3Error, match="arithmetic: too little held-out text.*532"):
         Run(config, tmp_path, recipe, **texts)
     Run(config, tmp_path, replace(recipe, extension_tokens=0), **texts)
@@ -539,6 +610,7 @@ def test_fewer_windows_than_ranks_are_refused(texts, tmp_path, name):
 
 
 # What it leaves ---------------------------------------------------------------------------------
+
 
 def test_exported_model_loads_in_fp8_and_is_near_the_trained_one(whole):
     text = window()[:, :16]
@@ -560,8 +632,13 @@ def test_progress_goes_to_the_terminal_and_not_into_the_log(whole, texts, tmp_pa
     Run(TINY, tmp_path, RECIPE, progress=True, **texts).go()
     out, bar = capsys.readouterr()
     assert out == "" and "544" in bar and "loss=" in bar
-    for words in ("reading the plays", "counting", "from step 2 on", "validation on held-out text",
-                  f"the model is in {tmp_path}; try: dsv3 generate {tmp_path} "):
+    for words in (
+        "reading the plays",
+        "counting",
+        "from step 2 on",
+        "validation on held-out text",
+        f"the model is in {tmp_path}; try: dsv3 generate {tmp_path} ",
+    ):
         assert words in bar
     assert log_of(tmp_path) == log_of(whole.out_dir)
 
@@ -579,9 +656,11 @@ def run_one_rank(group, out_dir, texts):
     def audit(event, arguments):
         name = str(arguments[0]) if arguments else ""
         writes = event in ("os.rename", "os.rmdir", "os.remove", "os.truncate") or (
-            event == "open" and isinstance(arguments[1], str) and arguments[1][0] in "wax")
+            event == "open" and isinstance(arguments[1], str) and arguments[1][0] in "wax"
+        )
         if writes and name.startswith(str(out_dir)):
             written.append(f"{event} {name}")
+
     sys.addaudithook(audit)
     run = Run(TINY, out_dir, SHARED, group=group, progress=True, **texts)
     figures = run.go()
@@ -590,7 +669,8 @@ def run_one_rank(group, out_dir, texts):
 
 def test_two_ranks_share_a_run_that_only_the_first_writes(texts, tmp_path, capfd):
     (figures, weights, written), (nothing, others, by_others) = run_ranks(
-        run_one_rank, 2, tmp_path / "two", texts)
+        run_one_rank, 2, tmp_path / "two", texts
+    )
     assert nothing == {} and by_others == [] and len(written) > 20
     assert all((weights[name] == others[name]).all() for name in weights)
     one = Run(TINY, tmp_path / "one", SHARED, **texts)
@@ -601,5 +681,5 @@ def test_two_ranks_share_a_run_that_only_the_first_writes(texts, tmp_path, capfd
         for name in ("step", "tokens", "windows", "lr", "loss", "mtp_loss", "sequence_loss"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
     assert load_model(tmp_path / "two").config == TINY
-    again = Run(TINY, tmp_path / "two", SHARED, **texts)         # by one process, why not
+    again = Run(TINY, tmp_path / "two", SHARED, **texts)  # by one process, why not
     assert again.step == one.step

@@ -13,7 +13,7 @@ from dsv3.training.schedules import BatchRamp, Schedules
 PAPER = Schedules.deepseek_v3()
 T = 1e12
 SEQUENCE = 4096  # tokens
-LATE = 3000      # a step after the warm-up
+LATE = 3000  # a step after the warm-up
 
 
 def rate(tokens: float, schedules: Schedules = PAPER) -> float:
@@ -29,7 +29,7 @@ def test_warm_up_is_a_line_over_2000_steps():
 
 def test_learning_rate_at_its_breakpoints():
     assert rate(9.999 * T) == rate(10 * T) == 2.2e-4
-    for part in (0.01, 0.02, 0.25, 0.5, 0.99):       # of the cosine; 1 - cos x = 2 sin^2 (x / 2)
+    for part in (0.01, 0.02, 0.25, 0.5, 0.99):  # of the cosine; 1 - cos x = 2 sin^2 (x / 2)
         fallen = math.sin(math.pi * part / 2) ** 2
         assert rate(10 * T + 4.3 * T * part) == pytest.approx(2.2e-4 - 1.98e-4 * fallen, rel=1e-9)
     assert 2.2e-5 < rate(14.29999 * T) < 2.2001e-5
@@ -46,8 +46,12 @@ def test_learning_rate_falls_without_jumps_until_the_last_part():
 def test_parts_add_up_to_the_whole():
     parts = [10 * T, 4.3 * T, 333e9, 167e9]
     assert sum(parts) == PAPER.total == 14.8 * T
-    ends = (PAPER.learning_rate.constant_until, PAPER.learning_rate.cosine_until,
-            PAPER.learning_rate.low_until, PAPER.total)
+    ends = (
+        PAPER.learning_rate.constant_until,
+        PAPER.learning_rate.cosine_until,
+        PAPER.learning_rate.low_until,
+        PAPER.total,
+    )
     assert ends == (10 * T, 14.3 * T, 14.633 * T, 14.8 * T)
 
 
@@ -103,16 +107,27 @@ def test_recipe_scales_the_reports_schedules():
     recipe = Recipe(tokens=1480, learning_rate=1.0, warmup=10, batch_first=1, batch_last=2)
     schedules = recipe.schedules
     assert [rate(t, schedules) for t in (0, 999, 1430, 1463, 1464)] == pytest.approx(
-        [1, 1, 0.1, 0.1, 7.3 / 220])
+        [1, 1, 0.1, 0.1, 7.3 / 220]
+    )
     assert schedules.learning_rate.at(4, 0) == 0.5
     assert (schedules.batch.at(0), schedules.batch.at(47)) == (1, 2)
     assert (schedules.mtp_weight.at(999), schedules.mtp_weight.at(1000)) == (0.3, 0.1)
     assert (schedules.bias_speed.at(1429), schedules.bias_speed.at(1430)) == (0.001, 0)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("tokens", 0), ("seq_len", 0), ("batch_first", 0), ("micro_batch", -1), ("log_every", 0),
-    ("eval_windows", 0), ("extension_batch", 0), ("extension_tokens", -1)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("tokens", 0),
+        ("seq_len", 0),
+        ("batch_first", 0),
+        ("micro_batch", -1),
+        ("log_every", 0),
+        ("eval_windows", 0),
+        ("extension_batch", 0),
+        ("extension_tokens", -1),
+    ],
+)
 def test_impossible_recipes_are_refused_by_name(field, value):
     with pytest.raises(DSV3Error, match=field):
         Recipe(**{field: value})

@@ -46,7 +46,7 @@ def test_what_a_run_holds():
     run = simulate(experts=16, k=4, tokens=100, gamma=0.25, steps=5)
     assert run.loads.shape == run.bias.shape == (5, 16) and run.max_violation.shape == (5,)
     assert run.loads.sum(1).eq(100 * 4).all()
-    assert run.bias[0].eq(0).all()                     # the bias a step was run with, not after it
+    assert run.bias[0].eq(0).all()  # the bias a step was run with, not after it
     assert torch.equal(run.bias[1], 0.25 * torch.sign(25 - run.loads[0]))
     assert torch.allclose(run.max_violation, run.loads.max(1).values / 25 - 1)
     again = simulate(experts=16, k=4, tokens=100, gamma=0.25, steps=5)
@@ -59,8 +59,9 @@ def test_choices_keep_to_their_groups():
     """With one group of four open, three quarters of a token's favourites are out of reach; the
     rule balances all the same."""
     run = simulate(experts=16, k=4, tokens=512, gamma=0.005, steps=150, n_group=4, topk_group=1)
-    assert run.loads[0].view(4, 4).sum(1).eq(run.loads[0].view(4, 4).max(1).values * 4).all(), \
+    assert run.loads[0].view(4, 4).sum(1).eq(run.loads[0].view(4, 4).max(1).values * 4).all(), (
         "4 choices in a group of 4 are all of it"
+    )
     assert run.max_violation[-20:].mean() < 0.4 * run.max_violation[0]
 
 
@@ -75,9 +76,15 @@ def timed() -> float:
     return time.perf_counter() - start
 
 
-@pytest.mark.parametrize("wrong, name", [
-    (dict(tokens=0), "tokens"), (dict(steps=0), "steps"), (dict(k=65), "num_experts_per_tok"),
-    (dict(n_group=7, topk_group=2), "n_routed_experts")])
+@pytest.mark.parametrize(
+    "wrong, name",
+    [
+        (dict(tokens=0), "tokens"),
+        (dict(steps=0), "steps"),
+        (dict(k=65), "num_experts_per_tok"),
+        (dict(n_group=7, topk_group=2), "n_routed_experts"),
+    ],
+)
 def test_sizes_that_do_not_go_together_are_named(wrong, name):
     with pytest.raises(DSV3Error, match=name):
         simulate(**wrong)

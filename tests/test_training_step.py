@@ -24,8 +24,11 @@ class Trainee:
         self.model = Transformer(TINY.but(**fields), Precision.training(precision)).init_weights(0)
         self.optimizer = make_optimizer(self.model, moments=moments)
         self.watch, self.gradients = RouterWatch(self.model), {}
-        self.optimizer.register_step_pre_hook(lambda *_: self.gradients.update(
-            {n: v.grad.clone() for n, v in self.model.named_parameters() if v.grad is not None}))
+        self.optimizer.register_step_pre_hook(
+            lambda *_: self.gradients.update(
+                {n: v.grad.clone() for n, v in self.model.named_parameters() if v.grad is not None}
+            )
+        )
 
     def step(self, batch: torch.Tensor, values: StepValues = VALUES, group=None):
         return train_step(self.model, self.optimizer, batch, values, self.watch, group)
@@ -80,16 +83,21 @@ def test_micro_batches_give_the_gradient_of_the_whole(rows):
 def test_micro_batches_are_at_most_as_long_as_asked(monkeypatch):
     trainee, seen = Trainee(), []
     forward = trainee.model.forward
-    monkeypatch.setattr(trainee.model, "forward", lambda tokens, **options: (
-        seen.append(tuple(tokens.shape)), forward(tokens, **options))[1])
+    monkeypatch.setattr(
+        trainee.model,
+        "forward",
+        lambda tokens, **options: (seen.append(tuple(tokens.shape)), forward(tokens, **options))[1],
+    )
     trainee.step(window(5), StepValues(learning_rate=1e-3, micro_batch=40))
     assert seen == [(2, 16), (2, 16), (1, 16)]
 
 
 def test_large_gradients_are_clipped_and_small_ones_are_not():
     found = Trainee().step(window(), UNCLIPPED)
-    for clip, expected in ((found["grad_norm"] / 4, found["grad_norm"] / 4),
-                           (found["grad_norm"] * 2, found["grad_norm"])):
+    for clip, expected in (
+        (found["grad_norm"] / 4, found["grad_norm"] / 4),
+        (found["grad_norm"] * 2, found["grad_norm"]),
+    ):
         trainee = Trainee()
         clipped = trainee.step(window(), StepValues(learning_rate=1e-3, clip=clip))
         assert norm(trainee.gradients) == pytest.approx(expected, rel=1e-4)
@@ -106,8 +114,9 @@ def test_learning_rate_is_that_of_the_step():
     assert [group["lr"] for group in trainee.optimizer.param_groups] == [0.25, 0.25]
 
 
-@pytest.mark.parametrize("precision, moments", [
-    ("fp32", "fp32"), ("bf16", "bf16"), ("fp8", "bf16")])
+@pytest.mark.parametrize(
+    "precision, moments", [("fp32", "fp32"), ("bf16", "bf16"), ("fp8", "bf16")]
+)
 def test_every_precision_learns(precision, moments, as_in_use):
     trainee, values = Trainee(precision, moments), StepValues(learning_rate=1e-2)
     values = [trainee.step(window(), values) for _ in range(12)]
@@ -167,15 +176,20 @@ def test_a_model_without_mtp_or_experts_trains():
 
 # Two ranks --------------------------------------------------------------------------------------
 
+
 def three_steps(group, rows: int) -> dict:
     """What one rank has after three steps, as numpy arrays."""
     trainee, results = Trainee(), []
     for step in range(3):
         found = trainee.step(window(rows, seed=step), UNCLIPPED, group)
-        results.append({**found, **{name: load.tolist()
-                                    for name, load in trainee.watch.load.items()}})
-    return {"steps": results, "gradients": {n: g.numpy() for n, g in trainee.gradients.items()},
-            "weights": {n: v.detach().numpy() for n, v in trainee.model.named_parameters()}}
+        results.append(
+            {**found, **{name: load.tolist() for name, load in trainee.watch.load.items()}}
+        )
+    return {
+        "steps": results,
+        "gradients": {n: g.numpy() for n, g in trainee.gradients.items()},
+        "weights": {n: v.detach().numpy() for n, v in trainee.model.named_parameters()},
+    }
 
 
 @pytest.mark.parametrize("rows", [4, 3])
@@ -196,4 +210,4 @@ def test_two_ranks_make_the_step_of_one(rows):
             difference = np.linalg.norm(rank["weights"][name] - value)
             assert difference <= 1e-5 * np.linalg.norm(value), name
     for name, value in ranks[0]["weights"].items():
-        assert np.array_equal(value, ranks[1]["weights"][name]), name      # they never drift apart
+        assert np.array_equal(value, ranks[1]["weights"][name]), name  # they never drift apart

@@ -18,11 +18,14 @@ def texts(figure) -> str:
 def test_a_circle_for_each_pair_with_its_period():
     figure = viz.rotation_figure(plain_frequencies(64, 10000.0), [0, 31], positions=8)
     assert [axes.get_xlabel() for axes in figure.axes] == [
-        "a full turn every\n6 positions", "a full turn every\n47,117 positions"]
+        "a full turn every\n6 positions",
+        "a full turn every\n47,117 positions",
+    ]
     hands = figure.axes[0].lines[1:]
     assert len(hands) == 8
     assert [line.get_xdata()[1] for line in hands] == pytest.approx(
-        [math.cos(position) for position in range(8)])
+        [math.cos(position) for position in range(8)]
+    )
 
 
 def test_a_line_for_each_place():
@@ -37,7 +40,9 @@ def test_a_line_for_each_token_of_the_stream():
     assert [line.get_ydata().tolist() for line in axes.lines] == sizes.T.tolist()
     assert axes.get_yscale() == "log"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "first token (begin)", "the other tokens"]
+        "first token (begin)",
+        "the other tokens",
+    ]
 
 
 def test_maps_hide_what_no_query_sees():

@@ -8,8 +8,11 @@ from dsv3 import viz
 
 
 def texts(figure) -> str:
-    return "\n".join(text.get_text() for axes in figure.axes for text in
-                     [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label])
+    return "\n".join(
+        text.get_text()
+        for axes in figure.axes
+        for text in [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
+    )
 
 
 def test_choice_shows_groups_and_the_chosen():
@@ -17,8 +20,11 @@ def test_choice_shows_groups_and_the_chosen():
     figure = viz.choice_figure(scores, bias, torch.tensor([True, False, False, True]), [0, 6])
     assert texts(figure).count("open") == 2 and texts(figure).count("closed") == 2
     assert f"two best: {0.1 + 0.2 - 2.0:.2f}" in texts(figure)
-    edges = [bar.get_x() for bar in figure.axes[1].patches if bar.get_linewidth() > 1
-             and bar.get_edgecolor()[3] > 0]
+    edges = [
+        bar.get_x()
+        for bar in figure.axes[1].patches
+        if bar.get_linewidth() > 1 and bar.get_edgecolor()[3] > 0
+    ]
     assert [round(x + 0.35) for x in edges] == [0, 6]
 
 

@@ -44,8 +44,11 @@ def explorer(shipped):
 
 @pytest.fixture(params=["explorer", "calculator", "simulator"])
 def widget(request, shipped):
-    return {"explorer": lambda: RoutingExplorer(*shipped, TEXT), "calculator": KVCacheCalculator,
-            "simulator": LoadBalanceSimulator}[request.param]()
+    return {
+        "explorer": lambda: RoutingExplorer(*shipped, TEXT),
+        "calculator": KVCacheCalculator,
+        "simulator": LoadBalanceSimulator,
+    }[request.param]()
 
 
 def texts(scene: Scene) -> list[str]:
@@ -53,8 +56,9 @@ def texts(scene: Scene) -> list[str]:
 
 
 def router(**changes) -> Router:
-    config = ModelConfig.mini().but(n_routed_experts=12, n_group=4, num_experts_per_tok=3,
-                                    **changes)
+    config = ModelConfig.mini().but(
+        n_routed_experts=12, n_group=4, num_experts_per_tok=3, **changes
+    )
     made = Router(config, Precision.of("fp32", config, torch.device("cpu")))
     torch.manual_seed(1)
     torch.nn.init.normal_(made.weight, std=0.2)
@@ -68,14 +72,27 @@ def router(**changes) -> Router:
 
 def test_the_still_picture_has_one_artist_for_each_mark(widget):
     scene = widget.scene()
-    kinds = {scenes.Rect: matplotlib.patches.FancyBboxPatch, scenes.Circle: matplotlib.patches.Ellipse,
-             scenes.Line: matplotlib.lines.Line2D, scenes.Text: matplotlib.text.Text}
+    kinds = {
+        scenes.Rect: matplotlib.patches.FancyBboxPatch,
+        scenes.Circle: matplotlib.patches.Ellipse,
+        scenes.Line: matplotlib.lines.Line2D,
+        scenes.Text: matplotlib.text.Text,
+    }
     axes = widget.still().axes[0]
-    drawn = sorted([artist for artist in axes.get_children() if artist.get_zorder() is not None
-                    and type(artist) in kinds.values() and artist in
-                    [*axes.patches, *axes.lines, *axes.texts]], key=lambda artist: artist.zorder)
+    drawn = sorted(
+        [
+            artist
+            for artist in axes.get_children()
+            if artist.get_zorder() is not None
+            and type(artist) in kinds.values()
+            and artist in [*axes.patches, *axes.lines, *axes.texts]
+        ],
+        key=lambda artist: artist.zorder,
+    )
     assert [type(artist) for artist in drawn] == [
-        *(kinds[type(mark)] for mark in scene.marks), matplotlib.text.Text]
+        *(kinds[type(mark)] for mark in scene.marks),
+        matplotlib.text.Text,
+    ]
     words = [artist.get_text() for artist in axes.texts]
     assert words == [*texts(scene), AT_REST]
 
@@ -83,7 +100,8 @@ def test_the_still_picture_has_one_artist_for_each_mark(widget):
 def test_the_browser_gets_the_same_marks(widget):
     scene, sent = widget.scene(), widget.drawing.scene
     assert [mark["kind"] for mark in sent["marks"]] == [
-        type(mark).__name__.lower() for mark in scene.marks]
+        type(mark).__name__.lower() for mark in scene.marks
+    ]
     assert [mark["text"] for mark in sent["marks"] if mark["kind"] == "text"] == texts(scene)
     assert [mark["label"] for mark in sent["marks"] if "label" in mark] == scene.labels()
     assert (sent["width"], sent["height"], sent["alt"]) == (scene.width, scene.height, scene.alt)
@@ -92,9 +110,13 @@ def test_the_browser_gets_the_same_marks(widget):
 def test_all_marks_stand_on_the_page(widget):
     scene = widget.scene()
     for mark in scene.marks:
-        points = (mark.points if isinstance(mark, scenes.Line) else
-                  [(mark.x, mark.y), (mark.x + mark.width, mark.y + mark.height)]
-                  if isinstance(mark, scenes.Rect) else [(mark.x, mark.y)])
+        points = (
+            mark.points
+            if isinstance(mark, scenes.Line)
+            else [(mark.x, mark.y), (mark.x + mark.width, mark.y + mark.height)]
+            if isinstance(mark, scenes.Rect)
+            else [(mark.x, mark.y)]
+        )
         for x, y in points:
             assert -1 <= x <= scene.width + 1 and -1 <= y <= scene.height + 1, mark
 
@@ -171,8 +193,9 @@ def test_at_the_start_the_explorer_shows_the_models_own_routing(precision):
         assert torch.equal(routing.weights, kept[layer][0])
         assert torch.equal(routing.load.float(), load)
         assert routing.max_violation == max_violation(load)
-        assert any(text.endswith(f"= {max_violation(load):.2f}")
-                   for text in texts(explorer.scene()))
+        assert any(
+            text.endswith(f"= {max_violation(load):.2f}") for text in texts(explorer.scene())
+        )
     watch.close()
 
 
@@ -186,7 +209,7 @@ def test_choices_by_the_definition(strength, groups, top_k):
     routing = reroute(gate, scores, strength, groups, top_k)
     for token in range(9):
         biased = (scores[token] + strength * gate.bias).tolist()
-        sums = [sum(sorted(biased[3 * g:3 * g + 3])[-2:]) for g in range(4)]
+        sums = [sum(sorted(biased[3 * g : 3 * g + 3])[-2:]) for g in range(4)]
         best = sorted(range(4), key=lambda group: -sums[group])[:groups]
         allowed = [expert for expert in range(12) if expert // 3 in best]
         chosen = sorted(allowed, key=lambda expert: -biased[expert])[:top_k]
@@ -230,16 +253,29 @@ def test_scores_do_not_depend_on_how_they_are_watched(shipped):
     before = {name: len(module._forward_pre_hooks) for name, module in model.named_modules()}
     scores = router_scores(model, tokenizer.encode(TEXT))
     assert {layer: tuple(value.shape) for layer, value in scores.items()} == {
-        1: (8, 16), 2: (8, 16), 3: (8, 16)}
-    assert before == {name: len(module._forward_pre_hooks)
-                      for name, module in model.named_modules()}
+        1: (8, 16),
+        2: (8, 16),
+        3: (8, 16),
+    }
+    assert before == {
+        name: len(module._forward_pre_hooks) for name, module in model.named_modules()
+    }
 
 
 # The explorer's controls ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("control, value", [("layer", 1), ("token", 2), ("strength", -2.0),
-                                            ("groups", 1), ("top_k", 7), ("text", "Not so.")])
+@pytest.mark.parametrize(
+    "control, value",
+    [
+        ("layer", 1),
+        ("token", 2),
+        ("strength", -2.0),
+        ("groups", 1),
+        ("top_k", 7),
+        ("text", "Not so."),
+    ],
+)
 def test_each_control_changes_picture_and_numbers(explorer, control, value):
     before = explorer.drawing.scene
     getattr(explorer, control).value = value
@@ -253,8 +289,10 @@ def test_labels_say_the_numbers_of_every_expert_and_group(explorer):
     said = "\n".join(explorer.scene().labels()).replace("−", "-")
     for expert in range(16):
         score, bias = float(routing.scores[token, expert]), float(routing.bias[expert])
-        assert (f"expert {expert} of group {expert // 4}" in said
-                and f"score {score:.3f}, bias {bias:+.3f}, sum {score + bias:.3f}" in said)
+        assert (
+            f"expert {expert} of group {expert // 4}" in said
+            and f"score {score:.3f}, bias {bias:+.3f}, sum {score + bias:.3f}" in said
+        )
         assert f"chosen by {routing.load[expert]} of 8 tokens" in said
     for weight in routing.weights[token].tolist():
         assert f"chosen, weight {weight:.3f}" in said
@@ -287,9 +325,15 @@ def test_more_experts_than_there_are_is_said_and_not_done(explorer):
     assert explorer.message() == "" and explorer.routing().chosen.shape == (8, 16)
 
 
-@pytest.mark.parametrize("text, said", [("", "there is no text"), ("  \n", "there is no text"),
-                                        ("word " * 1100, "longer than the model's context"),
-                                        ("\ud800", "not valid Unicode")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "there is no text"),
+        ("  \n", "there is no text"),
+        ("word " * 1100, "longer than the model's context"),
+        ("\ud800", "not valid Unicode"),
+    ],
+)
 def test_a_text_that_cannot_be_read_is_refused_in_words(explorer, text, said):
     before = explorer.drawing.scene
     explorer.text.value = text
@@ -359,8 +403,19 @@ def row(calculator: KVCacheCalculator, name: str) -> str:
 
 def test_bytes_a_token_are_those_of_the_papers():
     shown = texts(KVCacheCalculator().scene())
-    for number in ("70,272", "31,232", "249,856", "3,997,696", "4,997,120", "327,680", "516,096",
-                   "× 4.66", "× 7.34", "× 56.9", "× 71.1"):
+    for number in (
+        "70,272",
+        "31,232",
+        "249,856",
+        "3,997,696",
+        "4,997,120",
+        "327,680",
+        "516,096",
+        "× 4.66",
+        "× 7.34",
+        "× 56.9",
+        "× 71.1",
+    ):
         assert number in shown
     rows = {row.name: row for row in KVCacheCalculator().rows}
     large = ModelConfig.deepseek_v3()
@@ -372,18 +427,26 @@ def test_large_ratios_are_written_out():
     calculator = KVCacheCalculator()
     calculator.tokens.value, calculator.texts.value = 131_072, 1024
     calculator.memory.value = 640 * 10**9
-    assert "1,048 times the memory: does not fit" in row(calculator, "DeepSeek-V3 as MHA, wide keys")
+    assert "1,048 times the memory: does not fit" in row(
+        calculator, "DeepSeek-V3 as MHA, wide keys"
+    )
     for label in calculator.scene().labels():
         assert "e+" not in label
     assert [times(ratio) for ratio in (0.444, 7.344, 99.94, 99.96, 1048)] == [
-        "0.444", "7.34", "99.9", "100", "1,048"]
+        "0.444",
+        "7.34",
+        "99.9",
+        "100",
+        "1,048",
+    ]
 
 
 def test_totals_and_how_many_fit():
     calculator = KVCacheCalculator()
     calculator.tokens.value = 131_072
-    assert "9.21 GB a text, 9.21 GB in all: 11.5% of the memory" in row(calculator,
-                                                                        "DeepSeek-V3, MLA")
+    assert "9.21 GB a text, 9.21 GB in all: 11.5% of the memory" in row(
+        calculator, "DeepSeek-V3, MLA"
+    )
     assert "8 texts of this length fit" in row(calculator, "DeepSeek-V3, MLA")
     assert "6.55 times the memory: does not fit" in row(calculator, "DeepSeek-V3 as MHA")
     calculator.texts.value, calculator.itemsize.value = 16, 1
@@ -405,8 +468,11 @@ def test_each_control_of_the_calculator_changes_the_picture(control):
 
 def test_bars_are_as_long_as_their_bytes():
     calculator = KVCacheCalculator()
-    bars = [mark for mark in calculator.scene().marks
-            if isinstance(mark, scenes.Rect) and mark.fill in ("blue", "sky")]
+    bars = [
+        mark
+        for mark in calculator.scene().marks
+        if isinstance(mark, scenes.Rect) and mark.fill in ("blue", "sky")
+    ]
     widths = [bar.width for bar in bars]
     per_token = [row.per_token(2) for row in calculator.rows]
     for number in (2, 5, 6):  # those that end on the page
@@ -414,9 +480,19 @@ def test_bars_are_as_long_as_their_bytes():
     assert max(widths) == widths[3] == widths[4]  # cut off at the edge, marked as such
 
 
-@pytest.mark.parametrize("bytes, said", [(0, "0 B"), (999, "999 B"), (70_272, "70.3 KB"),
-                                         (999_600, "1 MB"), (9.995e9, "10 GB"), (2e10, "20 GB"),
-                                         (1.234e9, "1.23 GB"), (1.31e14, "131 TB")])
+@pytest.mark.parametrize(
+    "bytes, said",
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (70_272, "70.3 KB"),
+        (999_600, "1 MB"),
+        (9.995e9, "10 GB"),
+        (2e10, "20 GB"),
+        (1.234e9, "1.23 GB"),
+        (1.31e14, "131 TB"),
+    ],
+)
 def test_sizes_are_written_in_three_digits(bytes, said):
     assert size(bytes) == said
 
@@ -429,20 +505,31 @@ def test_the_simulator_shows_the_simulation():
     simulator = LoadBalanceSimulator()
     simulator.gamma.value, simulator.steps.value = 0.01, 100
     said, shown = simulator.scene().labels(), texts(simulator.scene())
-    assert (f"γ = 0.01: MaxVio {run.max_violation[0]:.2f} in step 1, "
-            f"{run.max_violation[-20:].mean():.2f} in the last 20 steps on average") in shown
-    curve = next(mark for mark in simulator.scene().marks
-                 if isinstance(mark, scenes.Line) and len(mark.points) == 100)
+    assert (
+        f"γ = 0.01: MaxVio {run.max_violation[0]:.2f} in step 1, "
+        f"{run.max_violation[-20:].mean():.2f} in the last 20 steps on average"
+    ) in shown
+    curve = next(
+        mark
+        for mark in simulator.scene().marks
+        if isinstance(mark, scenes.Line) and len(mark.points) == 100
+    )
     heights = torch.tensor([y for _, y in curve.points])
     assert torch.allclose(heights, 254 - 180 * run.max_violation / 3, atol=1e-3)
     for expert in range(16):
-        assert any(label.startswith(f"expert {expert}: {run.loads[-1, expert]:.0f} tokens in step "
-                                    "100, mean 64") for label in said)
+        assert any(
+            label.startswith(
+                f"expert {expert}: {run.loads[-1, expert]:.0f} tokens in step 100, mean 64"
+            )
+            for label in said
+        )
     assert f"{run.bias[-1, 0]:+.3f}".replace("-", "−") in shown
 
 
-@pytest.mark.parametrize("control, value", [("gamma", 0.0), ("gamma", 0.3), ("skew", 2.0),
-                                            ("skew", 0.0), ("tokens", 64), ("steps", 20)])
+@pytest.mark.parametrize(
+    "control, value",
+    [("gamma", 0.0), ("gamma", 0.3), ("skew", 2.0), ("skew", 0.0), ("tokens", 64), ("steps", 20)],
+)
 def test_each_control_of_the_simulator_changes_the_picture(control, value):
     simulator = LoadBalanceSimulator()
     before = simulator.drawing.scene

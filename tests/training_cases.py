@@ -14,21 +14,51 @@ from dsv3.training import Recipe
 
 # Every mechanism is there, YaRN included; only the sizes are small.
 TINY = ModelConfig(
-    vocab_size=320, hidden_size=32, intermediate_size=64, moe_intermediate_size=32,
-    num_hidden_layers=2, num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=2,
-    kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
-    first_k_dense_replace=1, n_group=4, topk_group=2, num_nextn_predict_layers=1,
-    max_position_embeddings=128, quantization_config=QuantizationConfig(),
-    rope_scaling=YarnScaling(factor=4.0, original_max_position_embeddings=32, mscale=1.0,
-                             mscale_all_dim=1.0))
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=64,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    kv_lora_rank=16,
+    q_lora_rank=16,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+    num_nextn_predict_layers=1,
+    max_position_embeddings=128,
+    quantization_config=QuantizationConfig(),
+    rope_scaling=YarnScaling(
+        factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0
+    ),
+)
 ROUTERS = ["layers.1.ffn.gate", "mtp.0.ffn.gate"]
 
 # The first step has 2 windows, all others 4: tokens read after each of the six steps of phase one
 # are 32, 96, ..., 352. The second phase has one window of 64 a step, up to 416, 480 and 544.
-RECIPE = Recipe(tokens=300, seq_len=16, batch_first=2, batch_last=4, micro_batch=32,
-                learning_rate=5e-3, warmup=2, extension_tokens=200, extension_seq_len=64,
-                extension_batch=1, extension_rate=1e-3, precision="fp32", log_every=1,
-                eval_every=4, eval_windows=2, save_minutes=0.0)
+RECIPE = Recipe(
+    tokens=300,
+    seq_len=16,
+    batch_first=2,
+    batch_last=4,
+    micro_batch=32,
+    learning_rate=5e-3,
+    warmup=2,
+    extension_tokens=200,
+    extension_seq_len=64,
+    extension_batch=1,
+    extension_rate=1e-3,
+    precision="fp32",
+    log_every=1,
+    eval_every=4,
+    eval_windows=2,
+    save_minutes=0.0,
+)
 POSITIONS = [32, 96, 160, 224, 288, 352, 416, 480, 544]
 
 
@@ -45,15 +75,21 @@ def write_texts(folder: Path) -> dict[str, Path]:
     for place in texts.values():
         place.mkdir()
     for name in ("a", "b", *data.HELD_OUT):
-        speeches = [f"**{'XYZ'[i % 3]}**  \n{' '.join(order.choice(words, 8))}.  \n"
-                    for i in range(30)]
+        speeches = [
+            f"**{'XYZ'[i % 3]}**  \n{' '.join(order.choice(words, 8))}.  \n" for i in range(30)
+        ]
         (texts["plays"] / f"{name}.md").write_text(
             f"# {name}\n\n## ACT I\n\n### SCENE I. Here.\n\n" + "\n".join(speeches),
-            encoding="utf-8")
+            encoding="utf-8",
+        )
     for name in ("first", "second", "heapq"):
-        (texts["code"] / f"{name}.py").write_text("\n\n".join(
-            f"def {name}_{i}(x):\n    return x * {i} + {order.integers(100)}\n" for i in range(20)),
-            encoding="utf-8")
+        (texts["code"] / f"{name}.py").write_text(
+            "\n\n".join(
+                f"def {name}_{i}(x):\n    return x * {i} + {order.integers(100)}\n"
+                for i in range(20)
+            ),
+            encoding="utf-8",
+        )
     return texts
 
 

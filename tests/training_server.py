@@ -25,8 +25,15 @@ from dsv3.training.balance import RouterWatch
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.step import StepValues, train_step
 
-FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate",
-               "shutil.rmtree"}
+FILE_EVENTS = {
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+    "shutil.rmtree",
+}
 
 
 def die_at(number: int, folder: str) -> None:
@@ -39,15 +46,17 @@ def die_at(number: int, folder: str) -> None:
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
+
     sys.addaudithook(count)
 
 
 def main(plays: str, code: str) -> None:
     torch.set_num_threads(1)
     little_text()
-    model = Transformer(TINY).init_weights(0)       # torch imports much when it is first used
-    train_step(model, make_optimizer(model), window(), StepValues(learning_rate=0.1),
-               RouterWatch(model))
+    model = Transformer(TINY).init_weights(0)  # torch imports much when it is first used
+    train_step(
+        model, make_optimizer(model), window(), StepValues(learning_rate=0.1), RouterWatch(model)
+    )
     print("ready", flush=True)
     for line in sys.stdin:
         seconds, number, folder = line.rstrip("\n").split(" ", 2)
@@ -65,7 +74,7 @@ def main(plays: str, code: str) -> None:
                 os._exit(status)
         if float(seconds):
             time.sleep(float(seconds))
-            os.kill(child, signal.SIGKILL)      # it may have ended, but its number is still its own
+            os.kill(child, signal.SIGKILL)  # it may have ended, but its number is still its own
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

@@ -12,5 +12,4 @@ from dsv3.book.mutation import mutated
 from dsv3.book.notation import notation_table
 from dsv3.book.ready import needs
 
-__all__ = ["equation_ledger", "fact_ledger", "misreadings", "mutated", "needs",
-           "notation_table"]
+__all__ = ["equation_ledger", "fact_ledger", "misreadings", "mutated", "needs", "notation_table"]

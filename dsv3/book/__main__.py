@@ -27,9 +27,14 @@ def _reset(path: Path) -> str:
     from dsv3.book.saved import reset
 
     yours = reset(path)
-    return "as shipped" if yours is None else (
-        f"as shipped again; what you had is in {path.with_name(yours.name)} "
-        "(rename it to end in .ipynb to open it)")
+    return (
+        "as shipped"
+        if yours is None
+        else (
+            f"as shipped again; what you had is in {path.with_name(yours.name)} "
+            "(rename it to end in .ipynb to open it)"
+        )
+    )
 
 
 def _run(path: Path):

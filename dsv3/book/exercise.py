@@ -28,9 +28,15 @@ class Verdict:
         return f"[{self.state}] {self.name}: {self.message}"
 
 
-def judge(name: str, answer: Callable, right: Callable, cases: Sequence[tuple],
-          mistakes: Mapping[str, Callable] | None = None, tolerance: float = 1e-5,
-          praise: str = "") -> Verdict:
+def judge(
+    name: str,
+    answer: Callable,
+    right: Callable,
+    cases: Sequence[tuple],
+    mistakes: Mapping[str, Callable] | None = None,
+    tolerance: float = 1e-5,
+    praise: str = "",
+) -> Verdict:
     """Compare the reader's function with ``right`` on every case.
 
     cases: tuples of arguments; each call gets copies of its own. mistakes: what to say -> a
@@ -41,8 +47,13 @@ def judge(name: str, answer: Callable, right: Callable, cases: Sequence[tuple],
     Results may be tensors, arrays, numbers, booleans, strings, and lists, tuples or dicts of them.
     """
     if not callable(answer):
-        return _open(name) if answer is None or answer is ... else Verdict(
-            name, "wrong", f"give the function itself, not {_kind(answer)}; leave out the ()")
+        return (
+            _open(name)
+            if answer is None or answer is ...
+            else Verdict(
+                name, "wrong", f"give the function itself, not {_kind(answer)}; leave out the ()"
+            )
+        )
     found, wanted = [], []
     for number, case in enumerate(cases, 1):
         given = deepcopy(case)
@@ -52,16 +63,27 @@ def judge(name: str, answer: Callable, right: Callable, cases: Sequence[tuple],
             return _open(name)
         except Exception as error:
             text = str(error).splitlines()[0] if str(error) else ""
-            return Verdict(name, "wrong", f"on {_input(number, case)} your function stops with "
-                                          f"{type(error).__name__}: {text}")
+            return Verdict(
+                name,
+                "wrong",
+                f"on {_input(number, case)} your function stops with "
+                f"{type(error).__name__}: {text}",
+            )
         if result is None or result is ...:
             if number == 1:
                 return _open(name)
-            return Verdict(name, "wrong", f"on {_input(number, case)} your function returns "
-                                          "nothing. Is a return missing?")
+            return Verdict(
+                name,
+                "wrong",
+                f"on {_input(number, case)} your function returns nothing. Is a return missing?",
+            )
         if _difference(given, case) != 0:
-            return Verdict(name, "wrong", "your function changes its input in place; whoever gave "
-                                          "it still needs it. Make a copy")
+            return Verdict(
+                name,
+                "wrong",
+                "your function changes its input in place; whoever gave "
+                "it still needs it. Make a copy",
+            )
         found.append(result)
         wanted.append(right(*deepcopy(case)))
     worst, where = 0.0, 0
@@ -81,12 +103,22 @@ def judge(name: str, answer: Callable, right: Callable, cases: Sequence[tuple],
         return Verdict(name, "wrong", f"on {where} {worst}")
     if math.isnan(worst):
         return Verdict(name, "wrong", f"on {where} the result holds NaN (not a number)")
-    return Verdict(name, "wrong", f"on {where} the result is off by up to {worst:.2g} "
-                                  "(relative to the largest value)")
+    return Verdict(
+        name,
+        "wrong",
+        f"on {where} the result is off by up to {worst:.2g} (relative to the largest value)",
+    )
 
 
-def judge_value(name: str, answer, right: float, mistakes: Mapping[float, str] | None = None,
-                tolerance: float = 1e-3, unit: str = "", praise: str = "") -> Verdict:
+def judge_value(
+    name: str,
+    answer,
+    right: float,
+    mistakes: Mapping[float, str] | None = None,
+    tolerance: float = 1e-3,
+    unit: str = "",
+    praise: str = "",
+) -> Verdict:
     """Compare the reader's number; tolerance is relative. None is still open.
 
     mistakes: the number a mistake gives -> what to say.
@@ -109,18 +141,31 @@ def judge_value(name: str, answer, right: float, mistakes: Mapping[float, str] |
             return Verdict(name, "wrong", message)
     if answer == 0 or right == 0 or (answer < 0) != (right < 0):
         return Verdict(name, "wrong", "this is not near; go back to the formula")
-    side, ratio = ("large", answer / right) if abs(answer) > abs(right) else ("small",
-                                                                              right / answer)
+    side, ratio = (
+        ("large", answer / right) if abs(answer) > abs(right) else ("small", right / answer)
+    )
     times = f"{ratio:,.0f}" if ratio >= 99.95 else f"{ratio:.3g}"
     return Verdict(name, "wrong", f"this is {times} times too {side}")
 
 
-def judge_statements(name: str, answers: Mapping[str, bool | None], right: Mapping[str, bool],
-                     why: Mapping[str, str], praise: str = "") -> Verdict:
+def judge_statements(
+    name: str,
+    answers: Mapping[str, bool | None],
+    right: Mapping[str, bool],
+    why: Mapping[str, str],
+    praise: str = "",
+) -> Verdict:
     """Compare true and false with the truth; the first wrong one is explained by ``why``."""
     if not isinstance(answers, Mapping):
-        return _open(name) if answers is None else Verdict(
-            name, "wrong", f"a dict of True and False is asked for, and this is {_kind(answers)}")
+        return (
+            _open(name)
+            if answers is None
+            else Verdict(
+                name,
+                "wrong",
+                f"a dict of True and False is asked for, and this is {_kind(answers)}",
+            )
+        )
     if set(answers) != set(right):
         odd = sorted(map(str, set(answers) ^ set(right)))
         return Verdict(name, "wrong", f"keep the keys as they were; these differ: {odd}")
@@ -150,8 +195,10 @@ def _kind(value) -> str:
 
 def _input(number: int, case: tuple) -> str:
     """Case number, and what it was made of."""
-    parts = [f"shape {tuple(part.shape)}" if isinstance(part, torch.Tensor) else repr(part)
-             for part in case]
+    parts = [
+        f"shape {tuple(part.shape)}" if isinstance(part, torch.Tensor) else repr(part)
+        for part in case
+    ]
     text = ", ".join(part if len(part) <= 40 else part[:37] + "..." for part in parts)
     return f"input {number} ({text})"
 
@@ -190,8 +237,10 @@ def _difference(found, wanted) -> float | str:
             return f"the result has shape {tuple(found.shape)}, expected {tuple(wanted.shape)}"
         if wanted.is_complex() != found.is_complex():
             return f"the result has dtype {found.dtype}, expected {wanted.dtype}"
-        a, b = (t.detach().to(torch.complex128 if wanted.is_complex() else torch.float64)
-                for t in (found, wanted))
+        a, b = (
+            t.detach().to(torch.complex128 if wanted.is_complex() else torch.float64)
+            for t in (found, wanted)
+        )
         same = (a == b) | (a.isnan() & b.isnan())  # equal infinities, and NaN where it belongs
         if same.all():
             return 0.0
@@ -203,8 +252,11 @@ def _difference(found, wanted) -> float | str:
     if isinstance(found, torch.Tensor) and found.numel() == 1:
         found = found.item()
     if isinstance(wanted, (bool, str)) or wanted is None:
-        return 0.0 if found == wanted and type(found) is type(wanted) else (
-            f"the result is {found!r}, expected {wanted!r}")
+        return (
+            0.0
+            if found == wanted and type(found) is type(wanted)
+            else (f"the result is {found!r}, expected {wanted!r}")
+        )
     if isinstance(wanted, (int, float)):
         if isinstance(found, bool) or not isinstance(found, (int, float)):
             return f"the result should be a number and is {_kind(found)}"

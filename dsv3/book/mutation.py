@@ -11,8 +11,8 @@ package changes, a mutation fails loudly instead of changing nothing.
 """
 
 from __future__ import annotations
-
 import __future__
+
 import inspect
 import sys
 import textwrap
@@ -33,19 +33,28 @@ def mutated(function: Callable, old: str, new: str) -> Iterator[None]:
     original = inspect.unwrap(function)
     source = textwrap.dedent(inspect.getsource(original))
     if source.count(old) != 1:
-        raise ValueError(f"{old!r} stands {source.count(old)} times in the source of "
-                         f"{original.__qualname__}; once is needed")
+        raise ValueError(
+            f"{old!r} stands {source.count(old)} times in the source of "
+            f"{original.__qualname__}; once is needed"
+        )
     if original.__closure__:
-        raise TypeError(f"{original.__qualname__} refers to {original.__code__.co_freevars} "
-                        "outside itself and cannot be rebuilt from its source")
+        raise TypeError(
+            f"{original.__qualname__} refers to {original.__code__.co_freevars} "
+            "outside itself and cannot be rebuilt from its source"
+        )
     module = sys.modules[original.__module__]
     lines = source.replace(old, new)
-    start = next(i for i, line in enumerate(lines.splitlines())
-                 if line.startswith(("def ", "async def ")))
+    start = next(
+        i for i, line in enumerate(lines.splitlines()) if line.startswith(("def ", "async def "))
+    )
     body = "\n".join(lines.splitlines()[start:])  # without decorators: they are put back below
     made: dict = {}
-    code = compile(body, f"<{original.__qualname__}, mutated>", "exec",
-                   flags=__future__.annotations.compiler_flag)
+    code = compile(
+        body,
+        f"<{original.__qualname__}, mutated>",
+        "exec",
+        flags=__future__.annotations.compiler_flag,
+    )
     exec(code, vars(module), made)
     with _installed(function, original, made[original.__name__], module):
         yield
@@ -59,13 +68,18 @@ def _installed(function, original, replacement, module) -> Iterator[None]:
         owner = getattr(owner, part)
     places = [(owner, name)]
     if owner is module:
-        places += [(other, key) for other in list(sys.modules.values())
-                   if getattr(other, "__name__", "").startswith("dsv3") and other is not module
-                   for key, value in list(vars(other).items()) if value is function]
+        places += [
+            (other, key)
+            for other in list(sys.modules.values())
+            if getattr(other, "__name__", "").startswith("dsv3") and other is not module
+            for key, value in list(vars(other).items())
+            if value is function
+        ]
     before = [(place, key, place.__dict__[key]) for place, key in places]
     for place, key, value in before:
         wrap = {staticmethod: staticmethod, classmethod: classmethod, property: property}.get(
-            type(value), lambda f: f)
+            type(value), lambda f: f
+        )
         setattr(place, key, wrap(replacement))
     try:
         yield

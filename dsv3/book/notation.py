@@ -15,12 +15,17 @@ from importlib.resources import files
 
 from IPython.display import Markdown
 
-from dsv3.config import ModelConfig
 from dsv3.checkpoint.layout import TABLE, Row
+from dsv3.config import ModelConfig
 
 # In the order in which a full table shows them, with what stands above each part.
-KINDS = {"size": "Sizes", "weight": "Weights", "vector": "Vectors of one token",
-         "index": "Indices", "setting": "Settings of training"}
+KINDS = {
+    "size": "Sizes",
+    "weight": "Weights",
+    "vector": "Vectors of one token",
+    "index": "Indices",
+    "setting": "Settings of training",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +50,11 @@ class Symbol:
         if self.weight is None:
             return None
         ends = (self.weight, self.weight + ".weight")
-        return next(row for row in TABLE
-                    if any(row.name == end or row.name.endswith("." + end) for end in ends))
+        return next(
+            row
+            for row in TABLE
+            if any(row.name == end or row.name.endswith("." + end) for end in ends)
+        )
 
     def sizes(self, config: ModelConfig) -> tuple[int, ...]:
         """The shape in numbers; for a size, its value; () for an index."""
@@ -73,8 +81,10 @@ def notation_table(symbols: Iterable[str] | None = None) -> Markdown:
     entries = notation()
     if symbols is not None:
         return Markdown(_table([entries[symbol] for symbol in symbols]))
-    parts = [f"**{title}**\n\n" + _table([e for e in entries.values() if e.kind == kind])
-             for kind, title in KINDS.items()]
+    parts = [
+        f"**{title}**\n\n" + _table([e for e in entries.values() if e.kind == kind])
+        for kind, title in KINDS.items()
+    ]
     return Markdown("\n\n".join(parts))
 
 
@@ -89,12 +99,22 @@ def _product(dimension: str, config: ModelConfig) -> int:
 def _table(entries: list[Symbol]) -> str:
     small, large = ModelConfig.mini(), ModelConfig.deepseek_v3()
     if all(entry.kind in ("index", "setting") for entry in entries):
-        return markdown_table(("symbol", "meaning"),
-                              [(f"${entry.tex}$", entry.meaning) for entry in entries])
+        return markdown_table(
+            ("symbol", "meaning"), [(f"${entry.tex}$", entry.meaning) for entry in entries]
+        )
     return markdown_table(
         ("paper", "here", "meaning", "our model", "671B"),
-        [(f"${entry.tex}$", _name(entry), entry.meaning, _shape(entry, small),
-          _shape(entry, large)) for entry in entries])
+        [
+            (
+                f"${entry.tex}$",
+                _name(entry),
+                entry.meaning,
+                _shape(entry, small),
+                _shape(entry, large),
+            )
+            for entry in entries
+        ],
+    )
 
 
 def _name(entry: Symbol) -> str:
@@ -112,6 +132,7 @@ def _shape(entry: Symbol, config: ModelConfig) -> str:
 
 def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table; bars inside a cell are escaped."""
+
     def line(cells) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 

@@ -38,8 +38,10 @@ class Budget:
 
     def __str__(self) -> str:
         count = cores()
-        return (f"{self.seconds:.0f} s on {_NUMBERS.get(count, f'{count} CPU cores')}, "
-                f"{self.memory / 1e9:.1f} GB of memory, no download (measured)")
+        return (
+            f"{self.seconds:.0f} s on {_NUMBERS.get(count, f'{count} CPU cores')}, "
+            f"{self.memory / 1e9:.1f} GB of memory, no download (measured)"
+        )
 
 
 def run(path: Path, timeout: int = 120) -> Budget:
@@ -53,8 +55,12 @@ def run(path: Path, timeout: int = 120) -> Budget:
         raise DSV3Error("no such notebook", where=path) from None
     except Exception as error:  # whatever the parser says about a file that is no notebook
         raise DSV3Error("not a notebook", where=path, found=error) from None
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3",
-                            resources={"metadata": {"path": str(path.resolve().parent)}})
+    client = NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.resolve().parent)}},
+    )
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # debugger notes on stderr are no output
     began = time.perf_counter()
     with _peak_of_children() as peak:

@@ -32,5 +32,7 @@ def needs(section: str, name: str = "check") -> None:
     name: of what that cell makes. Raises NotReady.
     """
     if name not in sys._getframe(1).f_globals:
-        raise NotReady(f"run the cell under “{section}” first, then this one again",
-                       fix="This kernel is new and knows nothing of what was run before")
+        raise NotReady(
+            f"run the cell under “{section}” first, then this one again",
+            fix="This kernel is new and knows nothing of what was run before",
+        )

@@ -31,9 +31,13 @@ def clean(notebook) -> None:
     still picture and the plain text beside it stay.
     """
     notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python",
-                       "name": "python3"},
-        "language_info": {"name": "python"}}
+        "kernelspec": {
+            "display_name": "Python 3 (ipykernel)",
+            "language": "python",
+            "name": "python3",
+        },
+        "language_info": {"name": "python"},
+    }
     count = 0
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
@@ -55,8 +59,11 @@ def _joined(outputs) -> Iterator:
     how busy the machine was."""
     last = None
     for output in outputs:
-        if (last is not None and output.output_type == last.output_type == "stream"
-                and output.name == last.name):
+        if (
+            last is not None
+            and output.output_type == last.output_type == "stream"
+            and output.name == last.name
+        ):
             last.text += output.text
             continue
         if last is not None:
@@ -99,18 +106,22 @@ def reset(path: Path) -> Path | None:
     path = path.resolve()
     kept = path.parent / _SHIPPED / path.name
     try:
-        shown = subprocess.run(["git", "show", f"HEAD:./{path.name}"], cwd=path.parent,
-                               capture_output=True, timeout=30)
+        shown = subprocess.run(
+            ["git", "show", f"HEAD:./{path.name}"], cwd=path.parent, capture_output=True, timeout=30
+        )
         shipped = shown.stdout if shown.returncode == 0 else None
     except OSError:  # no git, or no such folder
         shipped = None
     if shipped is None and kept.is_file():
         shipped = kept.read_bytes()
     if shipped is None:
-        raise DSV3Error("there is nothing to reset it to", where=path,
-                        expected="a file under git, or one that JupyterLab has saved before",
-                        fix="If it was never saved, it is as shipped; if not, take it from the "
-                            "project's archive again")
+        raise DSV3Error(
+            "there is nothing to reset it to",
+            where=path,
+            expected="a file under git, or one that JupyterLab has saved before",
+            fix="If it was never saved, it is as shipped; if not, take it from the "
+            "project's archive again",
+        )
     beside = path.with_name(path.name + ".yours")
     if path.is_file():
         if path.read_bytes() == shipped:

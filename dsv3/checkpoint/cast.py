@@ -28,19 +28,25 @@ from pathlib import Path
 
 import torch
 
-from dsv3.config import CONFIG_FILE, ModelConfig, QuantizationConfig
 from dsv3.checkpoint.contents import open_checkpoint, true_config
+from dsv3.checkpoint.jobs import Band, Output, row_bands, run_job
+from dsv3.checkpoint.layout import TensorSpec, layout
+from dsv3.checkpoint.reader import CheckpointReader
+from dsv3.checkpoint.safetensors_io import Planned
+from dsv3.config import CONFIG_FILE, ModelConfig, QuantizationConfig
 from dsv3.errors import DSV3Error
 from dsv3.files import read_text
 from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale, quantize_weight
-from dsv3.checkpoint.jobs import Band, Output, row_bands, run_job
-from dsv3.checkpoint.layout import TensorSpec, layout
-from dsv3.checkpoint.safetensors_io import Planned
-from dsv3.checkpoint.reader import CheckpointReader
 
 
-def cast(in_dir: str | Path, out_dir: str | Path, to: str = "bf16", scale_fmt: str = "float32",
-         dry_run: bool = False, progress: bool = True) -> dict:
+def cast(
+    in_dir: str | Path,
+    out_dir: str | Path,
+    to: str = "bf16",
+    scale_fmt: str = "float32",
+    dry_run: bool = False,
+    progress: bool = True,
+) -> dict:
     """Write a checkpoint in the released layout with FP8 weights as bfloat16, or the reverse.
 
     in_dir: the checkpoint; out_dir: an empty or new folder, or one with this job unfinished.
@@ -62,32 +68,49 @@ def cast(in_dir: str | Path, out_dir: str | Path, to: str = "bf16", scale_fmt: s
             _check_format(config, specs, scale_fmt)
             quantized = config.but(quantization_config=QuantizationConfig(scale_fmt=scale_fmt))
             weights = {s.hf_name for s in layout(quantized, scales=False) if s.scale}
-            files = {s.hf_name: _Quantized(reader, s, scale_fmt)
-                     if s.hf_name in weights and not s.scale
-                     else _Copied(reader, s) if s.scale or s.scale_of else _to_bf16(reader, s)
-                     for s in specs}
+            files = {
+                s.hf_name: _Quantized(reader, s, scale_fmt)
+                if s.hf_name in weights and not s.scale
+                else _Copied(reader, s)
+                if s.scale or s.scale_of
+                else _to_bf16(reader, s)
+                for s in specs
+            }
             data["quantization_config"] = quantized.to_dict()["quantization_config"]
         if all(type(file) is _Copied for file in files.values()) and (
-                to == "fp8" or config.quantization_config is None):
+            to == "fp8" or config.quantization_config is None
+        ):
             raise DSV3Error(f"the checkpoint is {to} already", where=in_dir)
         if to == "bf16" and not dry_run:  # a plan needs only headers
             _check_scales(reader, specs)
         outputs = []
         for file_name, file in reader.files.items():
-            sources = [files[name] for name in file.entries
-                       if name in files and reader.home[name] is file]
+            sources = [
+                files[name] for name in file.entries if name in files and reader.home[name] is file
+            ]
             if sources:  # a shard of scales alone leaves nothing
                 outputs.append(_output(file_name, sources))
-        return run_job(f"cast --to {to}" + (f" ({scale_fmt} scales)" if to == "fp8" else ""),
-                       reader, out_dir, outputs, json.dumps(data, indent=2) + "\n",
-                       index=reader.indexed, dry_run=dry_run, progress=progress)
+        return run_job(
+            f"cast --to {to}" + (f" ({scale_fmt} scales)" if to == "fp8" else ""),
+            reader,
+            out_dir,
+            outputs,
+            json.dumps(data, indent=2) + "\n",
+            index=reader.indexed,
+            dry_run=dry_run,
+            progress=progress,
+        )
 
 
 def _check_format(config: ModelConfig, specs: list[TensorSpec], scale_fmt: str) -> None:
     """FP8 weights that are there already stay; the new ones must have scales of the same kind."""
     if any(spec.scale for spec in specs) and config.scale_fmt != scale_fmt:
-        raise DSV3Error("the checkpoint's FP8 weights have scales of another format",
-                        where="scale_fmt", found=scale_fmt, expected=config.scale_fmt)
+        raise DSV3Error(
+            "the checkpoint's FP8 weights have scales of another format",
+            where="scale_fmt",
+            found=scale_fmt,
+            expected=config.scale_fmt,
+        )
 
 
 def _to_bf16(reader: CheckpointReader, spec: TensorSpec) -> _Copied:
@@ -161,8 +184,10 @@ class _Quantized(_Copied):
 
     def planned(self) -> list[Planned]:
         rows, columns = self.reader.entry(self.name).shape
-        return [(self.name, "F8_E4M3", (rows, columns)),
-                (self.scale_name, "F32", (-(-rows // BLOCK), -(-columns // BLOCK)))]
+        return [
+            (self.name, "F8_E4M3", (rows, columns)),
+            (self.scale_name, "F32", (-(-rows // BLOCK), -(-columns // BLOCK))),
+        ]
 
     def bands(self) -> Iterator[Band]:
         for values, first_row in row_bands(self.reader, self.name, multiple=BLOCK):

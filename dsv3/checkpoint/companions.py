@@ -22,16 +22,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dsv3.checkpoint.folder import LOCK_FILE
+from dsv3.checkpoint.safetensors_io import PARTIAL, PICKLES, remove, write_text
 from dsv3.config import CONFIG_FILE
 from dsv3.errors import DSV3Error, Notice
 from dsv3.files import open_plain, parse_json, read_text, unwritable
-from dsv3.checkpoint.folder import LOCK_FILE
-from dsv3.checkpoint.safetensors_io import PARTIAL, PICKLES, remove, write_text
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Small files that belong to a checkpoint and are carried along; none of them is run.
-COMPANIONS = ("*token*", "vocab.json", "merges.txt", "chat_template*", "generation_config.json",
-              "LICENSE*", "*.tiktoken", "*.model", "additional_chat_templates/*.jinja")
+COMPANIONS = (
+    "*token*",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "*.tiktoken",
+    "*.model",
+    "additional_chat_templates/*.jinja",
+)
 _CODE = re.compile(r"([A-Za-z_]\w*)\.\w+")
 
 
@@ -41,8 +50,11 @@ def copy_companions(source: Path, target: Path) -> None:
     code = has_code(source)
     patterns = (*COMPANIONS, *(["*.py"] if code else []))
     for path in sorted({p for pattern in patterns for p in source.glob(pattern)}):
-        if (path.name in (CONFIG_FILE, LOCK_FILE)
-                or path.suffix in (*PICKLES, ".safetensors", PARTIAL)):
+        if path.name in (CONFIG_FILE, LOCK_FILE) or path.suffix in (
+            *PICKLES,
+            ".safetensors",
+            PARTIAL,
+        ):
             continue
         if not _belongs(path, source):
             warnings.warn(Notice(f"{path}: left out, since it is {_what(path)}"), stacklevel=2)
@@ -74,8 +86,11 @@ def openable(text: str, source: Path) -> str:
     pointers = data.get("auto_map") if isinstance(data, dict) else None
     if not isinstance(pointers, dict):
         return text
-    kept = {name: value for name, value in pointers.items()
-            if all(file and _belongs(source / file, source) for file in _code_files(value))}
+    kept = {
+        name: value
+        for name, value in pointers.items()
+        if all(file and _belongs(source / file, source) for file in _code_files(value))
+    }
     if kept == pointers:
         return text
     del data["auto_map"]

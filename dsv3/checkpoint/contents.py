@@ -20,28 +20,45 @@ from pathlib import Path
 
 import torch
 
-from dsv3.config import ModelConfig
-from dsv3.errors import DSV3Error, Notice
 from dsv3.checkpoint.layout import TensorSpec, layout
 from dsv3.checkpoint.reader import CheckpointReader
+from dsv3.config import ModelConfig
+from dsv3.errors import DSV3Error, Notice
 
 PLAIN = ("BF16", "F32", "F16")
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 # What config.json says of a checkpoint in FP8, for who has to write it.
-_SAID = ('"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", '
-         '"weight_block_size": [128, 128]}')
+_SAID = (
+    '"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}'
+)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_ROTARY = re.compile(r"(?:.+\.)?rotary_(?:pos_)?emb\.(?:original_)?(inv_freq|cos_cached|sin_cached)")
+_ROTARY = re.compile(
+    r"(?:.+\.)?rotary_(?:pos_)?emb\.(?:original_)?(inv_freq|cos_cached|sin_cached)"
+)
 # Endings of names that other formats give to their tensors, and whose they are.
 _FORMATS = (
-    (("_scale", "_packed", ".weight_shape", ".weight_zero_point", ".input_scale"),
-     "quantised by compressed-tensors"),
+    (
+        ("_scale", "_packed", ".weight_shape", ".weight_zero_point", ".input_scale"),
+        "quantised by compressed-tensors",
+    ),
     ((".qweight", ".qzeros", ".g_idx"), "quantised by GPTQ or AWQ"),
-    ((".absmax", ".quant_map", ".nested_absmax", ".SCB", "bitsandbytes__nf4", "bitsandbytes__fp4"),
-     "quantised by bitsandbytes"),
+    (
+        (
+            ".absmax",
+            ".quant_map",
+            ".nested_absmax",
+            ".SCB",
+            "bitsandbytes__nf4",
+            "bitsandbytes__fp4",
+        ),
+        "quantised by bitsandbytes",
+    ),
     ((".scales", ".biases"), "a checkpoint of MLX"),
     ((".lora_A.weight", ".lora_B.weight"), "a LoRA adapter, which is no model by itself"),
-    (("experts.gate_up_proj", "switch_mlp.gate_proj.weight"), "experts packed into one tensor a layer"),
+    (
+        ("experts.gate_up_proj", "switch_mlp.gate_proj.weight"),
+        "experts packed into one tensor a layer",
+    ),
 )
 
 
@@ -60,8 +77,11 @@ def open_checkpoint(folder: str | Path) -> tuple[ModelConfig, CheckpointReader, 
     notices: list[str] = []
     try:
         config = _mtp_as_stored(config, reader, notices)
-        specs = check_tensors(reader, {spec.hf_name: (spec, spec.shape) for spec in layout(config)},
-                              also=_redundant(config, reader, notices))
+        specs = check_tensors(
+            reader,
+            {spec.hf_name: (spec, spec.shape) for spec in layout(config)},
+            also=_redundant(config, reader, notices),
+        )
     except BaseException:
         reader.close()
         raise
@@ -72,27 +92,39 @@ def open_checkpoint(folder: str | Path) -> tuple[ModelConfig, CheckpointReader, 
 
 def true_config(data: dict, config: ModelConfig) -> dict:
     """The contents of a config.json, with the number of MTP modules that ``config`` has."""
-    names = [name for name in ("num_nextn_predict_layers", "num_mtp_layers")
-             if data.get(name) not in (None, config.num_nextn_predict_layers)]
+    names = [
+        name
+        for name in ("num_nextn_predict_layers", "num_mtp_layers")
+        if data.get(name) not in (None, config.num_nextn_predict_layers)
+    ]
     return {**data, **dict.fromkeys(names, config.num_nextn_predict_layers)}
 
 
-def check_tensors(reader: CheckpointReader, expected: dict[str, tuple[TensorSpec, tuple[int, ...]]],
-                  also: frozenset[str] = frozenset()) -> list[TensorSpec]:
+def check_tensors(
+    reader: CheckpointReader,
+    expected: dict[str, tuple[TensorSpec, tuple[int, ...]]],
+    also: frozenset[str] = frozenset(),
+) -> list[TensorSpec]:
     """The tensors that are there, as they are stored; DSV3Error unless all expected ones are.
 
     expected: name in the files -> spec and shape. also: names that may be there besides. The MTP
     modules' copies of embedding and head may be there or not.
     """
     stored, missing = [], []
-    plain = {spec.hf_name for name, (spec, _) in expected.items() if spec.dtype == "F8_E4M3"
-             and name in reader and reader.entry(name).dtype in PLAIN}
+    plain = {
+        spec.hf_name
+        for name, (spec, _) in expected.items()
+        if spec.dtype == "F8_E4M3" and name in reader and reader.entry(name).dtype in PLAIN
+    }
     any_fp8 = any(entry.dtype == "F8_E4M3" for entry in map(reader.entry, reader.home))
     for name, (spec, shape) in expected.items():
         if spec.scale_of in plain:
             if name in reader:
-                raise DSV3Error("scales beside a weight that is not FP8", where=name,
-                                found="a wrong dtype of the weight or a grid too many")
+                raise DSV3Error(
+                    "scales beside a weight that is not FP8",
+                    where=name,
+                    found="a wrong dtype of the weight or a grid too many",
+                )
             continue
         if name not in reader:
             if not spec.copy_of:
@@ -104,42 +136,54 @@ def check_tensors(reader: CheckpointReader, expected: dict[str, tuple[TensorSpec
         if spec.hf_name not in plain and entry.dtype not in _accepted(spec):
             raise _wrong_dtype(reader, name, entry.dtype, spec)
         if entry.shape != shape:
-            raise DSV3Error("wrong shape", where=name, found=list(entry.shape),
-                            expected=list(shape),
-                            fix="Scales are read for blocks of 128x128 of their weight"
-                            if spec.scale_of else "config.json describes another model")
+            raise DSV3Error(
+                "wrong shape",
+                where=name,
+                found=list(entry.shape),
+                expected=list(shape),
+                fix="Scales are read for blocks of 128x128 of their weight"
+                if spec.scale_of
+                else "config.json describes another model",
+            )
         stored.append(replace(spec, dtype="BF16") if spec.hf_name in plain else spec)
     if missing:
         raise _missing(reader, missing)
     unexpected = [name for name in reader.home if name not in expected and name not in also]
     if unexpected:
-        raise DSV3Error("unexpected tensor"
-                        + (f", one of {len(unexpected)}" if len(unexpected) > 1 else ""),
-                        where=f"{reader.folder}: {unexpected[0]}",
-                        expected="only tensors that config.json calls for",
-                        fix=_another_format(reader))
+        raise DSV3Error(
+            "unexpected tensor" + (f", one of {len(unexpected)}" if len(unexpected) > 1 else ""),
+            where=f"{reader.folder}: {unexpected[0]}",
+            expected="only tensors that config.json calls for",
+            fix=_another_format(reader),
+        )
     return stored
 
 
-def _mtp_as_stored(config: ModelConfig, reader: CheckpointReader,
-                   notices: list[str]) -> ModelConfig:
+def _mtp_as_stored(
+    config: ModelConfig, reader: CheckpointReader, notices: list[str]
+) -> ModelConfig:
     """The config without MTP modules where it promises some and not one tensor is there."""
     promised, first = config.num_nextn_predict_layers, config.num_hidden_layers
     if not promised or any(layer >= first for layer, _ in _layers(reader)):
         return config
-    notices.append(f"config.json promises {promised} MTP module" + "s" * (promised > 1)
-                   + " and the files hold none: drafting is off")
+    notices.append(
+        f"config.json promises {promised} MTP module"
+        + "s" * (promised > 1)
+        + " and the files hold none: drafting is off"
+    )
     return config.but(num_nextn_predict_layers=0)
 
 
 def _layers(reader: CheckpointReader) -> set[tuple[int, str]]:
     """(number, rest of the name) of every tensor that belongs to a layer."""
-    return {(int(match[1]), match[2]) for name in reader.home
-            if (match := _LAYER.fullmatch(name)) and len(match[1]) < 10}
+    return {
+        (int(match[1]), match[2])
+        for name in reader.home
+        if (match := _LAYER.fullmatch(name)) and len(match[1]) < 10
+    }
 
 
-def _redundant(config: ModelConfig, reader: CheckpointReader,
-               notices: list[str]) -> frozenset[str]:
+def _redundant(config: ModelConfig, reader: CheckpointReader, notices: list[str]) -> frozenset[str]:
     """Names of stored tensors that say nothing new, each checked as far as it can be."""
     found = {name for name in reader.home if _is_rotary(name, reader, config)}
     if config.tie_word_embeddings and "lm_head.weight" in reader:
@@ -148,13 +192,21 @@ def _redundant(config: ModelConfig, reader: CheckpointReader,
     layers = _layers(reader)
     known = config.num_hidden_layers + config.num_nextn_predict_layers
     beyond = {layer for layer, _ in layers if layer >= known}
-    if beyond and all((layer, f"{part}.weight") in layers for layer in beyond
-                      for part in ("enorm", "hnorm", "eh_proj")):
-        notices.append(f"MTP layer {min(beyond)} is left out, since num_nextn_predict_layers in "
-                       f"config.json is {config.num_nextn_predict_layers}; "
-                       f"{known + len(beyond) - config.num_hidden_layers} would draft with it")
-        found |= {name for name in reader.home if (match := _LAYER.fullmatch(name))
-                  and int(match[1]) in beyond}
+    if beyond and all(
+        (layer, f"{part}.weight") in layers
+        for layer in beyond
+        for part in ("enorm", "hnorm", "eh_proj")
+    ):
+        notices.append(
+            f"MTP layer {min(beyond)} is left out, since num_nextn_predict_layers in "
+            f"config.json is {config.num_nextn_predict_layers}; "
+            f"{known + len(beyond) - config.num_hidden_layers} would draft with it"
+        )
+        found |= {
+            name
+            for name in reader.home
+            if (match := _LAYER.fullmatch(name)) and int(match[1]) in beyond
+        }
     return frozenset(found)
 
 
@@ -180,10 +232,12 @@ def _check_tied(reader: CheckpointReader, head: str, embedding: str) -> None:
     for rows in a.bands(a.shape[0]) if same else ():
         same &= torch.equal(reader.read(head, rows).float(), reader.read(embedding, rows).float())
     if not same:
-        raise DSV3Error("two tensors that config.json calls one differ",
-                        where=f"{reader.folder}: {head} and {embedding}",
-                        found="tie_word_embeddings true",
-                        fix="Set tie_word_embeddings to false if the head is one of its own")
+        raise DSV3Error(
+            "two tensors that config.json calls one differ",
+            where=f"{reader.folder}: {head} and {embedding}",
+            found="tie_word_embeddings true",
+            fix="Set tie_word_embeddings to false if the head is one of its own",
+        )
 
 
 def _accepted(spec: TensorSpec) -> tuple[str, ...]:
@@ -195,14 +249,19 @@ def _accepted(spec: TensorSpec) -> tuple[str, ...]:
 def _wrong_dtype(reader: CheckpointReader, name: str, found: str, spec: TensorSpec) -> DSV3Error:
     fix = _another_format(reader)
     if fix is None and found == "F8_E4M3":
-        fix = (f"An FP8 checkpoint needs {_SAID} in its config.json"
-               if f"{name}_scale_inv" in reader else
-               "FP8 weights without a grid of scales for blocks of 128x128 are not supported")
+        fix = (
+            f"An FP8 checkpoint needs {_SAID} in its config.json"
+            if f"{name}_scale_inv" in reader
+            else "FP8 weights without a grid of scales for blocks of 128x128 are not supported"
+        )
     elif fix is None and found in PLAIN and spec.dtype == "F8_E4M3":
-        fix = ("No tensor here is FP8: for a checkpoint that is not quantised, remove "
-               "quantization_config from config.json")
-    return DSV3Error("wrong dtype", where=name, found=found, fix=fix,
-                     expected=" or ".join(_accepted(spec)))
+        fix = (
+            "No tensor here is FP8: for a checkpoint that is not quantised, remove "
+            "quantization_config from config.json"
+        )
+    return DSV3Error(
+        "wrong dtype", where=name, found=found, fix=fix, expected=" or ".join(_accepted(spec))
+    )
 
 
 def _missing(reader: CheckpointReader, missing: list[tuple[str, TensorSpec]]) -> DSV3Error:
@@ -213,7 +272,9 @@ def _missing(reader: CheckpointReader, missing: list[tuple[str, TensorSpec]]) ->
     return DSV3Error(
         f"missing {'scale' if spec.scale_of else 'tensor'}"
         + (f", one of {len(missing)} missing tensors" if len(missing) > 1 else ""),
-        where=f"{reader.folder}: {name}", fix=_another_format(reader))
+        where=f"{reader.folder}: {name}",
+        fix=_another_format(reader),
+    )
 
 
 def _another_format(reader: CheckpointReader) -> str | None:
@@ -221,6 +282,8 @@ def _another_format(reader: CheckpointReader) -> str | None:
     for endings, what in _FORMATS:
         sign = next((name for name in reader.home if name.endswith(endings)), None)
         if sign:
-            return (f"By the name {sign} this is {what}. Take the checkpoint as released, in FP8 "
-                    "or BF16")
+            return (
+                f"By the name {sign} this is {what}. Take the checkpoint as released, in FP8 "
+                "or BF16"
+            )
     return None

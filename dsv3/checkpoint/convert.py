@@ -21,16 +21,17 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsv3.config import CONFIG_FILE, ModelConfig
 from dsv3.checkpoint.contents import open_checkpoint, true_config
-from dsv3.files import read_text
 from dsv3.checkpoint.jobs import Band, Output, row_bands, run_job
 from dsv3.checkpoint.layout import TensorSpec, check_sharding
 from dsv3.checkpoint.reader import CheckpointReader
+from dsv3.config import CONFIG_FILE, ModelConfig
+from dsv3.files import read_text
 
 
-def convert(in_dir: str | Path, out_dir: str | Path, tp: int, dry_run: bool = False,
-            progress: bool = True) -> dict:
+def convert(
+    in_dir: str | Path, out_dir: str | Path, tp: int, dry_run: bool = False, progress: bool = True
+) -> dict:
     """Cut a checkpoint in the released layout into one set of files for each of ``tp`` ranks.
 
     in_dir: the checkpoint; out_dir: an empty or new folder, or one with this job unfinished.
@@ -45,14 +46,24 @@ def convert(in_dir: str | Path, out_dir: str | Path, tp: int, dry_run: bool = Fa
         outputs = []
         for rank in range(tp):
             for part, kind in (("main", "model"), ("mtp", "mtp")):
-                mine = [(spec, ranges) for spec in specs if spec.part == part
-                        and (ranges := spec.slice_for(rank, tp, config.n_routed_experts))
-                        is not None]
+                mine = [
+                    (spec, ranges)
+                    for spec in specs
+                    if spec.part == part
+                    and (ranges := spec.slice_for(rank, tp, config.n_routed_experts)) is not None
+                ]
                 if mine:
                     outputs.append(_output(f"{kind}{rank}-mp{tp}.safetensors", reader, mine))
-        return run_job(f"convert --tp {tp}", reader, out_dir, outputs,
-                       _config_text(reader, config),
-                       index=False, dry_run=dry_run, progress=progress)
+        return run_job(
+            f"convert --tp {tp}",
+            reader,
+            out_dir,
+            outputs,
+            _config_text(reader, config),
+            index=False,
+            dry_run=dry_run,
+            progress=progress,
+        )
 
 
 def _config_text(reader: CheckpointReader, config: ModelConfig) -> str:
@@ -63,12 +74,19 @@ def _config_text(reader: CheckpointReader, config: ModelConfig) -> str:
     return text if true == data else json.dumps(true, indent=2) + "\n"
 
 
-def _output(name: str, reader: CheckpointReader,
-            mine: list[tuple[TensorSpec, tuple[range, ...]]]) -> Output:
+def _output(
+    name: str, reader: CheckpointReader, mine: list[tuple[TensorSpec, tuple[range, ...]]]
+) -> Output:
     def bands() -> Iterator[Band]:
         for spec, ranges in mine:
             for values, first_row in row_bands(reader, spec.hf_name, ranges):
                 yield spec.name, values, first_row
 
-    return Output(name, [(spec.name, reader.entry(spec.hf_name).dtype,
-                          tuple(map(len, ranges))) for spec, ranges in mine], bands)
+    return Output(
+        name,
+        [
+            (spec.name, reader.entry(spec.hf_name).dtype, tuple(map(len, ranges)))
+            for spec, ranges in mine
+        ],
+        bands,
+    )

@@ -70,8 +70,9 @@ def _make(folder: Path) -> bool:
         folder.mkdir(parents=True)
     except FileExistsError:
         if not folder.is_dir():
-            raise DSV3Error("not a folder", where=folder,
-                            fix="Name an empty or new folder") from None
+            raise DSV3Error(
+                "not a folder", where=folder, fix="Name an empty or new folder"
+            ) from None
         return False
     return True
 
@@ -107,8 +108,13 @@ def _lock(folder: Path, task: str) -> int | None:
             return None
         with contextlib.suppress(OSError):  # a full disk: the lock holds without the note
             os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps({"process": os.getpid(), "host": os.uname().nodename,
-                                          "task": task}).encode(), 0)
+            os.pwrite(
+                handle,
+                json.dumps(
+                    {"process": os.getpid(), "host": os.uname().nodename, "task": task}
+                ).encode(),
+                0,
+            )
     except BaseException:
         with contextlib.suppress(OSError):
             os.close(handle)
@@ -129,8 +135,12 @@ def _in_use(folder: Path, handle: int, fix: str) -> DSV3Error:
         holder = f"process {note['process']} on {note['host']}: {note['task']}"
     except (OSError, ValueError, TypeError, KeyError):
         holder = "a process that has not yet written its name"
-    return DSV3Error("another job writes into this folder", where=folder, found=holder,
-                     fix=f"{fix}, or name another folder")
+    return DSV3Error(
+        "another job writes into this folder",
+        where=folder,
+        found=holder,
+        fix=f"{fix}, or name another folder",
+    )
 
 
 def _let_go(folder: Path, handle: int) -> None:

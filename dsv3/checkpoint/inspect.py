@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from dsv3.config import PRESETS, ModelConfig
 from dsv3.checkpoint.contents import open_checkpoint
+from dsv3.checkpoint.layout import TensorSpec, check_sharding, layout, valid_sizes
+from dsv3.checkpoint.safetensors_io import DTYPES
+from dsv3.config import PRESETS, ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES
-from dsv3.checkpoint.layout import TensorSpec, check_sharding, layout, valid_sizes
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.checkpoint.safetensors_io import DTYPES
 
 # Memory of common GPUs in GB of 10^9 bytes, rounded down from what nvidia-smi and rocm-smi report:
 # 81,559 MiB (H100; an A100 has 81,920), 97,871, 143,771, 183,359 and 196,592 MiB. The gigabytes in
@@ -35,8 +35,13 @@ GPUS = {"A100, H100": 85.5, "H20": 102.6, "H200": 150.7, "B200": 192.2, "MI300X"
 _USABLE = 0.9
 
 
-def inspect(model_dir: str | Path | None = None, *, preset: str | None = None,
-            ranks: int | None = None, as_json: bool = False) -> dict:
+def inspect(
+    model_dir: str | Path | None = None,
+    *,
+    preset: str | None = None,
+    ranks: int | None = None,
+    as_json: bool = False,
+) -> dict:
     """Print a report on a checkpoint or a preset, as a table or as JSON, and return it.
 
     See ``report`` for the arguments and the keys.
@@ -47,8 +52,9 @@ def inspect(model_dir: str | Path | None = None, *, preset: str | None = None,
     return result
 
 
-def report(model_dir: str | Path | None = None, *, preset: str | None = None,
-           ranks: int | None = None) -> dict:
+def report(
+    model_dir: str | Path | None = None, *, preset: str | None = None, ranks: int | None = None
+) -> dict:
     """Sizes of a checkpoint in the released layout, or of a preset (a key of ``PRESETS``).
 
     ranks: cut over so many (default 1). Returns
@@ -60,12 +66,14 @@ def report(model_dir: str | Path | None = None, *, preset: str | None = None,
     return _report(*_contents(model_dir, preset), ranks)
 
 
-def _contents(model_dir: str | Path | None,
-              preset: str | None) -> tuple[ModelConfig, list[tuple[TensorSpec, str]]]:
+def _contents(
+    model_dir: str | Path | None, preset: str | None
+) -> tuple[ModelConfig, list[tuple[TensorSpec, str]]]:
     """The config and the tensors, each with the dtype it is stored in."""
     if (model_dir is None) == (preset is None):
-        raise DSV3Error("name either a model folder or a preset",
-                        found="neither" if preset is None else "both")
+        raise DSV3Error(
+            "name either a model folder or a preset", found="neither" if preset is None else "both"
+        )
     if model_dir is None:
         if preset not in PRESETS:
             raise DSV3Error("unknown preset", found=preset, expected=" or ".join(PRESETS))
@@ -76,8 +84,7 @@ def _contents(model_dir: str | Path | None,
         return config, [(spec, reader.entry(spec.hf_name).dtype) for spec in specs]
 
 
-def _report(config: ModelConfig, tensors: list[tuple[TensorSpec, str]],
-            ranks: int | None) -> dict:
+def _report(config: ModelConfig, tensors: list[tuple[TensorSpec, str]], ranks: int | None) -> dict:
     by_dtype: Counter[str] = Counter()
     for spec, dtype in tensors:
         by_dtype[dtype] += spec.numel
@@ -115,8 +122,9 @@ def memory_per_rank(config: ModelConfig, size: int, precision: str = "fp8") -> i
 
     More than in the files: wkv_b is kept in float32, and so is the router.
     """
-    return sum(held_bytes(Transformer(
-        config, precision, TensorGroup(0, size, device="meta"))).values())
+    return sum(
+        held_bytes(Transformer(config, precision, TensorGroup(0, size, device="meta"))).values()
+    )
 
 
 def held_bytes(model: Transformer) -> dict[str, int]:
@@ -145,29 +153,35 @@ def table(result: dict, config: ModelConfig) -> str:
     p = result["parameters"]
     precision = "fp8" if config.quantization_config else "bf16"
     family = FAMILIES[config.model_type]
-    lines = [f"{config.model_type}, the name of {family.models}:", f"  {family.adds}",
-             "parameters",
-             f"  main model             {p['main']:>19,}",
-             f"  activated per token    {p['activated']:>19,}",
-             f"    without embedding    {activated_parameters(config, embedding=False):>19,}",
-             f"  MTP                    {p['mtp']:>19,}",
-             "in the files"]
+    lines = [
+        f"{config.model_type}, the name of {family.models}:",
+        f"  {family.adds}",
+        "parameters",
+        f"  main model             {p['main']:>19,}",
+        f"  activated per token    {p['activated']:>19,}",
+        f"    without embedding    {activated_parameters(config, embedding=False):>19,}",
+        f"  MTP                    {p['mtp']:>19,}",
+        "in the files",
+    ]
     lines += [f"  {dtype + ' values':<23}{n:>19,}" for dtype, n in p["by_dtype"].items()]
-    lines += [f"  all values             {p['total']:>19,}",
-              f"  bytes                  {result['bytes']:>19,}",
-              f"  tensors                {result['tensors']:>19,}",
-              f"cache, bytes per token   {cache_bytes_per_token(config):>19,}",
-              "",
-              f"A rank's weights, and tokens of cache (thousands) that fit beside them in "
-              f"{_USABLE:.0%} of a GPU",
-              "(GB of 10^9 bytes, of GPUs too: more than their names say, which count in GiB)",
-              f"{'ranks':>5} {'files GB':>9} {precision + ' GB':>9}"
-              + "".join(f"{f'{name} {gb}':>16}" for name, gb in GPUS.items())]
+    lines += [
+        f"  all values             {p['total']:>19,}",
+        f"  bytes                  {result['bytes']:>19,}",
+        f"  tensors                {result['tensors']:>19,}",
+        f"cache, bytes per token   {cache_bytes_per_token(config):>19,}",
+        "",
+        f"A rank's weights, and tokens of cache (thousands) that fit beside them in "
+        f"{_USABLE:.0%} of a GPU",
+        "(GB of 10^9 bytes, of GPUs too: more than their names say, which count in GiB)",
+        f"{'ranks':>5} {'files GB':>9} {precision + ' GB':>9}"
+        + "".join(f"{f'{name} {gb}':>16}" for name, gb in GPUS.items()),
+    ]
     tensors = [(spec, spec.dtype) for spec in layout(config)]
     asked = len(result["per_rank"])
     held = held_bytes(Transformer(config, precision, TensorGroup(0, asked, device="meta")))
     lines[-4:-4] = ["", f"in the memory of GPU 0 of {asked}, {precision}"] + [
-        f"  {kind + ', bytes':<23}{count:>19,}" for kind, count in held.items()]
+        f"  {kind + ', bytes':<23}{count:>19,}" for kind, count in held.items()
+    ]
     for size in valid_sizes(config):
         if size != asked and size & (size - 1):
             continue  # powers of two are shown, and what was asked for
@@ -177,14 +191,19 @@ def table(result: dict, config: ModelConfig) -> str:
         for gb in GPUS.values():
             room = (gb * 1e9 * _USABLE - memory) / cache_bytes_per_token(config)
             cells.append(f"{room / 1e3:,.0f}" if room > 0 else "-")
-        lines.append(f"{size:>5} {stored / 1e9:>9.3f} {memory / 1e9:>9.3f}"
-                     + "".join(f"{cell:>16}" for cell in cells))
+        lines.append(
+            f"{size:>5} {stored / 1e9:>9.3f} {memory / 1e9:>9.3f}"
+            + "".join(f"{cell:>16}" for cell in cells)
+        )
     return "\n".join(lines)
 
 
 def _count(tensors: list[tuple[TensorSpec, str]], part: str) -> int:
-    return sum(spec.numel for spec, _ in tensors
-               if spec.part == part and not spec.scale_of and not spec.copy_of)
+    return sum(
+        spec.numel
+        for spec, _ in tensors
+        if spec.part == part and not spec.scale_of and not spec.copy_of
+    )
 
 
 def _per_rank(config: ModelConfig, tensors: list[tuple[TensorSpec, str]], size: int) -> list[dict]:

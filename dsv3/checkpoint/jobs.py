@@ -27,13 +27,21 @@ import torch
 from tqdm import tqdm
 
 from dsv3.checkpoint.companions import copy_companions, openable
+from dsv3.checkpoint.folder import LOCK_FILE, claim
+from dsv3.checkpoint.reader import INDEX_FILE, CheckpointReader, index_text
+from dsv3.checkpoint.safetensors_io import (
+    PARTIAL,
+    Planned,
+    SafetensorsFile,
+    StreamWriter,
+    build_header,
+    remove,
+    stored_bytes,
+    write_text,
+)
 from dsv3.config import CONFIG_FILE
 from dsv3.errors import DSV3Error, shown
 from dsv3.files import read_json, read_text
-from dsv3.checkpoint.folder import LOCK_FILE, claim
-from dsv3.checkpoint.safetensors_io import (PARTIAL, Planned, SafetensorsFile, StreamWriter, build_header,
-                                 remove, stored_bytes, write_text)
-from dsv3.checkpoint.reader import INDEX_FILE, CheckpointReader, index_text
 
 RECORD_FILE = ".dsv3-unfinished.json"
 # A piece of one tensor on its way to a file: name, values, first row.
@@ -54,8 +62,17 @@ class Output:
         return sum(map(stored_bytes, self.tensors))
 
 
-def run_job(task: str, reader: CheckpointReader, out_dir: str | Path, outputs: list[Output],
-            config_text: str, *, index: bool, dry_run: bool, progress: bool) -> dict:
+def run_job(
+    task: str,
+    reader: CheckpointReader,
+    out_dir: str | Path,
+    outputs: list[Output],
+    config_text: str,
+    *,
+    index: bool,
+    dry_run: bool,
+    progress: bool,
+) -> dict:
     """Write ``outputs``, the companions of the input, an index if asked for, and config.json.
 
     task: the job in words, e.g. "convert --tp 2"; a resumed job must match it. Returns the plan:
@@ -68,8 +85,13 @@ def run_job(task: str, reader: CheckpointReader, out_dir: str | Path, outputs: l
         record = _record(task, reader)
         resumed = _check_folder(out, record)
         done = {o.name for o in outputs if resumed and _is_complete(out / o.name, o.tensors)}
-        leftovers = [path for o in outputs if resumed and o.name not in done
-                     for path in (out / o.name, out / (o.name + PARTIAL)) if path.is_file()]
+        leftovers = [
+            path
+            for o in outputs
+            if resumed and o.name not in done
+            for path in (out / o.name, out / (o.name + PARTIAL))
+            if path.is_file()
+        ]
         plan = _plan(task, reader, out, outputs, done, leftovers)
         if progress:
             print(plan_text(plan), file=sys.stderr)
@@ -81,14 +103,29 @@ def run_job(task: str, reader: CheckpointReader, out_dir: str | Path, outputs: l
     return plan
 
 
-def _write(reader: CheckpointReader, out: Path, outputs: list[Output], done: set[str], plan: dict,
-           record: dict, config_text: str, index: bool, progress: bool) -> None:
+def _write(
+    reader: CheckpointReader,
+    out: Path,
+    outputs: list[Output],
+    done: set[str],
+    plan: dict,
+    record: dict,
+    config_text: str,
+    index: bool,
+    progress: bool,
+) -> None:
     finished = len(done)
     try:
         write_text(out / RECORD_FILE, json.dumps(record) + "\n")
-        with tqdm(total=plan["bytes"], initial=plan["bytes"] - plan["bytes_to_write"], unit="B",
-                  unit_scale=True, desc=plan["task"], file=sys.stderr,
-                  disable=None if progress else True) as bar:  # None: off where there is no tty
+        with tqdm(
+            total=plan["bytes"],
+            initial=plan["bytes"] - plan["bytes_to_write"],
+            unit="B",
+            unit_scale=True,
+            desc=plan["task"],
+            file=sys.stderr,
+            disable=None if progress else True,
+        ) as bar:  # None: off where there is no tty
             for output in outputs:
                 if output.name in done:
                     continue
@@ -108,8 +145,9 @@ def _write(reader: CheckpointReader, out: Path, outputs: list[Output], done: set
         raise
 
 
-def row_bands(reader: CheckpointReader, name: str, part: tuple[range, ...] | None = None, *,
-              multiple: int = 1) -> Iterator[tuple[torch.Tensor, int]]:
+def row_bands(
+    reader: CheckpointReader, name: str, part: tuple[range, ...] | None = None, *, multiple: int = 1
+) -> Iterator[tuple[torch.Tensor, int]]:
     """A tensor, or the part of it given as one range per dimension, in bands of rows.
 
     Yields (values, first row counted from the part's own first row). multiple: bands start at
@@ -131,39 +169,58 @@ def plan_text(plan: dict) -> str:
     lines = [f"{plan['task']} -> {shown(plan['out_dir'])}"]
     listed = files if len(files) <= 8 else files[:4] + files[-3:]
     for file in listed:
-        lines.append(f"  {shown(file['name'])}: {file['tensors']} tensors, {file['bytes'] / 1e9:.3f} GB"
-                     + (", done" if file["done"] else ""))
+        lines.append(
+            f"  {shown(file['name'])}: {file['tensors']} tensors, {file['bytes'] / 1e9:.3f} GB"
+            + (", done" if file["done"] else "")
+        )
     if len(listed) < len(files):
         lines.insert(5, f"  ... {len(files) - len(listed)} more files ...")
-    lines.append(f"  to write: {plan['bytes_to_write'] / 1e9:.3f} GB of {plan['bytes'] / 1e9:.3f}; "
-                 f"free on the disk: {plan['bytes_free'] / 1e9:.3f} GB; "
-                 f"largest tensor: {plan['largest_tensor'] / 1e9:.3f} GB")
+    lines.append(
+        f"  to write: {plan['bytes_to_write'] / 1e9:.3f} GB of {plan['bytes'] / 1e9:.3f}; "
+        f"free on the disk: {plan['bytes_free'] / 1e9:.3f} GB; "
+        f"largest tensor: {plan['largest_tensor'] / 1e9:.3f} GB"
+    )
     return "\n".join(lines)
 
 
-def _plan(task: str, reader: CheckpointReader, out: Path, outputs: list[Output],
-          done: set[str], leftovers: list[Path]) -> dict:
-    files = [{"name": o.name, "tensors": len(o.tensors), "bytes": o.nbytes,
-              "done": o.name in done} for o in outputs]
+def _plan(
+    task: str,
+    reader: CheckpointReader,
+    out: Path,
+    outputs: list[Output],
+    done: set[str],
+    leftovers: list[Path],
+) -> dict:
+    files = [
+        {"name": o.name, "tensors": len(o.tensors), "bytes": o.nbytes, "done": o.name in done}
+        for o in outputs
+    ]
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     return {
-        "task": task, "out_dir": str(out), "files": files,
+        "task": task,
+        "out_dir": str(out),
+        "files": files,
         "bytes": sum(f["bytes"] for f in files),
         "bytes_to_write": sum(f["bytes"] for f in files if not f["done"]),
         # What a killed job left of its unfinished file takes room that is about to be free.
         "bytes_free": shutil.disk_usage(place).free
         + sum(path.stat().st_blocks * 512 for path in leftovers),
-        "largest_tensor": max(*(stored_bytes(t) for o in outputs for t in o.tensors),
-                              *(reader.entry(name).nbytes for name in reader.home)),
+        "largest_tensor": max(
+            *(stored_bytes(t) for o in outputs for t in o.tensors),
+            *(reader.entry(name).nbytes for name in reader.home),
+        ),
     }
 
 
 def _check_space(plan: dict) -> None:
     if plan["bytes_to_write"] > plan["bytes_free"]:
-        raise DSV3Error("not enough space on the disk", where=plan["out_dir"],
-                        found=f"{plan['bytes_free'] / 1e9:.1f} GB free",
-                        expected=f"{plan['bytes_to_write'] / 1e9:.1f} GB",
-                        fix="Free some disk space, or name another folder")
+        raise DSV3Error(
+            "not enough space on the disk",
+            where=plan["out_dir"],
+            found=f"{plan['bytes_free'] / 1e9:.1f} GB free",
+            expected=f"{plan['bytes_to_write'] / 1e9:.1f} GB",
+            fix="Free some disk space, or name another folder",
+        )
 
 
 def _check_folder(out: Path, record: dict) -> bool:
@@ -176,8 +233,9 @@ def _check_folder(out: Path, record: dict) -> bool:
     if not file.exists():
         # A kill within the very first write leaves only the record's unfinished copy.
         if {path.name for path in out.iterdir()} - {LOCK_FILE, RECORD_FILE + PARTIAL}:
-            raise DSV3Error("the output folder is not empty", where=out,
-                            fix="Name an empty or new folder")
+            raise DSV3Error(
+                "the output folder is not empty", where=out, fix="Name an empty or new folder"
+            )
         return False
     try:
         found = read_json(file)
@@ -185,16 +243,22 @@ def _check_folder(out: Path, record: dict) -> bool:
     except (DSV3Error, KeyError, TypeError, ValueError):
         task, files = "of an unknown kind", {}
     if task != record["task"]:
-        raise DSV3Error("the output folder holds an unfinished job of another kind", where=out,
-                        found=task, expected=record["task"],
-                        fix="Remove it, or name another folder")
+        raise DSV3Error(
+            "the output folder holds an unfinished job of another kind",
+            where=out,
+            found=task,
+            expected=record["task"],
+            fix="Remove it, or name another folder",
+        )
     for name in sorted({*files, *record["input"]}):
         if files.get(name) != record["input"].get(name):
             raise DSV3Error(
-                "the output folder holds an unfinished job from other input", where=out,
+                "the output folder holds an unfinished job from other input",
+                where=out,
                 found=f"{name} has been replaced, copied or given other permissions since",
                 fix="Remove the output folder and start again: its files and new ones could be "
-                    "of two models")
+                "of two models",
+            )
     return True
 
 
@@ -209,6 +273,10 @@ def _is_complete(path: Path, tensors: list[Planned]) -> bool:
 def _record(task: str, reader: CheckpointReader) -> dict:
     """What a resumed job must find again: the task, and a digest of each file of its input."""
     config = read_text(reader.folder / CONFIG_FILE)
-    return {"task": task, "input": {
-        CONFIG_FILE: hashlib.sha256(config.encode()).hexdigest()[:32],
-        **{name: file.fingerprint() for name, file in sorted(reader.files.items())}}}
+    return {
+        "task": task,
+        "input": {
+            CONFIG_FILE: hashlib.sha256(config.encode()).hexdigest()[:32],
+            **{name: file.fingerprint() for name, file in sorted(reader.files.items())},
+        },
+    }

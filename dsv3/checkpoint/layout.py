@@ -85,10 +85,15 @@ class TensorSpec:
         """The grid of scales of an FP8 weight; None for any other tensor."""
         if self.dtype != "F8_E4M3":
             return None
-        return replace(self, hf_name=self.hf_name + "_scale_inv",
-                       name=self.name.removesuffix("weight") + "scale",
-                       symbol=f"scales of {self.symbol}", dtype="F32", scale_of=self.hf_name,
-                       shape=tuple(ceil(size / BLOCK) for size in self.shape))
+        return replace(
+            self,
+            hf_name=self.hf_name + "_scale_inv",
+            name=self.name.removesuffix("weight") + "scale",
+            symbol=f"scales of {self.symbol}",
+            dtype="F32",
+            scale_of=self.hf_name,
+            shape=tuple(ceil(size / BLOCK) for size in self.shape),
+        )
 
     def slice_for(self, rank: int, size: int, n_experts: int) -> tuple[range, ...] | None:
         """What rank ``rank`` of ``size`` holds: one range per dimension, or None for nothing."""
@@ -109,9 +114,11 @@ def _vocabulary(c: ModelConfig) -> tuple[int, ...]:
     return (c.vocab_size, c.hidden_size)
 
 
-def _feed_forward(hf: str, name: str, symbol: str, width: Callable[[ModelConfig], int],
-                  cut: bool) -> tuple[Row, ...]:
+def _feed_forward(
+    hf: str, name: str, symbol: str, width: Callable[[ModelConfig], int], cut: bool
+) -> tuple[Row, ...]:
     """The three matrices of a SwiGLU of inner width ``width(config)``."""
+
     def inward(c):
         return width(c), c.hidden_size
 
@@ -119,55 +126,120 @@ def _feed_forward(hf: str, name: str, symbol: str, width: Callable[[ModelConfig]
         return c.hidden_size, width(c)
 
     rows, columns = (0, 1) if cut else (None, None)
-    return (Row(f"{hf}.gate_proj.weight", f"{name}.w1.weight", f"{symbol}, gate", inward,
-                shard_dim=rows),
-            Row(f"{hf}.up_proj.weight", f"{name}.w3.weight", f"{symbol}, up", inward,
-                shard_dim=rows),
-            Row(f"{hf}.down_proj.weight", f"{name}.w2.weight", f"{symbol}, down", outward,
-                shard_dim=columns))
+    return (
+        Row(
+            f"{hf}.gate_proj.weight", f"{name}.w1.weight", f"{symbol}, gate", inward, shard_dim=rows
+        ),
+        Row(f"{hf}.up_proj.weight", f"{name}.w3.weight", f"{symbol}, up", inward, shard_dim=rows),
+        Row(
+            f"{hf}.down_proj.weight",
+            f"{name}.w2.weight",
+            f"{symbol}, down",
+            outward,
+            shard_dim=columns,
+        ),
+    )
 
 
 _QUERY_PLAIN = (
-    Row("self_attn.q_proj.weight", "attn.wq.weight", "W^Q",
-        lambda c: (c.num_attention_heads * c.qk_head_dim, c.hidden_size), shard_dim=0),
+    Row(
+        "self_attn.q_proj.weight",
+        "attn.wq.weight",
+        "W^Q",
+        lambda c: (c.num_attention_heads * c.qk_head_dim, c.hidden_size),
+        shard_dim=0,
+    ),
 )
 _QUERY_LATENT = (
-    Row("self_attn.q_a_proj.weight", "attn.wq_a.weight", "W^DQ",
-        lambda c: (c.q_lora_rank, c.hidden_size)),
-    Row("self_attn.q_a_layernorm.weight", "attn.q_norm.weight", "RMSNorm of c^Q",
-        lambda c: (c.q_lora_rank,), "BF16"),
-    Row("self_attn.q_b_proj.weight", "attn.wq_b.weight", "[W^UQ; W^QR]",
-        lambda c: (c.num_attention_heads * c.qk_head_dim, c.q_lora_rank), shard_dim=0),
+    Row(
+        "self_attn.q_a_proj.weight",
+        "attn.wq_a.weight",
+        "W^DQ",
+        lambda c: (c.q_lora_rank, c.hidden_size),
+    ),
+    Row(
+        "self_attn.q_a_layernorm.weight",
+        "attn.q_norm.weight",
+        "RMSNorm of c^Q",
+        lambda c: (c.q_lora_rank,),
+        "BF16",
+    ),
+    Row(
+        "self_attn.q_b_proj.weight",
+        "attn.wq_b.weight",
+        "[W^UQ; W^QR]",
+        lambda c: (c.num_attention_heads * c.qk_head_dim, c.q_lora_rank),
+        shard_dim=0,
+    ),
 )
 _ATTENTION = (
-    Row("self_attn.kv_a_proj_with_mqa.weight", "attn.wkv_a.weight", "[W^DKV; W^KR]",
-        lambda c: (c.latent_dim, c.hidden_size)),
-    Row("self_attn.kv_a_layernorm.weight", "attn.kv_norm.weight", "RMSNorm of c^KV",
-        lambda c: (c.kv_lora_rank,), "BF16"),
-    Row("self_attn.kv_b_proj.weight", "attn.wkv_b.weight", "[W^UK; W^UV]",
+    Row(
+        "self_attn.kv_a_proj_with_mqa.weight",
+        "attn.wkv_a.weight",
+        "[W^DKV; W^KR]",
+        lambda c: (c.latent_dim, c.hidden_size),
+    ),
+    Row(
+        "self_attn.kv_a_layernorm.weight",
+        "attn.kv_norm.weight",
+        "RMSNorm of c^KV",
+        lambda c: (c.kv_lora_rank,),
+        "BF16",
+    ),
+    Row(
+        "self_attn.kv_b_proj.weight",
+        "attn.wkv_b.weight",
+        "[W^UK; W^UV]",
         lambda c: (c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank),
-        shard_dim=0),
-    Row("self_attn.o_proj.weight", "attn.wo.weight", "W^O",
-        lambda c: (c.hidden_size, c.num_attention_heads * c.v_head_dim), shard_dim=1),
+        shard_dim=0,
+    ),
+    Row(
+        "self_attn.o_proj.weight",
+        "attn.wo.weight",
+        "W^O",
+        lambda c: (c.hidden_size, c.num_attention_heads * c.v_head_dim),
+        shard_dim=1,
+    ),
 )
 _NORMS = (
     Row("input_layernorm.weight", "attn_norm.weight", "RMSNorm before attention", _vector, "BF16"),
-    Row("post_attention_layernorm.weight", "ffn_norm.weight", "RMSNorm before the feed-forward",
-        _vector, "BF16"),
+    Row(
+        "post_attention_layernorm.weight",
+        "ffn_norm.weight",
+        "RMSNorm before the feed-forward",
+        _vector,
+        "BF16",
+    ),
 )
 _DENSE = _feed_forward("mlp", "ffn", "FFN", lambda c: c.intermediate_size, cut=True)
 _GATE = (
-    Row("mlp.gate.weight", "ffn.gate.weight", "e_i",
-        lambda c: (c.n_routed_experts, c.hidden_size), "BF16"),
+    Row(
+        "mlp.gate.weight",
+        "ffn.gate.weight",
+        "e_i",
+        lambda c: (c.n_routed_experts, c.hidden_size),
+        "BF16",
+    ),
 )
 _GATE_BIAS = (
-    Row("mlp.gate.e_score_correction_bias", "ffn.gate.bias", "b_i",
-        lambda c: (c.n_routed_experts,), "F32"),
+    Row(
+        "mlp.gate.e_score_correction_bias",
+        "ffn.gate.bias",
+        "b_i",
+        lambda c: (c.n_routed_experts,),
+        "F32",
+    ),
 )
-_EXPERT = _feed_forward("mlp.experts.{E}", "ffn.experts.{E}", "FFN^(r)_i",
-                        lambda c: c.moe_intermediate_size, cut=False)
-_SHARED = _feed_forward("mlp.shared_experts", "ffn.shared_experts", "FFN^(s)",
-                        lambda c: c.n_shared_experts * c.moe_intermediate_size, cut=True)
+_EXPERT = _feed_forward(
+    "mlp.experts.{E}", "ffn.experts.{E}", "FFN^(r)_i", lambda c: c.moe_intermediate_size, cut=False
+)
+_SHARED = _feed_forward(
+    "mlp.shared_experts",
+    "ffn.shared_experts",
+    "FFN^(s)",
+    lambda c: c.n_shared_experts * c.moe_intermediate_size,
+    cut=True,
+)
 
 _EMBED = (Row("model.embed_tokens.weight", "embed.weight", "Emb", _vocabulary, "BF16", 0),)
 _NORM = (Row("model.norm.weight", "norm.weight", "final RMSNorm", _vector, "BF16"),)
@@ -176,16 +248,36 @@ _HEAD = (Row("lm_head.weight", "head.weight", "OutHead", _vocabulary, "BF16", 0)
 _MTP_ENTRY = (
     Row("enorm.weight", "enorm.weight", "RMSNorm of Emb(t_{i+k})", _vector, "BF16"),
     Row("hnorm.weight", "hnorm.weight", "RMSNorm of h^{k-1}_i", _vector, "BF16"),
-    Row("eh_proj.weight", "eh_proj.weight", "M_k", lambda c: (c.hidden_size, 2 * c.hidden_size),
-        "BF16"),
+    Row(
+        "eh_proj.weight",
+        "eh_proj.weight",
+        "M_k",
+        lambda c: (c.hidden_size, 2 * c.hidden_size),
+        "BF16",
+    ),
 )
-_MTP_EXIT = (Row("shared_head.norm.weight", "norm.weight", "RMSNorm before OutHead", _vector,
-                 "BF16"),)
+_MTP_EXIT = (
+    Row("shared_head.norm.weight", "norm.weight", "RMSNorm before OutHead", _vector, "BF16"),
+)
 _MTP_COPIES = (
-    Row("embed_tokens.weight", "embed.weight", "Emb", _vocabulary, "BF16", 0,
-        copy_of="model.embed_tokens.weight"),
-    Row("shared_head.head.weight", "head.weight", "OutHead", _vocabulary, "BF16", 0,
-        copy_of="lm_head.weight"),
+    Row(
+        "embed_tokens.weight",
+        "embed.weight",
+        "Emb",
+        _vocabulary,
+        "BF16",
+        0,
+        copy_of="model.embed_tokens.weight",
+    ),
+    Row(
+        "shared_head.head.weight",
+        "head.weight",
+        "OutHead",
+        _vocabulary,
+        "BF16",
+        0,
+        copy_of="lm_head.weight",
+    ),
 )
 
 
@@ -196,17 +288,30 @@ def _under(hf: str, name: str, rows: tuple[Row, ...]) -> tuple[Row, ...]:
 # The whole table, as chapter 0 prints it: a model is these lines, repeated.
 TABLE: tuple[Row, ...] = (
     *_EMBED,
-    *_under("model.layers.{L}.", "layers.{L}.", (
-        *_QUERY_PLAIN, *_QUERY_LATENT, *_ATTENTION, *_NORMS, *_DENSE, *_GATE, *_GATE_BIAS,
-        *_EXPERT, *_SHARED)),
+    *_under(
+        "model.layers.{L}.",
+        "layers.{L}.",
+        (
+            *_QUERY_PLAIN,
+            *_QUERY_LATENT,
+            *_ATTENTION,
+            *_NORMS,
+            *_DENSE,
+            *_GATE,
+            *_GATE_BIAS,
+            *_EXPERT,
+            *_SHARED,
+        ),
+    ),
     *_NORM,
     *_HEAD,
     *_under("model.layers.{L}.", "mtp.{K}.", (*_MTP_ENTRY, *_MTP_EXIT, *_MTP_COPIES)),
 )
 
 
-def layout(config: ModelConfig, *, scales: bool = True, mtp: bool = True,
-           mtp_copies: bool = True) -> list[TensorSpec]:
+def layout(
+    config: ModelConfig, *, scales: bool = True, mtp: bool = True, mtp_copies: bool = True
+) -> list[TensorSpec]:
     """All tensors of a released-layout checkpoint of this config, layer by layer.
 
     scales: list the scale grids too, each behind its weight (there are none when the config has
@@ -223,8 +328,16 @@ def _walk(c: ModelConfig, scales: bool, mtp: bool, copies: bool) -> Iterator[Ten
             if dtype == "F8_E4M3" and c.quantization_config is None:
                 dtype = "BF16"
             spec = TensorSpec(
-                hf + row.hf.format(E=expert), name + row.name.format(E=expert), row.symbol,
-                row.shape(c), dtype, row.shard_dim, expert, part, row.copy_of)
+                hf + row.hf.format(E=expert),
+                name + row.name.format(E=expert),
+                row.symbol,
+                row.shape(c),
+                dtype,
+                row.shard_dim,
+                expert,
+                part,
+                row.copy_of,
+            )
             yield spec
             if scales and (scale := spec.scale):
                 yield scale
@@ -279,22 +392,37 @@ def _sharding_problem(c: ModelConfig, size: int, blocks: bool) -> DSV3Error | No
         return DSV3Error("bad number of ranks", found=size, expected="1 or more")
     for field in ("num_attention_heads", "n_routed_experts", "vocab_size"):
         if getattr(c, field) % size:
-            return DSV3Error(f"cannot be split over {size} ranks", where=field,
-                             found=getattr(c, field), expected=f"a multiple of {size}")
+            return DSV3Error(
+                f"cannot be split over {size} ranks",
+                where=field,
+                found=getattr(c, field),
+                expected=f"a multiple of {size}",
+            )
     # One layer of each kind stands for all, and its routed experts stay whole.
-    few = c.but(num_hidden_layers=min(c.num_hidden_layers, c.first_k_dense_replace + 1),
-                n_routed_experts=1, num_experts_per_tok=1, n_group=1, topk_group=1,
-                quantization_config=QuantizationConfig() if blocks else None)
+    few = c.but(
+        num_hidden_layers=min(c.num_hidden_layers, c.first_k_dense_replace + 1),
+        n_routed_experts=1,
+        num_experts_per_tok=1,
+        n_group=1,
+        topk_group=1,
+        quantization_config=QuantizationConfig() if blocks else None,
+    )
     for spec in layout(few, scales=False, mtp=False):
         if spec.shard_dim is None:
             continue
         whole, unit = spec.shape[spec.shard_dim], ("rows", "columns")[spec.shard_dim]
         if whole % size:
-            return DSV3Error(f"cannot be split over {size} ranks", where=spec.hf_name,
-                             found=f"{whole} {unit}", expected=f"a multiple of {size}")
+            return DSV3Error(
+                f"cannot be split over {size} ranks",
+                where=spec.hf_name,
+                found=f"{whole} {unit}",
+                expected=f"a multiple of {size}",
+            )
         if spec.dtype == "F8_E4M3" and size > 1 and whole // size % BLOCK:
             return DSV3Error(
-                f"the cut over {size} ranks falls inside an FP8 block", where=spec.hf_name,
+                f"the cut over {size} ranks falls inside an FP8 block",
+                where=spec.hf_name,
                 found=f"{whole} / {size} = {whole // size} {unit} per rank",
-                expected=f"a multiple of {BLOCK}")
+                expected=f"a multiple of {BLOCK}",
+            )
     return None

@@ -16,22 +16,25 @@ from pathlib import Path
 
 import torch
 
-from dsv3.config import ModelConfig
 from dsv3.checkpoint.contents import check_tensors, open_checkpoint
-from dsv3.errors import DSV3Error, Notice
-from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale
 from dsv3.checkpoint.generation_config import GenerationConfig
 from dsv3.checkpoint.layout import TensorSpec, check_sharding, layout
+from dsv3.checkpoint.reader import CheckpointReader, converted_ranks
+from dsv3.config import ModelConfig
+from dsv3.errors import DSV3Error, Notice
+from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.placement import agree
-from dsv3.checkpoint.reader import CheckpointReader, converted_ranks
 from dsv3.shipped import model_folder
 
 
-def load_model(folder: str | Path, precision: str = "fp8",
-               device: torch.device | str | None = None,
-               group: TensorGroup | None = None) -> Transformer:
+def load_model(
+    folder: str | Path,
+    precision: str = "fp8",
+    device: torch.device | str | None = None,
+    group: TensorGroup | None = None,
+) -> Transformer:
     """Load this rank's part of a model, ready to use: its weights ask for no gradient.
 
     folder: a checkpoint in the released layout, or one converted for exactly this many ranks; or
@@ -51,8 +54,9 @@ def load_model(folder: str | Path, precision: str = "fp8",
     else:
         config, reader, specs, pick = _open_released(folder, group)
     with reader:
-        check_sharding(config, group.size,
-                       blocks=precision == "fp8" or config.quantization_config is not None)
+        check_sharding(
+            config, group.size, blocks=precision == "fp8" or config.quantization_config is not None
+        )
         own = GenerationConfig.beside(folder, config.vocab_size).eos_ids
         model = Transformer(config, precision, group, device)
         model.eos_ids = config.eos_ids if own is None else own
@@ -79,24 +83,34 @@ def _open_released(folder: Path, group: TensorGroup):
 
 def _open_converted(folder: Path, group: TensorGroup, ranks: int):
     if ranks != group.size:
-        raise DSV3Error("converted for another number of ranks", where=folder, found=ranks,
-                        expected=group.size, fix=f"Run with --tp {ranks}, or use the released "
-                        "layout, which loads on any number of ranks")
+        raise DSV3Error(
+            "converted for another number of ranks",
+            where=folder,
+            found=ranks,
+            expected=group.size,
+            fix=f"Run with --tp {ranks}, or use the released "
+            "layout, which loads on any number of ranks",
+        )
     config = ModelConfig.from_pretrained(folder)
     files = [f"model{group.rank}-mp{ranks}.safetensors", f"mtp{group.rank}-mp{ranks}.safetensors"]
     if not (folder / files[1]).exists():
         # The released converter leaves the MTP layer out, on every rank.
         files.pop()
         if config.num_nextn_predict_layers:
-            warnings.warn(Notice(f"{folder}: converted without MTP modules: drafting is off"),
-                          stacklevel=3)
+            warnings.warn(
+                Notice(f"{folder}: converted without MTP modules: drafting is off"), stacklevel=3
+            )
             config = config.but(num_nextn_predict_layers=0)
     reader = CheckpointReader(folder, files)
     try:
-        specs = check_tensors(reader, {
-            spec.name: (spec, tuple(len(r) for r in part))
-            for spec in layout(config, mtp_copies=False)
-            if (part := spec.slice_for(group.rank, ranks, config.n_routed_experts)) is not None})
+        specs = check_tensors(
+            reader,
+            {
+                spec.name: (spec, tuple(len(r) for r in part))
+                for spec in layout(config, mtp_copies=False)
+                if (part := spec.slice_for(group.rank, ranks, config.n_routed_experts)) is not None
+            },
+        )
     except BaseException:
         reader.close()
         raise
@@ -112,6 +126,9 @@ def check_values(name: str, value: torch.Tensor, scale: torch.Tensor | None = No
     if scale is not None:
         QuantizedTensor(value, decode_scale(scale), (BLOCK, BLOCK)).check(name)
     elif name.endswith(("gate.bias", "e_score_correction_bias")) and not value.isfinite().all():
-        raise DSV3Error("the router bias is not finite", where=name,
-                        found=f"{int((~value.isfinite()).sum())} NaN or infinite values",
-                        fix="The file is damaged or its training had diverged")
+        raise DSV3Error(
+            "the router bias is not finite",
+            where=name,
+            found=f"{int((~value.isfinite()).sum())} NaN or infinite values",
+            fix="The file is damaged or its training had diverged",
+        )

@@ -32,10 +32,21 @@ from dsv3.errors import DSV3Error
 from dsv3.files import open_plain, parse_json, refuse_foreign, unreadable, unwritable
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -110,8 +121,9 @@ class SafetensorsFile:
         """Close the file; entries stay readable."""
         self._file.close()
 
-    def read(self, name: str, rows: range | None = None,
-             columns: range | None = None) -> torch.Tensor:
+    def read(
+        self, name: str, rows: range | None = None, columns: range | None = None
+    ) -> torch.Tensor:
         """A tensor as it is stored, or some of its rows (dimension 0) and columns (dimension 1).
 
         Rows lie together and are read alone. Columns do not: whole rows pass through a buffer of
@@ -121,16 +133,18 @@ class SafetensorsFile:
         entry = self.entry(name)
         rows = range(entry.shape[0] if entry.shape else 1) if rows is None else rows
         if columns is None or len(columns) == entry.shape[1]:
-            out = torch.empty((len(rows), *entry.shape[1:]), dtype=DTYPES[entry.dtype],
-                              device="cpu")
+            out = torch.empty(
+                (len(rows), *entry.shape[1:]), dtype=DTYPES[entry.dtype], device="cpu"
+            )
             self._fill(out, entry, rows.start, name)
             return out if entry.shape else out.reshape(())
-        out = torch.empty((len(rows), len(columns), *entry.shape[2:]), dtype=DTYPES[entry.dtype],
-                          device="cpu")
+        out = torch.empty(
+            (len(rows), len(columns), *entry.shape[2:]), dtype=DTYPES[entry.dtype], device="cpu"
+        )
         for band in entry.bands(len(rows)):
             whole = torch.empty((len(band), *entry.shape[1:]), dtype=out.dtype, device="cpu")
             self._fill(whole, entry, rows.start + band.start, name)
-            out[band.start:band.stop] = whole[:, columns.start:columns.stop]
+            out[band.start : band.stop] = whole[:, columns.start : columns.stop]
         return out
 
     def entry(self, name: str) -> Entry:
@@ -145,12 +159,13 @@ class SafetensorsFile:
         self.bytes_read += len(view)
         while view:
             try:
-                got = os.preadv(self._file.fileno(), [view[:1 << 30]], at)
+                got = os.preadv(self._file.fileno(), [view[: 1 << 30]], at)
             except OSError as error:
                 raise unreadable(self.path, error) from None
             if not got:
-                raise DSV3Error("the file became shorter while it was read",
-                                where=f"{self.path}: {name}")
+                raise DSV3Error(
+                    "the file became shorter while it was read", where=f"{self.path}: {name}"
+                )
             view, at = view[got:], at + got
 
     def _read_at(self, at: int, count: int) -> bytes:
@@ -181,33 +196,43 @@ class SafetensorsFile:
         if len(head) < 8 or not 2 <= length <= min(self.size - 8, _MAX_HEADER):
             refuse_foreign(self.path, head)
             raise DSV3Error(
-                "truncated, or not a safetensors file", where=self.path,
+                "truncated, or not a safetensors file",
+                where=self.path,
                 found=f"a header said to take {length} bytes in a file of {self.size}",
-                fix="Download the file again")
+                fix="Download the file again",
+            )
         self._data = 8 + length
         try:
             header = parse_json(self._read_at(8, length).decode("utf-8"), unique=True)
             if not isinstance(header, dict):
                 raise ValueError("it is not an object")
             self.metadata = header.pop("__metadata__", {})
-            if not (isinstance(self.metadata, dict)
-                    and all(isinstance(value, str) for value in self.metadata.values())):
+            if not (
+                isinstance(self.metadata, dict)
+                and all(isinstance(value, str) for value in self.metadata.values())
+            ):
                 raise ValueError("__metadata__ is not an object of strings")
-            self.entries = {name: _entry(name, value, self.path)
-                            for name, value in header.items()}
+            self.entries = {name: _entry(name, value, self.path) for name, value in header.items()}
             end = 0
             for name, entry in sorted(self.entries.items(), key=lambda e: (e[1].start, e[1].end)):
                 if entry.start != end:
-                    raise ValueError(f"{name} starts at byte {entry.start} of the data, "
-                                     f"where {end} is next: tensors overlap or leave a gap")
+                    raise ValueError(
+                        f"{name} starts at byte {entry.start} of the data, "
+                        f"where {end} is next: tensors overlap or leave a gap"
+                    )
                 end = entry.end
         except ValueError as error:
-            raise DSV3Error("damaged header", where=self.path, found=error,
-                            fix="Download the file again") from None
+            raise DSV3Error(
+                "damaged header", where=self.path, found=error, fix="Download the file again"
+            ) from None
         if self._data + end != self.size:
-            raise DSV3Error("truncated or too long", where=self.path, found=f"{self.size} bytes",
-                            expected=f"{self._data + end} by its header",
-                            fix="Download the file again")
+            raise DSV3Error(
+                "truncated or too long",
+                where=self.path,
+                found=f"{self.size} bytes",
+                expected=f"{self._data + end} by its header",
+                fix="Download the file again",
+            )
 
 
 class StreamWriter:
@@ -270,7 +295,7 @@ class StreamWriter:
     def _write_at(self, data: memoryview, at: int) -> None:
         try:
             while data:
-                put = os.pwrite(self._file.fileno(), data[:1 << 30], at)
+                put = os.pwrite(self._file.fileno(), data[: 1 << 30], at)
                 data, at = data[put:], at + put
         except OSError as error:
             raise unwritable(self.path, error) from None
@@ -296,7 +321,8 @@ def build_header(tensors: Iterable[Planned]) -> tuple[bytes, dict]:
         at = end
     header = {"__metadata__": {"format": "pt"}} | {
         name: {"dtype": e.dtype, "shape": e.shape, "data_offsets": (e.start, e.end)}
-        for name, e in entries.items()}
+        for name, e in entries.items()
+    }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, entries
@@ -341,8 +367,11 @@ def sync_folder(folder: Path) -> None:
 def refuse_pickle(path: Path) -> None:
     """Raise DSV3Error for a file that would have to be unpickled."""
     if path.suffix in PICKLES:
-        raise DSV3Error("pickle files can run code and are never opened", where=path,
-                        expected="a .safetensors file")
+        raise DSV3Error(
+            "pickle files can run code and are never opened",
+            where=path,
+            expected="a .safetensors file",
+        )
 
 
 def _entry(name: str, value: object, path: Path) -> Entry:
@@ -352,16 +381,21 @@ def _entry(name: str, value: object, path: Path) -> Entry:
     if not isinstance(dtype, str) or not re.fullmatch(r"[A-Z][A-Z0-9_]{0,30}", dtype):
         raise ValueError(f"{name} has an unknown dtype {dtype!r}")
     if dtype not in DTYPES:  # not damage: newer, or of another way to quantise
-        raise DSV3Error("unknown dtype, not supported here", where=f"{path}: {name}", found=dtype,
-                        expected="one of " + ", ".join(DTYPES),
-                        fix="Take the checkpoint as released, in FP8 or BF16")
+        raise DSV3Error(
+            "unknown dtype, not supported here",
+            where=f"{path}: {name}",
+            found=dtype,
+            expected="one of " + ", ".join(DTYPES),
+            fix="Take the checkpoint as released, in FP8 or BF16",
+        )
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise ValueError(f"{name} has a shape or offsets that are not whole numbers, 0 or more")
     start, end = offsets
     size = prod(shape) * DTYPES[dtype].itemsize
     if end - start != size:
-        raise ValueError(f"{name} is {dtype} {shape}, which takes {size} bytes, "
-                         f"but has {end - start}")
+        raise ValueError(
+            f"{name} is {dtype} {shape}, which takes {size} bytes, but has {end - start}"
+        )
     return Entry(dtype, tuple(shape), start, end)
 
 

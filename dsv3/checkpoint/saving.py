@@ -22,8 +22,12 @@ from dsv3.fp8 import quantize_weight
 from dsv3.model import Transformer
 
 
-def save_model(model: Transformer, folder: str | Path, tokenizer_dir: str | Path | None = None,
-               max_shard_bytes: int = 5 * 10**9) -> None:
+def save_model(
+    model: Transformer,
+    folder: str | Path,
+    tokenizer_dir: str | Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
     """Write a model as a checkpoint in the released layout: weights, index, config.json.
 
     Weights become FP8 with scales where the released ones are, if the config has a
@@ -37,24 +41,39 @@ def save_model(model: Transformer, folder: str | Path, tokenizer_dir: str | Path
         write_model(model, folder, tokenizer_dir, max_shard_bytes)
 
 
-def write_model(model: Transformer, folder: str | Path, tokenizer_dir: str | Path | None = None,
-                max_shard_bytes: int = 5 * 10**9) -> None:
+def write_model(
+    model: Transformer,
+    folder: str | Path,
+    tokenizer_dir: str | Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
     """``save_model`` for a caller that holds the folder already (``dsv3.checkpoint.folder.claim``)."""
     folder = Path(folder)
     if model.group.size > 1:
-        raise DSV3Error("a model cut over several ranks cannot be saved", found=model.group.size,
-                        expected="one rank")
+        raise DSV3Error(
+            "a model cut over several ranks cannot be saved",
+            found=model.group.size,
+            expected="one rank",
+        )
     if model.precision.quantized:
-        raise DSV3Error("an FP8 model is not saved again", expected="a model in bf16 or fp32",
-                        fix="Use the checkpoint that it was loaded from")
+        raise DSV3Error(
+            "an FP8 model is not saved again",
+            expected="a model in bf16 or fp32",
+            fix="Use the checkpoint that it was loaded from",
+        )
     shards = split_shards(layout(model.config, mtp_copies=False), max_shard_bytes)
-    others = {path.name.removesuffix(PARTIAL)  # what a kill left of these very files is ours
-              for path in folder.glob("*.safetensors*")} - {*shards, INDEX_FILE}
+    others = {
+        path.name.removesuffix(PARTIAL)  # what a kill left of these very files is ours
+        for path in folder.glob("*.safetensors*")
+    } - {*shards, INDEX_FILE}
     if others:
-        raise DSV3Error("the folder holds another checkpoint", where=folder,
-                        found=sorted(others)[0], fix="Name an empty or new folder")
-    files = {name: [(s.hf_name, s.dtype, s.shape) for s in specs]
-             for name, specs in shards.items()}
+        raise DSV3Error(
+            "the folder holds another checkpoint",
+            where=folder,
+            found=sorted(others)[0],
+            fix="Name an empty or new folder",
+        )
+    files = {name: [(s.hf_name, s.dtype, s.shape) for s in specs] for name, specs in shards.items()}
     remove(folder / CONFIG_FILE)  # from here on the folder is unfinished
     for file_name, specs in shards.items():
         with StreamWriter(folder / file_name, files[file_name]) as out:
@@ -69,8 +88,9 @@ def write_model(model: Transformer, folder: str | Path, tokenizer_dir: str | Pat
     write_text(folder / CONFIG_FILE, model.config.to_json())
 
 
-def _stored_forms(model: Transformer,
-                  specs: list[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:
+def _stored_forms(
+    model: Transformer, specs: list[TensorSpec]
+) -> Iterator[tuple[str, torch.Tensor]]:
     for spec in specs:
         if spec.scale_of:
             continue  # comes with its weight
@@ -96,5 +116,7 @@ def split_shards(specs: list[TensorSpec], max_bytes: int) -> dict[str, list[Tens
         size += spec.nbytes
     if len(groups) == 1:
         return {SINGLE_FILE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
-            for i, group in enumerate(groups, 1)}
+    return {
+        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
+        for i, group in enumerate(groups, 1)
+    }

@@ -24,27 +24,54 @@ from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
 
 CONFIG = ModelConfig(
-    vocab_size=8192, hidden_size=512, intermediate_size=1536, moe_intermediate_size=256,
-    num_hidden_layers=8, num_attention_heads=8, n_routed_experts=32, num_experts_per_tok=4,
-    kv_lora_rank=256, q_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
-    first_k_dense_replace=1, n_group=2, topk_group=1, routed_scaling_factor=2.5,
-    max_position_embeddings=4096)
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1536,
+    moe_intermediate_size=256,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    n_routed_experts=32,
+    num_experts_per_tok=4,
+    kv_lora_rank=256,
+    q_lora_rank=256,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    first_k_dense_replace=1,
+    n_group=2,
+    topk_group=1,
+    routed_scaling_factor=2.5,
+    max_position_embeddings=4096,
+)
 PREFILL, DECODE, STEPS = (512, 2048), (64, 512, 2048), 16
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_ROUNDS = 20
 
 # Our names of the weights that transformers keeps unfused, outside the layers and in them.
-OUTER = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
-         "head.weight": "lm_head.weight"}
-INNER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-         "attn.wq_a": "self_attn.q_a_proj", "attn.q_norm": "self_attn.q_a_layernorm",
-         "attn.wq_b": "self_attn.q_b_proj", "attn.wkv_a": "self_attn.kv_a_proj_with_mqa",
-         "attn.kv_norm": "self_attn.kv_a_layernorm", "attn.wkv_b": "self_attn.kv_b_proj",
-         "attn.wo": "self_attn.o_proj", "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
-         "ffn.gate": "mlp.gate", "ffn.shared_experts.w1": "mlp.shared_experts.gate_proj",
-         "ffn.shared_experts.w3": "mlp.shared_experts.up_proj",
-         "ffn.shared_experts.w2": "mlp.shared_experts.down_proj", "ffn.w1": "mlp.gate_proj",
-         "ffn.w3": "mlp.up_proj", "ffn.w2": "mlp.down_proj"}
+OUTER = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+INNER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn.wq_a": "self_attn.q_a_proj",
+    "attn.q_norm": "self_attn.q_a_layernorm",
+    "attn.wq_b": "self_attn.q_b_proj",
+    "attn.wkv_a": "self_attn.kv_a_proj_with_mqa",
+    "attn.kv_norm": "self_attn.kv_a_layernorm",
+    "attn.wkv_b": "self_attn.kv_b_proj",
+    "attn.wo": "self_attn.o_proj",
+    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
+    "ffn.gate": "mlp.gate",
+    "ffn.shared_experts.w1": "mlp.shared_experts.gate_proj",
+    "ffn.shared_experts.w3": "mlp.shared_experts.up_proj",
+    "ffn.shared_experts.w2": "mlp.shared_experts.down_proj",
+    "ffn.w1": "mlp.gate_proj",
+    "ffn.w3": "mlp.up_proj",
+    "ffn.w2": "mlp.down_proj",
+}
 
 
 def make_pair(dtype: torch.dtype, device: torch.device):
@@ -52,9 +79,11 @@ def make_pair(dtype: torch.dtype, device: torch.device):
     try:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError:
-        raise DSV3Error("transformers is not installed", where="bench",
-                        fix="In the checkout: pip install -c constraints.txt "
-                        "-e '.[book]'") from None
+        raise DSV3Error(
+            "transformers is not installed",
+            where="bench",
+            fix="In the checkout: pip install -c constraints.txt -e '.[book]'",
+        ) from None
 
     fields = CONFIG.to_dict() | {"num_mtp_layers": 0}
     theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**fields)).eval()
@@ -120,6 +149,7 @@ def ours_decoder(model, tokens):
         cache.truncate(start)
         for _ in range(STEPS):
             model(tokens[:, -1:], cache=cache, last_only=True)
+
     return run
 
 
@@ -130,6 +160,7 @@ def theirs_decoder(model, tokens):
         for _ in range(STEPS):
             model(tokens[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.crop(-STEPS)
+
     return run
 
 
@@ -150,16 +181,22 @@ def cells(ours, theirs, text: torch.Tensor) -> Iterator[tuple]:
     """(what, length, tokens a round, our call, theirs), each made when its turn comes."""
     for n in PREFILL:
         part = text[:, :n]
-        yield ("prefill", n, n, lambda: ours_prefill(ours, part),
-               lambda: theirs_prefill(theirs, part))
+        yield (
+            "prefill",
+            n,
+            n,
+            lambda: ours_prefill(ours, part),
+            lambda: theirs_prefill(theirs, part),
+        )
     for n in DECODE:
         part = text[:, :n]
         yield "decode", n, STEPS, ours_decoder(ours, part), theirs_decoder(theirs, part)
 
 
 @torch.inference_mode()
-def measure(device: torch.device, minutes: float,
-            say: Callable[[str], None] = lambda text: None) -> Iterator[dict]:
+def measure(
+    device: torch.device, minutes: float, say: Callable[[str], None] = lambda text: None
+) -> Iterator[dict]:
     """One row a cell: {"dtype", "what", "length", "rounds", "dsv3", "transformers", "ratio"}.
 
     Cells for which no time is left are left out, and said to be.
@@ -171,8 +208,11 @@ def measure(device: torch.device, minutes: float,
             break
         say(f"{name}: making both models (100M parameters, the same weights)")
         ours, theirs = make_pair(dtype, device)
-        text = torch.randint(CONFIG.vocab_size, (1, max(PREFILL + DECODE)),
-                             generator=torch.Generator().manual_seed(0)).to(device)
+        text = torch.randint(
+            CONFIG.vocab_size,
+            (1, max(PREFILL + DECODE)),
+            generator=torch.Generator().manual_seed(0),
+        ).to(device)
         if dtype == torch.float32:
             say("comparing what they compute")
             check_equal(ours, theirs, text[:, :256])
@@ -181,11 +221,20 @@ def measure(device: torch.device, minutes: float,
                 break
             a, b, rounds = interleave(mine, other, (end - time.monotonic()) / left)
             left -= 1
-            yield {"dtype": name, "what": what, "length": length, "rounds": rounds,
-                   "dsv3": tokens / a, "transformers": tokens / b, "ratio": b / a}
+            yield {
+                "dtype": name,
+                "what": what,
+                "length": length,
+                "rounds": rounds,
+                "dsv3": tokens / a,
+                "transformers": tokens / b,
+                "ratio": b / a,
+            }
     if left:
-        say(f"left out, the {minutes:g} minutes being over: {left} cell{'s' * (left != 1)}. "
-            "--minutes M gives more")
+        say(
+            f"left out, the {minutes:g} minutes being over: {left} cell{'s' * (left != 1)}. "
+            "--minutes M gives more"
+        )
 
 
 def check_equal(ours, theirs, text: torch.Tensor) -> None:
@@ -193,8 +242,12 @@ def check_equal(ours, theirs, text: torch.Tensor) -> None:
     wanted = theirs(text).logits
     gap = float((ours(text) - wanted).abs().max() / wanted.abs().max())
     if not gap < 2e-5:
-        raise DSV3Error("the two models disagree", where="bench", found=f"{gap:.1e}",
-                        expected="logits within 2e-5 of the largest")
+        raise DSV3Error(
+            "the two models disagree",
+            where="bench",
+            found=f"{gap:.1e}",
+            expected="logits within 2e-5 of the largest",
+        )
 
 
 def bench(suite: str = "cpu", as_json: bool = False, minutes: float = 5.0) -> int:
@@ -207,15 +260,22 @@ def bench(suite: str = "cpu", as_json: bool = False, minutes: float = 5.0) -> in
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
-    say(f"prefill and decode, dsv3 and transformers in turn, on {torch.get_num_threads()} "
-        f"thread{'s' * (torch.get_num_threads() != 1)}: about {minutes:g} minutes")
+
+    say(
+        f"prefill and decode, dsv3 and transformers in turn, on {torch.get_num_threads()} "
+        f"thread{'s' * (torch.get_num_threads() != 1)}: about {minutes:g} minutes"
+    )
     rows = []
     for row in measure(torch.device("cuda" if suite == "gpu" else "cpu"), minutes, say):
         rows.append(row)
         if not as_json:
-            print("{dtype:9} {what:8}{length:5}   dsv3 {dsv3:8.1f}   transformers "
-                  "{transformers:8.1f} tokens/s   ratio {ratio:.2f}   ({rounds} rounds)".format(
-                      **row), flush=True)
+            print(
+                "{dtype:9} {what:8}{length:5}   dsv3 {dsv3:8.1f}   transformers "
+                "{transformers:8.1f} tokens/s   ratio {ratio:.2f}   ({rounds} rounds)".format(
+                    **row
+                ),
+                flush=True,
+            )
     if as_json:
         print(json.dumps({"threads": torch.get_num_threads(), "minutes": minutes, "cells": rows}))
     return 0

@@ -54,13 +54,17 @@ class Talk:
         """What this is, and what may be expected of it."""
         config, note = self.job.model.config, self.terminal.note
         count = sum(spec.numel for spec in layout(config, scales=False, mtp=False))
-        note(f"{Path(self.job.args.model).name}: {_in_words(count)} parameters, a context of "
-             f"{config.max_position_embeddings:,} tokens.")
+        note(
+            f"{Path(self.job.args.model).name}: {_in_words(count)} parameters, a context of "
+            f"{config.max_position_embeddings:,} tokens."
+        )
         if not self.chats:
             note("It has no chat template: each line is a text that it continues, on its own.")
         elif count < _SMALL:
-            note("It is a small model: it answers in the form of a conversation, and in the manner "
-                 "of the texts it was trained on; it knows nothing.")
+            note(
+                "It is a small model: it answers in the form of a conversation, and in the manner "
+                "of the texts it was trained on; it knows nothing."
+            )
         note("/help lists the commands, /exit leaves, Ctrl-C stops an answer.")
 
     def obey(self, command: str) -> None:
@@ -71,8 +75,10 @@ class Talk:
             count = len(self.messages) // 2
             self.messages.clear()
             self.session.clear()
-            self.terminal.note("Forgotten: " + (f"{count} turn{'s' * (count != 1)}." if count
-                                                else "there was nothing yet."))
+            self.terminal.note(
+                "Forgotten: "
+                + (f"{count} turn{'s' * (count != 1)}." if count else "there was nothing yet.")
+            )
         else:
             self.terminal.note(f"No such command: {command}. /help lists them.")
 
@@ -80,7 +86,8 @@ class Talk:
         """One turn: the line as a question, or as a text to continue."""
         question = [*self.messages, {"role": "user", "content": line}]
         kind, value = self.job.model.group.broadcast_object(
-            self.ids(question, line) if self.terminal.speaks else None)
+            self.ids(question, line) if self.terminal.speaks else None
+        )
         if kind == "error":
             self.terminal.note(f"dsv3: {value}" + (". /clear starts anew" if self.messages else ""))
             return
@@ -89,12 +96,14 @@ class Talk:
             self.messages = [*question, {"role": "assistant", "content": text}]
         self.turn += 1
         if reason == "length":
-            self.terminal.note(f"(cut after {self.job.args.max_new_tokens} tokens, "
-                               "--max-new-tokens)")
+            self.terminal.note(
+                f"(cut after {self.job.args.max_new_tokens} tokens, --max-new-tokens)"
+            )
         elif reason == "context":
             context = self.job.model.config.max_position_embeddings
-            self.terminal.note(f"(cut: the context of {context:,} tokens is full; /clear starts "
-                               "anew)")
+            self.terminal.note(
+                f"(cut: the context of {context:,} tokens is full; /clear starts anew)"
+            )
         elif reason == "interrupt":
             self.terminal.note("(stopped)")
 

@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dsv3.checkpoint.contents import open_checkpoint
 from dsv3.checkpoint.loading import load_model
 from dsv3.config import ModelConfig
-from dsv3.checkpoint.contents import open_checkpoint
 from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES
 from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale
@@ -87,13 +87,16 @@ def diff(folder: str | Path, length: int = 64, seed: int = 0, tolerance: float =
     if report.first is None:
         print(f"\nno part differs by more than {tolerance:.0e} of its largest value")
         return 0
-    print(f"\n{report.first.part} is the first to depart, by {report.first.difference:.1e} of its "
-          f"largest value (tolerance {tolerance:.0e})")
+    print(
+        f"\n{report.first.part} is the first to depart, by {report.first.difference:.1e} of its "
+        f"largest value (tolerance {tolerance:.0e})"
+    )
     return 1
 
 
-def compare(ours: nn.Module, theirs: TheirModel, tokens: torch.Tensor,
-            tolerance: float = TOLERANCE) -> Report:
+def compare(
+    ours: nn.Module, theirs: TheirModel, tokens: torch.Tensor, tolerance: float = TOLERANCE
+) -> Report:
     """Run both on tokens (b, s) and compare part by part."""
     config = ours.config
     mine = our_outputs(ours, tokens)
@@ -115,12 +118,15 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def compare_router(part: str, mine: torch.Tensor, other: torch.Tensor) -> list[Row]:
     """Two rows from weights (tokens, N_r) that are 0 for the experts that were not chosen."""
     differing, chosen = int(((mine > 0) & (other == 0)).sum()), int((other > 0).sum())
-    return [Row(f"{part} choices", differing / chosen, f"{differing} of {chosen} differ"),
-            Row(f"{part} weights", relative(mine, other))]
+    return [
+        Row(f"{part} choices", differing / chosen, f"{differing} of {chosen} differ"),
+        Row(f"{part} weights", relative(mine, other)),
+    ]
 
 
 def parts(config: ModelConfig) -> Iterator[str]:
     """Names of the compared parts, in the order of computation: our modules' names."""
+
     def layer(number: int, name: str) -> Iterator[str]:
         yield f"{name}.attn"
         if config.is_moe(number):
@@ -152,8 +158,9 @@ def our_outputs(model: nn.Module, tokens: torch.Tensor) -> Outputs:
             hidden, ahead = hidden[:, :-1], ahead[:, 1:]
             logits[f"mtp.{k}.head"], hidden = model.mtp_logits(hidden, ahead, depth=k)
 
-    modules = {part: model.get_submodule(part) for part in parts(model.config)
-               if not part.endswith("head")}
+    modules = {
+        part: model.get_submodule(part) for part in parts(model.config) if not part.endswith("head")
+    }
     return {**record(modules, model.config.n_routed_experts, run), **logits}
 
 
@@ -186,6 +193,7 @@ def record(modules: dict[str, nn.Module], experts: int, run: Callable[[], None])
 
 # transformers' side -------------------------------------------------------------------------------
 
+
 class TheirModel:
     """transformers' model of this family and its MTP modules, in float32."""
 
@@ -194,28 +202,50 @@ class TheirModel:
         try:
             import transformers
             from transformers.modeling_layers import MtpModel
+
             model_class = getattr(transformers, FAMILIES[config.model_type].architecture)
         except (ImportError, AttributeError):
-            raise DSV3Error("cannot be compared without transformers, version 5.23 or later",
-                            where="dsv3 diff", fix="pip install 'transformers>=5.23'") from None
+            raise DSV3Error(
+                "cannot be compared without transformers, version 5.23 or later",
+                where="dsv3 diff",
+                fix="pip install 'transformers>=5.23'",
+            ) from None
         if config.scoring_func != "sigmoid":
-            raise DSV3Error("transformers does not know this router", where="scoring_func",
-                            found=config.scoring_func, expected="sigmoid")
+            raise DSV3Error(
+                "transformers does not know this router",
+                where="scoring_func",
+                found=config.scoring_func,
+                expected="sigmoid",
+            )
         if not config.gate_bias and config.n_group > 1:
-            raise DSV3Error("transformers ranks groups by their two best experts, the released "
-                            "code a router without a bias by its best", where="gate_bias",
-                            found="false", expected="true, or n_group 1")
+            raise DSV3Error(
+                "transformers ranks groups by their two best experts, the released "
+                "code a router without a bias by its best",
+                where="gate_bias",
+                found="false",
+                expected="true, or n_group 1",
+            )
         self.config, depth = config, config.num_nextn_predict_layers
         if depth and not config.is_moe(config.num_hidden_layers):
-            raise DSV3Error("transformers' MTP modules always have experts",
-                            where="first_k_dense_replace", found=config.first_k_dense_replace,
-                            expected=f"at most num_hidden_layers ({config.num_hidden_layers})")
-        fields = {**config.to_dict(), "torch_dtype": "float32", "num_mtp_layers": depth,
-                  "mtp_mlp_layer_types": ["sparse"] * depth}
+            raise DSV3Error(
+                "transformers' MTP modules always have experts",
+                where="first_k_dense_replace",
+                found=config.first_k_dense_replace,
+                expected=f"at most num_hidden_layers ({config.num_hidden_layers})",
+            )
+        fields = {
+            **config.to_dict(),
+            "torch_dtype": "float32",
+            "num_mtp_layers": depth,
+            "mtp_mlp_layer_types": ["sparse"] * depth,
+        }
         for name in ("quantization_config", "num_nextn_predict_layers"):
             fields.pop(name, None)
-        self.main = model_class(model_class.config_class(
-            **fields, attn_implementation="eager", experts_implementation="eager")).eval()
+        self.main = model_class(
+            model_class.config_class(
+                **fields, attn_implementation="eager", experts_implementation="eager"
+            )
+        ).eval()
         self.mtp = MtpModel(self.main, depth).eval() if depth else None
         main, mtp = their_names(config, state)
         load(self.main, main)
@@ -251,8 +281,9 @@ class TheirModel:
                 hidden = self.mtp_states(hidden, ahead, self.new_mtp_cache(), k)
                 logits[f"mtp.{k}.head"] = self.main.lm_head(hidden)
 
-        modules = {part: self.module(part) for part in parts(self.config)
-                   if not part.endswith("head")}
+        modules = {
+            part: self.module(part) for part in parts(self.config) if not part.endswith("head")
+        }
         return {**record(modules, self.config.n_routed_experts, run), **logits}
 
     def new_mtp_cache(self):
@@ -310,15 +341,21 @@ def stack_experts(config: ModelConfig, state: Outputs) -> Outputs:
         if ".experts." not in name:
             stacked[name] = value
         elif found and rest != "up_proj.weight":
+
             def all_of(matrix: str, layer: str = layer) -> torch.Tensor:
-                return torch.stack([state[f"{layer}.experts.{expert}.{matrix}.weight"]
-                                    for expert in range(config.n_routed_experts)])
+                return torch.stack(
+                    [
+                        state[f"{layer}.experts.{expert}.{matrix}.weight"]
+                        for expert in range(config.n_routed_experts)
+                    ]
+                )
 
             if rest == "down_proj.weight":
                 stacked[f"{layer}.experts.down_proj"] = all_of("down_proj")
             else:
                 stacked[f"{layer}.experts.gate_up_proj"] = torch.cat(
-                    [all_of("gate_proj"), all_of("up_proj")], dim=1)
+                    [all_of("gate_proj"), all_of("up_proj")], dim=1
+                )
     return stacked
 
 
@@ -329,5 +366,8 @@ def load(module: nn.Module, state: Outputs) -> None:
     shared = ("e_score_correction_bias", "embed_tokens.weight", "head.weight")
     missing = [name for name in missing if not name.endswith(shared)]
     if missing or unexpected:
-        raise DSV3Error("transformers has other weights than the checkpoint",
-                        where=(missing or unexpected)[0], fix="Use transformers 5.23")
+        raise DSV3Error(
+            "transformers has other weights than the checkpoint",
+            where=(missing or unexpected)[0],
+            fix="Use transformers 5.23",
+        )

@@ -86,8 +86,11 @@ def _python() -> Line:
 def _package(name: str, least: str, extra: str, use: str) -> Line:
     # An extra is installed from the checkout: the package is on no index, and whoever took its
     # name there could make of it what they like.
-    install = (f'in the checkout: pip install -c constraints.txt -e ".[{extra}]"' if extra else
-               f'pip install "{name}>={least}"')
+    install = (
+        f'in the checkout: pip install -c constraints.txt -e ".[{extra}]"'
+        if extra
+        else f'pip install "{name}>={least}"'
+    )
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -111,8 +114,11 @@ def _bfloat16() -> Line:
     slower = machine.bf16_slowdown()
     if slower < machine.SLOW:
         return "ok", "bfloat16", "fast on this CPU"
-    return "--", "bfloat16", (f"a product takes {slower:.0f} times as long as in float32 on this "
-                              "CPU: use fp32")
+    return (
+        "--",
+        "bfloat16",
+        (f"a product takes {slower:.0f} times as long as in float32 on this CPU: use fp32"),
+    )
 
 
 def _hardware() -> Iterator[Line]:

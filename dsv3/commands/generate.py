@@ -10,31 +10,31 @@ import argparse
 import json
 import resource
 import sys
-from dataclasses import dataclass
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from dsv3 import machine
+from dsv3.checkpoint.generation_config import FILE, GenerationConfig
+from dsv3.checkpoint.layout import check_sharding
 from dsv3.checkpoint.loading import load_model
+from dsv3.commands.chat import Talk
+from dsv3.commands.terminal import Terminal, settings_kept
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.generation.loop import Generation, stream
-from dsv3.checkpoint.generation_config import FILE, GenerationConfig
-from dsv3.checkpoint.layout import check_sharding
-from dsv3.model import Transformer
-from dsv3.parallel.environment import check_ranks
-from dsv3.parallel.environment import place as whoami
-from dsv3.parallel.launch import launch
-from dsv3.parallel.tensor import TensorGroup
 from dsv3.generation.prompts import from_standard_input, handed_down
 from dsv3.generation.prompts import read_prompts as prompts_of_file
 from dsv3.generation.rows import check_prompts
 from dsv3.generation.sampling import Sampling
 from dsv3.generation.session import Session
-from dsv3.commands.chat import Talk
-from dsv3.commands.terminal import Terminal, settings_kept
 from dsv3.generation.tokenizer import Tokenizer, load_tokenizer
+from dsv3.model import Transformer
+from dsv3.parallel.environment import check_ranks
+from dsv3.parallel.environment import place as whoami
+from dsv3.parallel.launch import launch
+from dsv3.parallel.tensor import TensorGroup
 
 # Prompt tokens in one pass: bounds the memory of a long prompt without making small matrices.
 _PREFILL_CHUNK = 2048
@@ -46,23 +46,30 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     sampling = sampling_of(args)
     config = ModelConfig.from_pretrained(args.model)
     own = GenerationConfig.beside(args.model, config.vocab_size)
-    check_sharding(config, ranks,
-                   blocks=args.precision == "fp8" or config.quantization_config is not None)
+    check_sharding(
+        config, ranks, blocks=args.precision == "fp8" or config.quantization_config is not None
+    )
     tokenizer = load_tokenizer(args.model)
     # Rank 0's prompts are everybody's: a pipe can be read once, a template may ask for the time.
     texts = read_prompts(args) if (place := whoami()) is None or place.rank == 0 else []
     prompts = [prompt_ids(tokenizer, text, args.chat) for text in texts]
-    check_prompts(prompts, min(tokenizer.vocab_size, config.vocab_size),
-                  config.max_position_embeddings)
+    check_prompts(
+        prompts, min(tokenizer.vocab_size, config.vocab_size), config.max_position_embeddings
+    )
     if starts:
         with settings_kept(), handed_down(texts if args.input_file else None):
-            return launch(("-m", "dsv3", *from_standard_input(arguments)), ranks,
-                          threads=machine.threads(ranks), interactive=args.interactive)
+            return launch(
+                ("-m", "dsv3", *from_standard_input(arguments)),
+                ranks,
+                threads=machine.threads(ranks),
+                interactive=args.interactive,
+            )
     group = TensorGroup.from_environment(args.device)
     torch.set_num_threads(machine.threads())
     model = load_model(args.model, precision=args.precision, group=group)
-    job = Job(args, model, tokenizer, Terminal(group),
-              in_full(sampling, args, own, tokenizer, model), own)
+    job = Job(
+        args, model, tokenizer, Terminal(group), in_full(sampling, args, own, tokenizer, model), own
+    )
     job.warn()
     if args.interactive:
         Talk(job).run()
@@ -75,25 +82,50 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """What the flags ask for, checked; flags that were not given are at their defaults."""
-    given = {name: value for name in ("temperature", "top_k", "top_p")
-             if (value := getattr(args, name)) is not None}
+    given = {
+        name: value
+        for name in ("temperature", "top_k", "top_p")
+        if (value := getattr(args, name)) is not None
+    }
     sampling = Sampling(
-        max_new_tokens=args.max_new_tokens, seed=args.seed, n=args.n, stop=args.stop,
-        logprobs=args.logprobs, speculative=args.speculative, prefill_chunk=_PREFILL_CHUNK, **given)
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        n=args.n,
+        stop=args.stop,
+        logprobs=args.logprobs,
+        speculative=args.speculative,
+        prefill_chunk=_PREFILL_CHUNK,
+        **given,
+    )
     if args.interactive and args.n > 1:
-        raise DSV3Error("a conversation goes on from one answer", where="--n", found=args.n,
-                        expected="1 with --interactive")
+        raise DSV3Error(
+            "a conversation goes on from one answer",
+            where="--n",
+            found=args.n,
+            expected="1 with --interactive",
+        )
     if args.interactive and args.json:
-        raise DSV3Error("a conversation is no JSON", where="--json",
-                        fix="Leave it out, or give --prompt or --input-file")
+        raise DSV3Error(
+            "a conversation is no JSON",
+            where="--json",
+            fix="Leave it out, or give --prompt or --input-file",
+        )
     if args.logprobs and (args.interactive or not args.json):
-        raise DSV3Error("log-probabilities are a part of the JSON", where="--logprobs",
-                        fix="Give --json as well, and no --interactive")
+        raise DSV3Error(
+            "log-probabilities are a part of the JSON",
+            where="--logprobs",
+            fix="Give --json as well, and no --interactive",
+        )
     return sampling
 
 
-def in_full(sampling: Sampling, args: argparse.Namespace, own: GenerationConfig,
-            tokenizer: Tokenizer, model: Transformer) -> Sampling:
+def in_full(
+    sampling: Sampling,
+    args: argparse.Namespace,
+    own: GenerationConfig,
+    tokenizer: Tokenizer,
+    model: Transformer,
+) -> Sampling:
     """``sampling`` with what the checkpoint's files say where no flag says otherwise.
 
     A text ends at the model's end tokens and at the tokenizer's.
@@ -116,8 +148,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 def prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
     """Ids of a text to continue, or with ``chat`` of a question to answer."""
-    return tokenizer.chat_ids([{"role": "user", "content": text}]) if chat \
-        else tokenizer.encode(text)
+    return (
+        tokenizer.chat_ids([{"role": "user", "content": text}]) if chat else tokenizer.encode(text)
+    )
 
 
 @dataclass
@@ -136,11 +169,16 @@ class Job:
 
     def warn(self) -> None:
         """Say so where the chosen precision is a slow one here."""
-        if self.args.precision == "bf16" and self.model.device.type == "cpu" \
-                and (slower := machine.bf16_slowdown()) >= machine.SLOW:
-            self.terminal.note("dsv3: on this CPU a product in bfloat16 takes "
-                               f"{slower:.0f} times as long as in float32; --precision fp32 is "
-                               "faster")
+        if (
+            self.args.precision == "bf16"
+            and self.model.device.type == "cpu"
+            and (slower := machine.bf16_slowdown()) >= machine.SLOW
+        ):
+            self.terminal.note(
+                "dsv3: on this CPU a product in bfloat16 takes "
+                f"{slower:.0f} times as long as in float32; --precision fp32 is "
+                "faster"
+            )
 
     def answer(self, texts: list[str], prompts: list[list[int]]) -> None:
         """Complete all prompts together. One alone is streamed, several are printed in order."""
@@ -174,8 +212,12 @@ class Job:
         terminal = self.terminal
         terminal.stopped = False
         # Each turn draws from a seed of its own.
-        run = session.stream(ids, sampling=self.sampling.but(seed=self.sampling.seed + turn),
-                             tokenizer=self.tokenizer, should_stop=lambda: terminal.stopped)
+        run = session.stream(
+            ids,
+            sampling=self.sampling.but(seed=self.sampling.seed + turn),
+            tokenizer=self.tokenizer,
+            should_stop=lambda: terminal.stopped,
+        )
         for token in run:
             if not self.args.no_stream:
                 terminal.write(token.text)
@@ -187,58 +229,80 @@ class Job:
         results = [
             {"prompt": text, "prompt_ids": prompt, "ids": ids, "text": answer, "stopped_by": reason}
             for text, prompt, ids, answer, reason in zip(
-                texts, prompts, result.ids, result.texts, result.stopped_by, strict=True)]
+                texts, prompts, result.ids, result.texts, result.stopped_by, strict=True
+            )
+        ]
         for row, entry in enumerate(results):
             if self.sampling.n > 1:
                 entry["sample"] = row % self.sampling.n
             if result.logprobs is not None:
                 entry["logprobs"] = result.logprobs[row]
-        self.terminal.write(json.dumps({
-            "model": str(self.args.model),
-            "precision": self.args.precision,
-            "tp": self.model.group.size,
-            "results": results,
-            "tokens_per_second": round(result.tokens_per_second, 2),
-            "acceptance": result.acceptance,
-        }) + "\n")
+        self.terminal.write(
+            json.dumps(
+                {
+                    "model": str(self.args.model),
+                    "precision": self.args.precision,
+                    "tp": self.model.group.size,
+                    "results": results,
+                    "tokens_per_second": round(result.tokens_per_second, 2),
+                    "acceptance": result.acceptance,
+                }
+            )
+            + "\n"
+        )
 
     def summarize(self, result: Generation) -> None:
         """What was run and what it cost, on stderr. Every rank reports its own share."""
         group, count = self.model.group, sum(map(len, result.ids))
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        mine = dict(sent=group.bytes_sent, weights=sum(tensor.nbytes for tensor in tensors),
-                    cache=result.cache_bytes, peak=_peak_memory(self.model.device))
+        mine = dict(
+            sent=group.bytes_sent,
+            weights=sum(tensor.nbytes for tensor in tensors),
+            cache=result.cache_bytes,
+            peak=_peak_memory(self.model.device),
+        )
         ranks = [group.broadcast_object(mine, src=rank) for rank in range(group.size)]
         note = self.terminal.note
         plural = "rank" if group.size == 1 else "ranks"
         where = self.model.device.type
         if where == "cpu":
             where += f" with {machine.threads_in_words(torch.get_num_threads())}"
-        note(f"model       {self.args.model}, {self.args.precision}, {group.size} {plural} on "
-             f"{where}")
-        note(f"speed       {count} new tokens in {result.seconds:.2f} s, prefill included: "
-             f"{result.tokens_per_second:.1f} tokens/s")
+        note(
+            f"model       {self.args.model}, {self.args.precision}, {group.size} {plural} on "
+            f"{where}"
+        )
+        note(
+            f"speed       {count} new tokens in {result.seconds:.2f} s, prefill included: "
+            f"{result.tokens_per_second:.1f} tokens/s"
+        )
         for line in self.taken():
             note(line)
         if result.acceptance is not None:
-            note(f"acceptance  {result.acceptance:.0%} of the drafted tokens, "
-                 f"{result.tokens_per_pass:.2f} tokens a pass and row")
+            note(
+                f"acceptance  {result.acceptance:.0%} of the drafted tokens, "
+                f"{result.tokens_per_pass:.2f} tokens a pass and row"
+            )
         for rank, seen in enumerate(ranks):
             size = {name: _size(count) for name, count in seen.items()}
-            note(f"rank {rank}      weights {size['weights']}, cache {size['cache']}, "
-                 f"peak of the process {size['peak']}; sent {size['sent']}")
-
+            note(
+                f"rank {rank}      weights {size['weights']}, cache {size['cache']}, "
+                f"peak of the process {size['peak']}; sent {size['sent']}"
+            )
 
     def taken(self) -> list[str]:
         """What was taken from generation_config.json, and what it asks for in vain."""
-        said = [f"{name.replace('_', '-')} {value:g}" for name, value in self.own.defaults.items()
-                if getattr(self.args, name) is None]
+        said = [
+            f"{name.replace('_', '-')} {value:g}"
+            for name, value in self.own.defaults.items()
+            if getattr(self.args, name) is None
+        ]
         if self.own.eos_ids is not None:
             said.append("end tokens " + (", ".join(map(str, self.own.eos_ids)) or "none"))
         lines = [f"sampling    {', '.join(said)}: from {FILE}"] if said else []
         if self.own.ignored:
-            lines.append(f"sampling    not supported and left out: {', '.join(self.own.ignored)} "
-                         f"of {FILE}")
+            lines.append(
+                f"sampling    not supported and left out: {', '.join(self.own.ignored)} of {FILE}"
+            )
         return lines
 
 

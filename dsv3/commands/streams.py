@@ -57,8 +57,11 @@ class Guarded(io.TextIOWrapper):
 def _open_closed() -> None:
     """Input that is closed has ended; output that is closed cannot be written, and says so at the
     first attempt; what would go to a closed stderr goes nowhere."""
-    for name, access, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"),
-                               ("stderr", os.O_WRONLY, "w")):
+    for name, access, mode in (
+        ("stdin", os.O_RDONLY, "r"),
+        ("stdout", os.O_RDONLY, "w"),
+        ("stderr", os.O_WRONLY, "w"),
+    ):
         if getattr(sys, name) is None:
             # The lowest free number is taken, which is the one that was closed.
             handle = os.open(os.devnull, access)

@@ -22,8 +22,8 @@ import signal
 import sys
 import termios
 import threading
-from contextlib import contextmanager, suppress
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 

@@ -44,8 +44,15 @@ TRAIN_CHARACTERS, HELD_OUT_CHARACTERS = 1_110_000, 48_000
 NAMES = ascii_lowercase.replace("x", "")
 
 # Kind of task -> share of lines; in recall documents, which need short lines, without the sums.
-_KINDS = {"sum": 0.5, "difference": 0.14, "product": 0.09, "quotient": 0.07, "equation": 0.08,
-          "missing": 0.05, "comparison": 0.07}
+_KINDS = {
+    "sum": 0.5,
+    "difference": 0.14,
+    "product": 0.09,
+    "quotient": 0.07,
+    "equation": 0.08,
+    "missing": 0.05,
+    "comparison": 0.07,
+}
 _SHORT_KINDS = {kind: share for kind, share in _KINDS.items() if kind != "sum"}
 # Digits of the two numbers -> share, in sums and in other kinds.
 _SUM_DIGITS = {(2, 2): 0.82, (1, 2): 0.04, (2, 1): 0.04, (1, 1): 0.06, (3, 3): 0.04}
@@ -56,7 +63,7 @@ def is_held_out(a: int, b: int) -> bool:
     """Whether the unordered pair of numbers, at least one above 9, is kept from training."""
     small, large = sorted((abs(a), abs(b)))
     # Fibonacci hashing: the high bits of a product with 2^32 / golden ratio are well mixed.
-    mixed = (large * 1000 + small) * 2_654_435_769 % 2 ** 32
+    mixed = (large * 1000 + small) * 2_654_435_769 % 2**32
     return large > 9 and (mixed >> 16) % 10 == 0
 
 
@@ -84,8 +91,9 @@ def final_answer(text: str) -> str:
     return text.split("\n")[0].rpartition("]")[2].strip()
 
 
-def task(rng: np.random.Generator, held_out: bool = False,
-         kinds: dict[str, float] = _KINDS) -> tuple[str, str]:
+def task(
+    rng: np.random.Generator, held_out: bool = False, kinds: dict[str, float] = _KINDS
+) -> tuple[str, str]:
     """One line of arithmetic as (question, answer), ``("7 + 5 =", "12")``.
 
     Its pair of numbers is held out or not, as asked; kinds: share by kind of task.
@@ -97,8 +105,9 @@ def task(rng: np.random.Generator, held_out: bool = False,
             return question, answer
 
 
-def recall_document(rng: np.random.Generator, lines: int, lets: int, asks: int,
-                    held_out: bool = False) -> str:
+def recall_document(
+    rng: np.random.Generator, lines: int, lets: int, asks: int, held_out: bool = False
+) -> str:
     """``lines`` lines between begin and end token: ``lets`` values, ``asks`` questions, arithmetic.
 
     A value is given as ``let q = 58`` and later asked for as ``get q = 58``; places are random,
@@ -107,13 +116,16 @@ def recall_document(rng: np.random.Generator, lines: int, lets: int, asks: int,
     Names are single letters, so there are at most 25 lets.
     """
     if not 1 <= lets <= len(NAMES) or lets + asks > lines:
-        raise DSV3Error("does not fit", where="recall document",
-                        found=f"{lets} lets and {asks} asks in {lines} lines",
-                        expected=f"1 to {len(NAMES)} lets, and lets + asks at most lines")
+        raise DSV3Error(
+            "does not fit",
+            where="recall document",
+            found=f"{lets} lets and {asks} asks in {lines} lines",
+            expected=f"1 to {len(NAMES)} lets, and lets + asks at most lines",
+        )
     kinds = ["let"] * (lets - 1) + ["get"] * asks
     if rng.random() < 0.5:
         kinds = rng.permutation(kinds).tolist()
-    places = np.sort(rng.permutation(lines)[:lets + asks])
+    places = np.sort(rng.permutation(lines)[: lets + asks])
     special = dict(zip(places.tolist(), ["let", *kinds]))
     names = iter(rng.permutation(list(NAMES)).tolist())
     values: dict[str, int] = {}
@@ -169,7 +181,7 @@ def _draw(rng: np.random.Generator, kind: str) -> tuple[str, str, tuple[int, int
             return f"{a * b} / {a} =", f"{b}", (a, b)
         return f"? * {a} = {a * b}, ? =", f"{b}", (a, b)
     digits = _choose(rng, _SUM_DIGITS if kind == "sum" else _DIGITS)
-    a, b = (int(rng.integers(10 ** (n - 1), 10 ** n)) for n in digits)
+    a, b = (int(rng.integers(10 ** (n - 1), 10**n)) for n in digits)
     c = a + b
     if kind == "sum":
         return f"{a} + {b} =", f"{working(a, b)}{c}", (a, b)

@@ -32,11 +32,35 @@ from dsv3.errors import DSV3Error
 
 # In every Python from 3.11 to 3.14, of many kinds, and none the near-copy of another module.
 HELD_OUT_MODULES = (
-    "calendar", "cmd", "colorsys", "configparser", "csv", "difflib", "fractions", "ftplib",
-    "graphlib", "heapq", "sched", "shelve", "shlex", "textwrap", "timeit", "wsgiref", "zipapp")
+    "calendar",
+    "cmd",
+    "colorsys",
+    "configparser",
+    "csv",
+    "difflib",
+    "fractions",
+    "ftplib",
+    "graphlib",
+    "heapq",
+    "sched",
+    "shelve",
+    "shlex",
+    "textwrap",
+    "timeit",
+    "wsgiref",
+    "zipapp",
+)
 
-_LEFT_OUT = {"test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "__phello__",
-             "__pycache__"}
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "__phello__",
+    "__pycache__",
+}
 # Bytes: a class above the first is cut into pieces of about the second; above the third, statements
 # with few letters are a table; a run of statements below the last stays with what follows.
 _LONG_CLASS, _PIECE, _TABLE, _SHORT = 4000, 2000, 6000, 200
@@ -58,8 +82,11 @@ def read_modules(folder: str | Path | None = None) -> dict[str, str]:
                     continue
                 modules[".".join(parts)] = clean_code(text)
     if not modules:
-        raise DSV3Error("no modules" if folder.is_dir() else "no such folder", where=folder,
-                        expected="Python files (*.py)")
+        raise DSV3Error(
+            "no modules" if folder.is_dir() else "no such folder",
+            where=folder,
+            expected="Python files (*.py)",
+        )
     return dict(sorted(modules.items()))
 
 
@@ -75,8 +102,11 @@ def split_modules(modules: dict[str, str]) -> tuple[list[str], list[str]]:
     for name, text in modules.items():
         parts[name.split(".")[0] in HELD_OUT_MODULES].append(text)
     if not all(parts):
-        raise DSV3Error("nothing to train on" if parts[1] else "no held-out module",
-                        where="code", expected="held out: " + ", ".join(HELD_OUT_MODULES))
+        raise DSV3Error(
+            "nothing to train on" if parts[1] else "no held-out module",
+            where="code",
+            expected="held out: " + ", ".join(HELD_OUT_MODULES),
+        )
     return parts
 
 
@@ -89,7 +119,7 @@ def pieces(module: str) -> list[str]:
     lines, body, cuts = module.split("\n"), _statements(module), [0]
     for before, node in pairwise(body or []):
         after_definition = isinstance(before, _DEFINITION)
-        size = len("\n".join(lines[cuts[-1]:before.end_lineno]))
+        size = len("\n".join(lines[cuts[-1] : before.end_lineno]))
         starts_piece = after_definition or (isinstance(node, _DEFINITION) and size >= _SHORT)
         if starts_piece and node.lineno > before.end_lineno:
             cuts.append(before.end_lineno)
@@ -132,14 +162,14 @@ def _class_pieces(text: str) -> list[str]:
         return [text]
     first = last.body[0]
     above = [decorator.lineno for decorator in getattr(first, "decorator_list", [])]
-    head = lines[last.lineno - 1:min([first.lineno, *above]) - 1]
+    head = lines[last.lineno - 1 : min([first.lineno, *above]) - 1]
     while not head[-1].strip() or head[-1].lstrip().startswith("#"):
         head.pop()
     result, begin = [], 0
     for before, node in pairwise(last.body):
-        size = len("\n".join(lines[begin:node.end_lineno]).encode())
+        size = len("\n".join(lines[begin : node.end_lineno]).encode())
         if isinstance(node, _DEFINITION) and size > _PIECE and node.lineno > before.end_lineno:
-            result.append("\n".join(lines[begin:before.end_lineno]).strip("\n") + "\n")
+            result.append("\n".join(lines[begin : before.end_lineno]).strip("\n") + "\n")
             begin = before.end_lineno
     result.append("\n".join(lines[begin:]).strip("\n") + "\n")
     return [result[0], *("\n".join(head) + "\n" + part for part in result[1:])]
@@ -153,7 +183,9 @@ def _is_table(text: str) -> bool:
     for statement in _statements(text) or []:
         for node in ast.walk(statement):
             if isinstance(node, _DEFINITION):
-                lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+                lines[node.lineno - 1 : node.end_lineno] = [""] * (
+                    node.end_lineno - node.lineno + 1
+                )
     rest = "\n".join(lines)
     return len(rest) > _TABLE and sum(letter.isalpha() for letter in rest) < 0.65 * len(rest)
 
@@ -162,7 +194,7 @@ def _statements(text: str) -> list[ast.stmt] | None:
     """The top-level statements; None where the text does not parse."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")        # old escapes in strings
+            warnings.simplefilter("ignore")  # old escapes in strings
             return ast.parse(text).body
     except (SyntaxError, ValueError):
         return None

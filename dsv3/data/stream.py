@@ -34,16 +34,24 @@ from dsv3.data.domains import Domain
 from dsv3.data.vocabulary import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE
 from dsv3.errors import DSV3Error
 
-_CHUNK = 1 << 20       # tokens by which the buffer grows
-_SHUFFLED = 1 << 18    # tokens whose windows are shuffled together
+_CHUNK = 1 << 20  # tokens by which the buffer grows
+_SHUFFLED = 1 << 18  # tokens whose windows are shuffled together
 
 
 def fill_in_middle(document: str, rng: np.random.Generator) -> str:
     """The document with its text cut at two random characters, in prefix-suffix-middle order."""
     text = document.removeprefix(BOS).removesuffix(EOS)
     first, second = sorted(rng.integers(0, len(text) + 1, 2).tolist())
-    return (BOS + FIM_BEGIN + text[:first] + FIM_HOLE + text[second:]
-            + FIM_END + text[first:second] + EOS)
+    return (
+        BOS
+        + FIM_BEGIN
+        + text[:first]
+        + FIM_HOLE
+        + text[second:]
+        + FIM_END
+        + text[first:second]
+        + EOS
+    )
 
 
 class Stream:
@@ -54,29 +62,51 @@ class Stream:
     ``Stream(..., position=p)`` with the same other arguments goes on bit-equal from p.
     """
 
-    def __init__(self, tokenizer: Tokenizer, domains: list[Domain], shares: Mapping[str, float], *,
-                 length: int, targets: int, seed: int, fim_rate: float = 0.1, position: int = 0):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        domains: list[Domain],
+        shares: Mapping[str, float],
+        *,
+        length: int,
+        targets: int,
+        seed: int,
+        fim_rate: float = 0.1,
+        position: int = 0,
+    ):
         names = [domain.name for domain in domains]
         unknown = [name for name in shares if name not in names]
         if unknown or not shares or min(shares.values()) < 0 or not sum(shares.values()) > 0:
-            raise DSV3Error("wrong shares", where="stream", found=dict(shares),
-                            expected="numbers of at least 0 for " + ", ".join(names))
-        used = [(number, domain) for number, domain in enumerate(domains)
-                if shares.get(domain.name, 0) > 0]
+            raise DSV3Error(
+                "wrong shares",
+                where="stream",
+                found=dict(shares),
+                expected="numbers of at least 0 for " + ", ".join(names),
+            )
+        used = [
+            (number, domain)
+            for number, domain in enumerate(domains)
+            if shares.get(domain.name, 0) > 0
+        ]
         empty = [domain.name for _, domain in used if not domain.train]
         if empty:
             raise DSV3Error("no documents", where=f"stream, domain {empty[0]}")
         if position % length:
-            raise DSV3Error("a stream goes on between two windows", where="position",
-                            found=position, expected=f"a multiple of {length}")
+            raise DSV3Error(
+                "a stream goes on between two windows",
+                where="position",
+                found=position,
+                expected=f"a multiple of {length}",
+            )
         self.position, self.length, self.targets = position, length, targets
         self._seed = seed
         self._shares = np.array([shares[domain.name] for _, domain in used])
         self._shares = self._shares / self._shares.sum()
         self._sources = [
             _epochs(tokenizer, domain, [seed, number], fim_rate if domain.name == "code" else 0.0)
-            for number, domain in used]
-        self._read = np.zeros(len(used), dtype=np.int64)    # tokens of each domain in _ids
+            for number, domain in used
+        ]
+        self._read = np.zeros(len(used), dtype=np.int64)  # tokens of each domain in _ids
         self._ids, self._filled = np.empty(_CHUNK, dtype=np.int32), 0
 
     def draw(self, count: int) -> Int64[Tensor, "{count} tokens"]:
@@ -107,13 +137,14 @@ class Stream:
             ids = next(self._sources[number])
             while self._filled + len(ids) > len(self._ids):
                 self._ids = np.concatenate([self._ids, np.empty(_CHUNK, dtype=np.int32)])
-            self._ids[self._filled:self._filled + len(ids)] = ids
+            self._ids[self._filled : self._filled + len(ids)] = ids
             self._filled += len(ids)
             self._read[number] += len(ids)
 
 
-def _epochs(tokenizer: Tokenizer, domain: Domain, seed: list[int],
-            fim_rate: float) -> Iterator[np.ndarray]:
+def _epochs(
+    tokenizer: Tokenizer, domain: Domain, seed: list[int], fim_rate: float
+) -> Iterator[np.ndarray]:
     """Token ids of one document after another, int32, epoch after epoch, each in a new order."""
     plain = _encode(tokenizer, domain.train)
     epoch = 0
@@ -121,8 +152,12 @@ def _epochs(tokenizer: Tokenizer, domain: Domain, seed: list[int],
         rng = np.random.default_rng([*seed, epoch])
         order = rng.permutation(len(plain))
         holes = np.flatnonzero(rng.random(len(plain)) < fim_rate)
-        cut = dict(zip(holes.tolist(), _encode(
-            tokenizer, [fill_in_middle(domain.train[number], rng) for number in holes])))
+        cut = dict(
+            zip(
+                holes.tolist(),
+                _encode(tokenizer, [fill_in_middle(domain.train[number], rng) for number in holes]),
+            )
+        )
         for number in order.tolist():
             yield cut.get(number, plain[number])
         epoch += 1

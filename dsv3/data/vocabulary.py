@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from dsv3.errors import DSV3Error
 from dsv3.checkpoint.safetensors_io import write_text
+from dsv3.errors import DSV3Error
 
 # The released tokenizer's names (fullwidth bars, U+2581 for the gaps) and its first three ids.
 BOS = "<｜begin▁of▁sentence｜>"
@@ -42,7 +42,8 @@ CHAT_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}"
     "{{ '" + ASSISTANT + "' + message['content'] + eos_token }}"
     "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}")
+    "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
+)
 
 # Words take their leading space or apostrophe; punctuation takes the line break after it, since
 # most lines of verse end in both.
@@ -52,19 +53,33 @@ _PIECES = r" ?'?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE of exactly ``vocab_size`` tokens, the special ones first."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     if tokenizer.get_vocab_size() != vocab_size:
-        raise DSV3Error("too little text for the vocabulary", where="tokenizer",
-                        found=f"{tokenizer.get_vocab_size()} tokens", expected=vocab_size,
-                        fix="Give more text or choose a smaller vocab_size")
+        raise DSV3Error(
+            "too little text for the vocabulary",
+            where="tokenizer",
+            found=f"{tokenizer.get_vocab_size()} tokens",
+            expected=vocab_size,
+            fix="Give more text or choose a smaller vocab_size",
+        )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 0)])
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 0)]
+    )
     return tokenizer
 
 
@@ -79,11 +94,19 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, max_length: int) ->
 def save_tokenizer_settings(folder: Path, max_length: int) -> None:
     """Write tokenizer_config.json alone: it is the same for every tokenizer of ours."""
     settings = {
-        "add_bos_token": True, "add_eos_token": False, "bos_token": BOS, "eos_token": EOS,
-        "pad_token": PAD, "clean_up_tokenization_spaces": False, "model_max_length": max_length,
-        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
-    write_text(folder / "tokenizer_config.json",
-               json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    write_text(
+        folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    )
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:

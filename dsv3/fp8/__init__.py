@@ -13,7 +13,17 @@ from dsv3.fp8.quantize import (
 from dsv3.fp8.training import Fp8Recipe, fp8_linear
 
 __all__ = [
-    "BLOCK", "Fp8Recipe", "QuantizedTensor", "decode_e4m3", "decode_scale", "encode_e4m3",
-    "encode_scale", "fp8_linear", "linear", "matmul", "quantize_activation", "quantize_columns",
+    "BLOCK",
+    "Fp8Recipe",
+    "QuantizedTensor",
+    "decode_e4m3",
+    "decode_scale",
+    "encode_e4m3",
+    "encode_scale",
+    "fp8_linear",
+    "linear",
+    "matmul",
+    "quantize_activation",
+    "quantize_columns",
     "quantize_weight",
 ]

@@ -118,8 +118,9 @@ def decode_e4m3(codes: Shaped[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     return torch.where(is_nan_code(codes), torch.nan, values)
 
 
-def decode_finite(codes: Shaped[Tensor, "*shape"],
-                  out: Float32[Tensor, "*shape"] | None = None) -> Float32[Tensor, "*shape"]:
+def decode_finite(
+    codes: Shaped[Tensor, "*shape"], out: Float32[Tensor, "*shape"] | None = None
+) -> Float32[Tensor, "*shape"]:
     """E4M3 codes to FP32 values times 2^-8, for codes that are not NaN: the fast form.
 
     Moved left by 7 bits, with its sign on top, a code is a float16. That format counts its
@@ -143,8 +144,9 @@ def has_nan_code(codes: Shaped[Tensor, "*shape"]) -> bool:
     return codes.numel() > 0 and int((codes.view(torch.int8) & 0x7F).max()) == E4M3_NAN
 
 
-def block_scale(amax: Float32[Tensor, "*shape"], scale_format: str,
-                largest: float = E4M3_MAX) -> Float32[Tensor, "*shape"]:
+def block_scale(
+    amax: Float32[Tensor, "*shape"], scale_format: str, largest: float = E4M3_MAX
+) -> Float32[Tensor, "*shape"]:
     """The scale of blocks whose largest magnitudes are ``amax``, for codes up to ``largest``.
 
     "float32": amax / 448, at least 1e-12. "ue8m0": the smallest power of two not below that.
@@ -156,8 +158,12 @@ def block_scale(amax: Float32[Tensor, "*shape"], scale_format: str,
     if scale_format == "ue8m0":
         scale = next_power_of_two(scale)
     elif scale_format != "float32":
-        raise DSV3Error("unknown scale format", where="scale_format", found=scale_format,
-                        expected="float32 or ue8m0")
+        raise DSV3Error(
+            "unknown scale format",
+            where="scale_format",
+            found=scale_format,
+            expected="float32 or ue8m0",
+        )
     return torch.where(amax.isfinite(), scale, torch.nan)
 
 
@@ -181,8 +187,11 @@ def encode_scale(scale: Float32[Tensor, "*shape"], dtype: torch.dtype) -> Shaped
     exponent = torch.where(scale.isnan(), 0xFF, bits >> 23)
     back = decode_scale(exponent.to(torch.uint8))
     if not torch.equal(back.nan_to_num(0.0), scale.nan_to_num(0.0)):
-        raise DSV3Error("a scale is not a power of two", where="ue8m0 scales",
-                        fix="Quantise with scale_format='ue8m0', or store the scales as float32.")
+        raise DSV3Error(
+            "a scale is not a power of two",
+            where="ue8m0 scales",
+            fix="Quantise with scale_format='ue8m0', or store the scales as float32.",
+        )
     return exponent.to(torch.uint8).view(dtype)
 
 
@@ -201,5 +210,8 @@ def decode_scale(stored: Shaped[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
 
 
 def _wrong_scale_dtype(dtype: torch.dtype) -> DSV3Error:
-    return DSV3Error("wrong dtype of scales", found=dtype,
-                     expected="float32, bfloat16, float16, float8_e8m0fnu or uint8")
+    return DSV3Error(
+        "wrong dtype of scales",
+        found=dtype,
+        expected="float32, bfloat16, float16, float8_e8m0fnu or uint8",
+    )

@@ -37,8 +37,9 @@ from dsv3.fp8.quantize import (
 )
 
 
-def linear(x: Float[Tensor, "*lead in"], w: QuantizedTensor,
-           backend: str | None = None) -> Float32[Tensor, "*lead out"]:
+def linear(
+    x: Float[Tensor, "*lead in"], w: QuantizedTensor, backend: str | None = None
+) -> Float32[Tensor, "*lead out"]:
     """x times W^T for W (out, in) in FP8.
 
     x is quantised per token and 128 channels, with scales of the format that W has.
@@ -48,8 +49,12 @@ def linear(x: Float[Tensor, "*lead in"], w: QuantizedTensor,
     return matmul(quantize_activation(x, w.scale_format, backend), w, backend=backend)
 
 
-def matmul(xq: QuantizedTensor, wq: QuantizedTensor, sums: torch.dtype = torch.float32,
-           backend: str | None = None) -> Float[Tensor, "... out"]:
+def matmul(
+    xq: QuantizedTensor,
+    wq: QuantizedTensor,
+    sums: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> Float[Tensor, "... out"]:
     """The product of quantised activations (..., in) and weights (out, in), in ``sums``.
 
     sums: dtype in which products are added up; float64 for the "torch" form only.
@@ -64,20 +69,26 @@ def matmul(xq: QuantizedTensor, wq: QuantizedTensor, sums: torch.dtype = torch.f
     return without_backward(product, xq.data, xq.scale, **NO_GRADIENT)
 
 
-def _matmul(xq: QuantizedTensor, wq: QuantizedTensor, sums: torch.dtype,
-            backend: str | None) -> Float[Tensor, "... out"]:
+def _matmul(
+    xq: QuantizedTensor, wq: QuantizedTensor, sums: torch.dtype, backend: str | None
+) -> Float[Tensor, "... out"]:
     shape = (*xq.shape[:-1], wq.shape[0])
     if 0 in shape:
         return torch.zeros(shape, dtype=sums, device=xq.device)
     if pick_backend(xq.device, backend) == "triton":
         if sums != torch.float32:
-            raise DSV3Error("the Triton product adds up in float32", where="sums", found=sums,
-                            fix='Use the "torch" backend for wider sums')
+            raise DSV3Error(
+                "the Triton product adds up in float32",
+                where="sums",
+                found=sums,
+                fix='Use the "torch" backend for wider sums',
+            )
         from dsv3.kernels.fp8_gemm import fp8_gemm
 
         k = xq.shape[-1]
-        out = fp8_gemm(xq.data.reshape(-1, k), xq.scale.reshape(-1, xq.scale.shape[-1]),
-                       wq.data, wq.scale)
+        out = fp8_gemm(
+            xq.data.reshape(-1, k), xq.scale.reshape(-1, xq.scale.shape[-1]), wq.data, wq.scale
+        )
     else:
         out = _matmul_torch(xq.dequantize().view(-1, xq.shape[-1]).to(sums), wq)
     return out.view(shape)
@@ -101,12 +112,16 @@ def _matmul_torch(x: Float[Tensor, "rows in"], wq: QuantizedTensor) -> Float[Ten
 
 def _check_operands(xq: QuantizedTensor, wq: QuantizedTensor) -> None:
     if xq.block != ACTIVATION_BLOCK or wq.block != WEIGHT_BLOCK or len(wq.shape) != 2:
-        raise DSV3Error("operands of an FP8 product in the wrong form",
-                        found=f"x in blocks {xq.block}, w {tuple(wq.shape)} in blocks {wq.block}",
-                        expected="x in (1, 128) tiles and a matrix w in (128, 128) blocks",
-                        fix="Quantise x with quantize_activation and w with quantize_weight; "
-                            "index a stack of experts first.")
+        raise DSV3Error(
+            "operands of an FP8 product in the wrong form",
+            found=f"x in blocks {xq.block}, w {tuple(wq.shape)} in blocks {wq.block}",
+            expected="x in (1, 128) tiles and a matrix w in (128, 128) blocks",
+            fix="Quantise x with quantize_activation and w with quantize_weight; "
+            "index a stack of experts first.",
+        )
     if xq.shape[-1] != wq.shape[1]:
-        raise DSV3Error("inner sizes of an FP8 product differ",
-                        found=f"x {tuple(xq.shape)}, w {tuple(wq.shape)}",
-                        expected="the last axes to be equal")
+        raise DSV3Error(
+            "inner sizes of an FP8 product differ",
+            found=f"x {tuple(xq.shape)}, w {tuple(wq.shape)}",
+            expected="the last axes to be equal",
+        )

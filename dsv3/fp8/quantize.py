@@ -51,9 +51,10 @@ WEIGHT_BLOCK = (BLOCK, BLOCK)
 ACTIVATION_BLOCK = (1, BLOCK)
 COLUMN_BLOCK = (BLOCK, 1)
 # What a gradient through FP8 codes is told.
-NO_GRADIENT = dict(what="no gradient goes back through stored FP8 codes",
-                   fix='Train with Transformer(config, Precision.training("fp8")), or use bf16 or '
-                       "fp32")
+NO_GRADIENT = dict(
+    what="no gradient goes back through stored FP8 codes",
+    fix='Train with Transformer(config, Precision.training("fp8")), or use bf16 or fp32',
+)
 # Numbers worked on at a time: few enough for their FP32 copies to stay near the core. There is one
 # copy (2 MiB) in dequantising, and there are several in quantising.
 _CHUNK = 1 << 19
@@ -75,19 +76,24 @@ class QuantizedTensor:
 
     def __post_init__(self):
         if self.data.dtype != E4M3 or self.scale.dtype != torch.float32:
-            raise DSV3Error("wrong dtypes of a quantised tensor",
-                            found=f"data {self.data.dtype}, scale {self.scale.dtype}",
-                            expected="data torch.float8_e4m3fn, scale torch.float32",
-                            fix="Stored scales of other dtypes go through decode_scale.")
+            raise DSV3Error(
+                "wrong dtypes of a quantised tensor",
+                found=f"data {self.data.dtype}, scale {self.scale.dtype}",
+                expected="data torch.float8_e4m3fn, scale torch.float32",
+                fix="Stored scales of other dtypes go through decode_scale.",
+            )
         if self.scale_format not in ("float32", "ue8m0"):
-            raise DSV3Error("unknown scale format", found=self.scale_format,
-                            expected="float32 or ue8m0")
+            raise DSV3Error(
+                "unknown scale format", found=self.scale_format, expected="float32 or ue8m0"
+            )
         expected = scale_shape(self.data.shape, self.block)
         if tuple(self.scale.shape) != expected:
-            raise DSV3Error("scales do not match the quantised data",
-                            found=f"scale {tuple(self.scale.shape)}",
-                            expected=f"{expected} for data {tuple(self.data.shape)} in blocks of "
-                                     f"{self.block[0]}x{self.block[1]}")
+            raise DSV3Error(
+                "scales do not match the quantised data",
+                found=f"scale {tuple(self.scale.shape)}",
+                expected=f"{expected} for data {tuple(self.data.shape)} in blocks of "
+                f"{self.block[0]}x{self.block[1]}",
+            )
 
     @property
     def shape(self) -> torch.Size:
@@ -111,8 +117,9 @@ class QuantizedTensor:
         return len(self.data)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
-        return QuantizedTensor(self.data.to(device), self.scale.to(device), self.block,
-                               self.scale_format)
+        return QuantizedTensor(
+            self.data.to(device), self.scale.to(device), self.block, self.scale_format
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "... cols"]:
         """The values: code * scale in FP32, rounded once to ``dtype``. NaN codes give NaN."""
@@ -135,19 +142,28 @@ class QuantizedTensor:
         To be called once, on what comes from a file: the products trust it afterwards.
         """
         if has_nan_code(self.data):
-            raise DSV3Error("NaN among the quantised weights", where=where,
-                            fix="The file is damaged or was quantised from broken weights.")
+            raise DSV3Error(
+                "NaN among the quantised weights",
+                where=where,
+                fix="The file is damaged or was quantised from broken weights.",
+            )
         if not (self.scale.isfinite() & (self.scale > 0)).all():
-            raise DSV3Error("a scale is not a positive finite number", where=where,
-                            fix="The file is damaged or was quantised from broken weights.")
+            raise DSV3Error(
+                "a scale is not a positive finite number",
+                where=where,
+                fix="The file is damaged or was quantised from broken weights.",
+            )
         return self
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
     """Shape of the scales for data of ``shape``: ragged last blocks count as whole ones."""
     if len(shape) == 0 or (len(shape) == 1 and block[0] != 1):
-        raise DSV3Error("too few dimensions to be cut into blocks", found=tuple(shape),
-                        expected=f"rows and columns for blocks of {block[0]}x{block[1]}")
+        raise DSV3Error(
+            "too few dimensions to be cut into blocks",
+            found=tuple(shape),
+            expected=f"rows and columns for blocks of {block[0]}x{block[1]}",
+        )
     *lead, cols = shape
     if lead:
         lead[-1] = -(-lead[-1] // block[0])
@@ -155,15 +171,18 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ..
 
 
 def pick_backend(device: torch.device, backend: str | None = None) -> str:
-    """"triton" where the GPU multiplies E4M3 itself (compute capability 8.9 and later, NVIDIA),
+    """ "triton" where the GPU multiplies E4M3 itself (compute capability 8.9 and later, NVIDIA),
     else "torch". A backend asked for by name is kept, if there is one of that name.
     """
     if backend is not None:
         if backend not in ("torch", "triton"):
             raise DSV3Error("unknown FP8 backend", found=backend, expected="torch or triton")
         if backend == "triton" and not _has_triton():
-            raise DSV3Error("Triton is not installed", where="backend='triton'",
-                            fix="Install it (Linux with an NVIDIA GPU), or use backend='torch'.")
+            raise DSV3Error(
+                "Triton is not installed",
+                where="backend='triton'",
+                fix="Install it (Linux with an NVIDIA GPU), or use backend='torch'.",
+            )
         return backend
     if device.type != "cuda" or torch.version.hip:
         return "torch"
@@ -179,19 +198,22 @@ def _has_triton() -> bool:
     return True
 
 
-def quantize_weight(w: Float[Tensor, "... rows cols"],
-                    scale_format: str = "float32") -> QuantizedTensor:
+def quantize_weight(
+    w: Float[Tensor, "... rows cols"], scale_format: str = "float32"
+) -> QuantizedTensor:
     """Weights of any float dtype to E4M3 with one scale per 128 x 128 block."""
     return _quantize(w, WEIGHT_BLOCK, scale_format)
 
 
-def quantize_activation(x: Float[Tensor, "... cols"], scale_format: str = "float32",
-                        backend: str | None = None) -> QuantizedTensor:
+def quantize_activation(
+    x: Float[Tensor, "... cols"], scale_format: str = "float32", backend: str | None = None
+) -> QuantizedTensor:
     """Activations to E4M3 with one scale per token and 128 channels.
 
     backend: "torch", "triton", or None for the best one on x's device; all give the same bits.
     A gradient through it is refused (``dsv3.backward``).
     """
+
     def quantized(x):
         if pick_backend(x.device, backend) == "triton":
             from dsv3.kernels.act_quant import act_quant
@@ -204,8 +226,9 @@ def quantize_activation(x: Float[Tensor, "... cols"], scale_format: str = "float
     return QuantizedTensor(data, scale, ACTIVATION_BLOCK, scale_format)
 
 
-def quantize_columns(x: Float[Tensor, "tokens channels"],
-                     scale_format: str = "float32") -> QuantizedTensor:
+def quantize_columns(
+    x: Float[Tensor, "tokens channels"], scale_format: str = "float32"
+) -> QuantizedTensor:
     """Activations to E4M3 with one scale per channel and 128 tokens (TR 3.3.2: tiles of 128x1).
 
     A number of tokens that is no multiple of 128 counts as padded with zeros.
@@ -213,13 +236,18 @@ def quantize_columns(x: Float[Tensor, "tokens channels"],
     return _quantize(x, COLUMN_BLOCK, scale_format)
 
 
-def _quantize(x: Float[Tensor, "... cols"], block: tuple[int, int],
-              scale_format: str) -> QuantizedTensor:
+def _quantize(
+    x: Float[Tensor, "... cols"], block: tuple[int, int], scale_format: str
+) -> QuantizedTensor:
     scale = torch.empty(scale_shape(x.shape, block), dtype=torch.float32, device=x.device)
     if x.dim() > 2 and block[0] > 1:  # a stack: its matrices, one by one
         parts = [_quantize(matrix, block, scale_format) for matrix in x]
-        return QuantizedTensor(torch.stack([part.data for part in parts]),
-                               torch.stack([part.scale for part in parts]), block, scale_format)
+        return QuantizedTensor(
+            torch.stack([part.data for part in parts]),
+            torch.stack([part.scale for part in parts]),
+            block,
+            scale_format,
+        )
     data = torch.empty(x.shape, dtype=E4M3, device=x.device)
     matrix, codes, scales = _matrix(x), _matrix(data), _matrix(scale)
     for rows, blocks in row_chunks(*matrix.shape, block[0], _QUANTIZED_AT_ONCE):
@@ -227,16 +255,18 @@ def _quantize(x: Float[Tensor, "... cols"], block: tuple[int, int],
     return QuantizedTensor(data, scale, block, scale_format)
 
 
-def _quantize_rows(x: Float[Tensor, "rows cols"], block: tuple[int, int],
-                   scale_format: str) -> tuple[Float8e4m3fn[Tensor, "rows cols"],
-                                               Float32[Tensor, "row_blocks col_blocks"]]:
+def _quantize_rows(
+    x: Float[Tensor, "rows cols"], block: tuple[int, int], scale_format: str
+) -> tuple[Float8e4m3fn[Tensor, "rows cols"], Float32[Tensor, "row_blocks col_blocks"]]:
     tiles, scale = _scaled_tiles(x, block, scale_format)
     return _rows(to_e4m3(tiles), x), scale
 
 
-def _scaled_tiles(x: Float[Tensor, "rows cols"], block: tuple[int, int],
-                  scale_format: str) -> tuple[Float32[Tensor, "row_blocks br col_blocks bc"],
-                                              Float32[Tensor, "row_blocks col_blocks"]]:
+def _scaled_tiles(
+    x: Float[Tensor, "rows cols"], block: tuple[int, int], scale_format: str
+) -> tuple[
+    Float32[Tensor, "row_blocks br col_blocks bc"], Float32[Tensor, "row_blocks col_blocks"]
+]:
     """x in blocks, padded with zeros and divided by their scales; and the scales."""
     rows, cols = x.shape
     br, bc = block
@@ -252,14 +282,19 @@ def _scaled_tiles(x: Float[Tensor, "rows cols"], block: tuple[int, int],
     return tiles.div_(divisor[:, None, :, None]), scale
 
 
-def _rows(tiles: Shaped[Tensor, "row_blocks br col_blocks bc"],
-          x: Float[Tensor, "rows cols"]) -> Shaped[Tensor, "rows cols"]:
+def _rows(
+    tiles: Shaped[Tensor, "row_blocks br col_blocks bc"], x: Float[Tensor, "rows cols"]
+) -> Shaped[Tensor, "rows cols"]:
     """Blocks laid out as the rows they were cut from, without the padding."""
-    return tiles.flatten(2).flatten(0, 1)[:x.shape[0], :x.shape[1]]
+    return tiles.flatten(2).flatten(0, 1)[: x.shape[0], : x.shape[1]]
 
 
-def quantized_values(x: Float[Tensor, "rows cols"], block: tuple[int, int], scale_format: str,
-                     dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows cols"]:
+def quantized_values(
+    x: Float[Tensor, "rows cols"],
+    block: tuple[int, int],
+    scale_format: str,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "rows cols"]:
     """The values that x has once it is quantised and dequantised, without making its codes.
 
     For operands that are used at once and not kept, where no processor multiplies codes. Equal,
@@ -272,10 +307,12 @@ def quantized_values(x: Float[Tensor, "rows cols"], block: tuple[int, int], scal
     return out
 
 
-def dequantize_rows(data: Float8e4m3fn[Tensor, "rows cols"],
-                    scale: Float32[Tensor, "row_blocks col_blocks"], block: tuple[int, int],
-                    out: Float32[Tensor, "rows cols"] | None = None,
-                    ) -> Float32[Tensor, "rows cols"]:
+def dequantize_rows(
+    data: Float8e4m3fn[Tensor, "rows cols"],
+    scale: Float32[Tensor, "row_blocks col_blocks"],
+    block: tuple[int, int],
+    out: Float32[Tensor, "rows cols"] | None = None,
+) -> Float32[Tensor, "rows cols"]:
     """code * scale in FP32 for whole rows of blocks.
 
     The fast form: on the CPU NaN codes are not looked for. ``out``, where given, takes the values.
@@ -301,8 +338,9 @@ def dequantize_rows(data: Float8e4m3fn[Tensor, "rows cols"],
     return values
 
 
-def row_chunks(rows: int, cols: int, block_rows: int,
-               numbers: int = _CHUNK) -> Iterator[tuple[slice, slice]]:
+def row_chunks(
+    rows: int, cols: int, block_rows: int, numbers: int = _CHUNK
+) -> Iterator[tuple[slice, slice]]:
     """Cut a matrix into runs of whole row blocks of about so many numbers.
 
     Yields (rows, blocks): the slice of the data and the slice of its scales. Working on a run at

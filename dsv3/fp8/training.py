@@ -90,12 +90,20 @@ class Fp8Recipe:
 
 def _one_of(name: str, value: str, allowed: tuple[str, str]) -> None:
     if value not in allowed:
-        raise DSV3Error("unknown choice in FP8 training", where=name, found=repr(value),
-                        expected=" or ".join(allowed))
+        raise DSV3Error(
+            "unknown choice in FP8 training",
+            where=name,
+            found=repr(value),
+            expected=" or ".join(allowed),
+        )
 
 
-def fp8_linear(x: Float[Tensor, "*lead in"], w: Float32[Tensor, "out in"],
-               recipe: Fp8Recipe = Fp8Recipe(), saved: str = "e4m3") -> Float[Tensor, "*lead out"]:
+def fp8_linear(
+    x: Float[Tensor, "*lead in"],
+    w: Float32[Tensor, "out in"],
+    recipe: Fp8Recipe = Fp8Recipe(),
+    saved: str = "e4m3",
+) -> Float[Tensor, "*lead out"]:
     """y = x W^T with gradients, in FP8 products (TR 3.3.1, figure 6).
 
     x: float32, bfloat16 or float16, and so are y and dx; no rows at all are fine. w: the master
@@ -105,9 +113,12 @@ def fp8_linear(x: Float[Tensor, "*lead in"], w: Float32[Tensor, "out in"],
     """
     _one_of("saved", saved, ("e4m3", "e5m6"))
     if w.dtype != torch.float32 or w.dim() != 2 or x.shape[-1] != w.shape[1]:
-        raise DSV3Error("master weights of the wrong dtype or shape", where="fp8_linear",
-                        found=f"{w.dtype} {tuple(w.shape)} for x {tuple(x.shape)}",
-                        expected=f"torch.float32 (out, {x.shape[-1]})")
+        raise DSV3Error(
+            "master weights of the wrong dtype or shape",
+            where="fp8_linear",
+            found=f"{w.dtype} {tuple(w.shape)} for x {tuple(x.shape)}",
+            expected=f"torch.float32 (out, {x.shape[-1]})",
+        )
     return _Fp8Linear.apply(x, w, recipe, saved)
 
 
@@ -143,8 +154,9 @@ class _Fp8Linear(torch.autograd.Function):
         return dx, dw, None, None
 
 
-def input_gradient(dy: Float[Tensor, "tokens out"], wq: QuantizedTensor,
-                   recipe: Fp8Recipe) -> Float[Tensor, "tokens in"]:
+def input_gradient(
+    dy: Float[Tensor, "tokens out"], wq: QuantizedTensor, recipe: Fp8Recipe
+) -> Float[Tensor, "tokens in"]:
     """dgrad: dy W. dy is quantised here, W (out, in) is the one that fprop used."""
     if pick_backend(dy.device) == "triton":
         return matmul(quantize_gradient(dy, recipe), transpose(wq))
@@ -153,8 +165,9 @@ def input_gradient(dy: Float[Tensor, "tokens out"], wq: QuantizedTensor,
     return quantized_values(dy, block, recipe.gradient_scales, dtype) @ wq.dequantize(dtype)
 
 
-def weight_gradient(dy: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"],
-                    recipe: Fp8Recipe) -> Float32[Tensor, "out in"]:
+def weight_gradient(
+    dy: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"], recipe: Fp8Recipe
+) -> Float32[Tensor, "out in"]:
     """wgrad: dy^T x, both quantised here in tiles of 128 x 1.
 
     x holds values that were quantised before, in tiles of 1 x 128. With "ue8m0" scales the second
@@ -181,8 +194,9 @@ def quantize_gradient(dy: Float[Tensor, "tokens out"], recipe: Fp8Recipe) -> Qua
     return QuantizedTensor(blocks.data, scale, ACTIVATION_BLOCK, recipe.gradient_scales)
 
 
-def quantize_e5m6(x: Float[Tensor, "tokens in"]) -> tuple[
-        Float16[Tensor, "tokens in"], Float32[Tensor, "tokens tiles"]]:
+def quantize_e5m6(
+    x: Float[Tensor, "tokens in"],
+) -> tuple[Float16[Tensor, "tokens in"], Float32[Tensor, "tokens tiles"]]:
     """x in E5M6 with a power-of-two scale for each tile of 1 x 128 (TR 3.3.3)."""
     tiles = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     scale = block_scale(tiles.abs().amax(-1), "ue8m0", E5M6_MAX)
@@ -190,8 +204,9 @@ def quantize_e5m6(x: Float[Tensor, "tokens in"]) -> tuple[
     return codes.flatten(1)[:, : x.shape[1]].contiguous(), scale
 
 
-def dequantize_kept(data: Float[Tensor, "tokens in"],
-                    scale: Float32[Tensor, "tokens tiles"]) -> Float32[Tensor, "tokens in"]:
+def dequantize_kept(
+    data: Float[Tensor, "tokens in"], scale: Float32[Tensor, "tokens tiles"]
+) -> Float32[Tensor, "tokens in"]:
     """The values of x as forward kept them, in E4M3 or in E5M6."""
     if data.dtype == torch.float16:
         return data.float() * scale.repeat_interleave(BLOCK, 1)[:, : data.shape[1]]

@@ -22,22 +22,33 @@ def no_tokenizer(folder: Path) -> DSV3Error:
     where = folder / "tokenizer.json"
     for name in ("tiktoken.model", "tokenizer.model"):
         if (folder / name).exists() and _TIKTOKEN.match(_first_line(folder / name)):
-            return DSV3Error("no such file", where=where, found=f"a tiktoken tokenizer, {name}",
-                             fix=_from_tiktoken(folder, name))
+            return DSV3Error(
+                "no such file",
+                where=where,
+                found=f"a tiktoken tokenizer, {name}",
+                fix=_from_tiktoken(folder, name),
+            )
     slow = "AutoTokenizer.from_pretrained('.').save_pretrained('.')"
     if (folder / "tokenizer.model").exists():
         return DSV3Error(
-            "no such file", where=where, found="a sentencepiece tokenizer, tokenizer.model",
+            "no such file",
+            where=where,
+            found="a sentencepiece tokenizer, tokenizer.model",
             expected="a byte-level tokenizer.json",
             fix="DeepSeek-V3 and its family have byte-level tokenizers: use the tokenizer.json of "
-                "the model that this one was made from")
+            "the model that this one was made from",
+        )
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return DSV3Error(
-            "no such file", where=where, found="its parts, vocab.json and merges.txt",
-            fix="Make it of them in that folder with transformers: python -c \"from transformers "
-                f"import AutoTokenizer; {slow}\"")
-    return DSV3Error("no such file", where=where,
-                     fix="Copy the checkpoint's tokenizer files into the folder")
+            "no such file",
+            where=where,
+            found="its parts, vocab.json and merges.txt",
+            fix='Make it of them in that folder with transformers: python -c "from transformers '
+            f'import AutoTokenizer; {slow}"',
+        )
+    return DSV3Error(
+        "no such file", where=where, fix="Copy the checkpoint's tokenizer files into the folder"
+    )
 
 
 def _from_tiktoken(folder: Path, name: str) -> str:
@@ -47,7 +58,8 @@ def _from_tiktoken(folder: Path, name: str) -> str:
         "tiktoken files are not read. There, with transformers and tiktoken: from "
         "transformers.convert_slow_tokenizer import TikTokenConverter; TikTokenConverter("
         f"{name!r}, pattern=P, extra_special_tokens=T).converted().save('tokenizer.json'). {source} "
-        "says P, pat_str, and T, all special tokens by their ids, reserved ones too")
+        "says P, pat_str, and T, all special tokens by their ids, reserved ones too"
+    )
 
 
 def _first_line(file: Path) -> bytes:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv3.errors import DSV3Error
 from dsv3.cache import check_is_cache
+from dsv3.errors import DSV3Error
 from dsv3.generation.rows import Rows, Token, as_prompts, check_prompts
 from dsv3.generation.sampling import Choice, Chooser, Sampling
 from dsv3.generation.speculative import Speculative
@@ -70,9 +70,16 @@ class Generation:
         return sum(map(len, self.ids)) / self.seconds if self.seconds else 0.0
 
 
-def generate(model, prompts, max_new_tokens: int | None = None, *,
-             sampling: Sampling | None = None, tokenizer=None, on_token: OnToken | None = None,
-             **options) -> list[list[int]]:
+def generate(
+    model,
+    prompts,
+    max_new_tokens: int | None = None,
+    *,
+    sampling: Sampling | None = None,
+    tokenizer=None,
+    on_token: OnToken | None = None,
+    **options,
+) -> list[list[int]]:
     """New tokens for each prompt, without the prompt and without the end-of-sequence token.
 
     prompts: token ids, ragged: a list of lists, tensors or arrays, or one (b, s). sampling and
@@ -86,13 +93,23 @@ def generate(model, prompts, max_new_tokens: int | None = None, *,
     """
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
-    return complete(model, prompts, sampling=sampling, tokenizer=tokenizer, on_token=on_token,
-                    **options).ids
+    return complete(
+        model, prompts, sampling=sampling, tokenizer=tokenizer, on_token=on_token, **options
+    ).ids
 
 
-def complete(model, prompts, *, sampling: Sampling | None = None, tokenizer=None,
-             on_token: OnToken | None = None, should_stop: Callable[[], bool] | None = None,
-             cache=None, draft_cache=None, **options) -> Generation:
+def complete(
+    model,
+    prompts,
+    *,
+    sampling: Sampling | None = None,
+    tokenizer=None,
+    on_token: OnToken | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    cache=None,
+    draft_cache=None,
+    **options,
+) -> Generation:
     """``generate`` with the full account.
 
     should_stop: asked on rank 0 after each step; True ends all rows on all ranks ("interrupt").
@@ -100,32 +117,63 @@ def complete(model, prompts, *, sampling: Sampling | None = None, tokenizer=None
     computed, and what it holds is checked against the prompt. draft_cache: for speculative
     decoding, with the same lengths.
     """
-    run = stream(model, prompts, sampling=sampling, tokenizer=tokenizer, should_stop=should_stop,
-                 cache=cache, draft_cache=draft_cache, **options)
+    run = stream(
+        model,
+        prompts,
+        sampling=sampling,
+        tokenizer=tokenizer,
+        should_stop=should_stop,
+        cache=cache,
+        draft_cache=draft_cache,
+        **options,
+    )
     for token in run:
         if on_token:
             on_token(token.row, token.id)
     return run.result
 
 
-def stream(model, prompts, *, sampling: Sampling | None = None, tokenizer=None,
-           should_stop: Callable[[], bool] | None = None, cache=None, draft_cache=None,
-           **options) -> Stream:
+def stream(
+    model,
+    prompts,
+    *,
+    sampling: Sampling | None = None,
+    tokenizer=None,
+    should_stop: Callable[[], bool] | None = None,
+    cache=None,
+    draft_cache=None,
+    **options,
+) -> Stream:
     """The new tokens of all prompts as they become certain; arguments as in ``complete``.
 
     Everything is checked before this returns. ``close()``, or leaving a loop and dropping the
     stream, ends it between two passes: the caches hold whole tokens and can be used again. On
     several ranks every rank reads the stream, and all of them close it at the same token.
     """
-    return Stream(model, prompts, (sampling or Sampling()).but(**options), tokenizer, should_stop,
-                  cache, draft_cache)
+    return Stream(
+        model,
+        prompts,
+        (sampling or Sampling()).but(**options),
+        tokenizer,
+        should_stop,
+        cache,
+        draft_cache,
+    )
 
 
 class Stream(Iterator[Token]):
     """One run of generation, an iterator of ``Token``. result: the account so far."""
 
-    def __init__(self, model, prompts, sampling: Sampling, tokenizer=None,
-                 should_stop: Callable[[], bool] | None = None, cache=None, draft_cache=None):
+    def __init__(
+        self,
+        model,
+        prompts,
+        sampling: Sampling,
+        tokenizer=None,
+        should_stop: Callable[[], bool] | None = None,
+        cache=None,
+        draft_cache=None,
+    ):
         config = model.config
         token_bytes, absent = None, ()
         if tokenizer is not None:
@@ -133,8 +181,12 @@ class Stream(Iterator[Token]):
             sampling = sampling.but(banned_ids=(*sampling.banned_ids, *absent))
             token_bytes = tokenizer.text_bytes
         elif sampling.stop:
-            raise DSV3Error("stop strings need a tokenizer", where="stop", found=sampling.stop,
-                            fix="Give tokenizer=load_tokenizer(...)")
+            raise DSV3Error(
+                "stop strings need a tokenizer",
+                where="stop",
+                found=sampling.stop,
+                fix="Give tokenizer=load_tokenizer(...)",
+            )
         prompts = as_prompts(prompts)
         check_prompts(prompts, config.vocab_size, config.max_position_embeddings, absent)
         check_beginnings(prompts, cache, draft_cache, sampling, config.max_position_embeddings)
@@ -160,10 +212,16 @@ class Stream(Iterator[Token]):
     def result(self) -> Generation:
         rows, decoder = self._rows, self._decoder
         return Generation(
-            rows.ids, rows.stopped_by, self._seconds, decoder.nbytes if decoder else 0,
-            decoder.acceptance if decoder else None, self._passes, rows.chosen,
+            rows.ids,
+            rows.stopped_by,
+            self._seconds,
+            decoder.nbytes if decoder else 0,
+            decoder.acceptance if decoder else None,
+            self._passes,
+            rows.chosen,
             ["".join(pieces) for pieces in rows.pieces] if self._has_texts else None,
-            rows.logprobs if self._sampling.logprobs else None)
+            rows.logprobs if self._sampling.logprobs else None,
+        )
 
     @torch.inference_mode()
     def _run(self) -> Iterator[Token]:
@@ -183,30 +241,41 @@ class Stream(Iterator[Token]):
             if not any(rows.left):
                 return
             if self._decoder.cache.lengths != held:
-                raise DSV3Error("the cache was used elsewhere while this stream was open",
-                                where="cache", found=f"lengths {self._decoder.cache.lengths}",
-                                expected=f"lengths {held}",
-                                fix="Close a stream before its cache serves another")
+                raise DSV3Error(
+                    "the cache was used elsewhere while this stream was open",
+                    where="cache",
+                    found=f"lengths {self._decoder.cache.lengths}",
+                    expected=f"lengths {held}",
+                    fix="Close a stream before its cache serves another",
+                )
             self._passes += sum(room > 0 for room in rows.left)
-            chosen = self._decoder.step([[choice.id for choice in some] for some in chosen],
-                                        rows.left)
+            chosen = self._decoder.step(
+                [[choice.id for choice in some] for some in chosen], rows.left
+            )
 
     @property
     def _room(self) -> int:
         """Tokens of the longest row when it is full."""
-        return min(self._model.config.max_position_embeddings,
-                   max(map(len, self._prompts)) + self._sampling.max_new_tokens)
+        return min(
+            self._model.config.max_position_embeddings,
+            max(map(len, self._prompts)) + self._sampling.max_new_tokens,
+        )
 
     def _make_decoder(self, cache, draft_cache) -> Plain | Speculative:
         longest = max(map(len, self._prompts))
         if cache is None:  # that of one prefill for several samples is copied into a longer one
-            cache = self._model.new_cache(len(self._prompts),
-                                          self._room if self._sampling.n == 1 else longest)
+            cache = self._model.new_cache(
+                len(self._prompts), self._room if self._sampling.n == 1 else longest
+            )
         for kept in (cache, draft_cache):
             # A row that is there whole is computed from its last token on: that gives the logits.
             if kept is not None:
-                kept.truncate([min(length, len(prompt) - 1)
-                               for length, prompt in zip(kept.lengths, self._prompts)])
+                kept.truncate(
+                    [
+                        min(length, len(prompt) - 1)
+                        for length, prompt in zip(kept.lengths, self._prompts)
+                    ]
+                )
         if self._sampling.speculative:
             return Speculative(self._model, cache, self._choose, draft_cache)
         return Plain(self._model, cache, self._choose)
@@ -215,15 +284,17 @@ class Stream(Iterator[Token]):
         """Fill the caches; the logits that choose each row's first token."""
         decoder, n = self._decoder, self._sampling.n
         rest = [prompt[seen:] for prompt, seen in zip(self._prompts, decoder.cache.lengths)]
-        logits = prefill(self._model, decoder.cache, rest, self._sampling.prefill_chunk,
-                         decoder.watch)
+        logits = prefill(
+            self._model, decoder.cache, rest, self._sampling.prefill_chunk, decoder.watch
+        )
         if n > 1:
             decoder.copies(n, decoder.cache.copies(n, self._room))
         return logits.repeat_interleave(n, dim=0)
 
 
-def check_beginnings(prompts: Sequence[Sequence[int]], cache, draft_cache, sampling: Sampling,
-                     context: int) -> None:
+def check_beginnings(
+    prompts: Sequence[Sequence[int]], cache, draft_cache, sampling: Sampling, context: int
+) -> None:
     """Raise DSV3Error unless each row of the caches holds a beginning of its prompt and has room.
 
     An entry of a draft cache is about the token after its own.
@@ -232,33 +303,52 @@ def check_beginnings(prompts: Sequence[Sequence[int]], cache, draft_cache, sampl
         if kept is not None:
             check_is_cache(kept, name)
             if len(kept.lengths) != len(prompts):
-                raise DSV3Error("the cache is for another batch", where=name,
-                                found=f"{len(kept.lengths)} rows",
-                                expected=f"{len(prompts)}, one a prompt")
+                raise DSV3Error(
+                    "the cache is for another batch",
+                    where=name,
+                    found=f"{len(kept.lengths)} rows",
+                    expected=f"{len(prompts)}, one a prompt",
+                )
     for row, prompt in enumerate(prompts):
         for name, kept, ids in (("cache", cache, prompt), ("draft_cache", draft_cache, prompt[1:])):
             if kept is None or name == "draft_cache" and not sampling.speculative:
                 continue
             need = len(prompt) + (sampling.max_new_tokens - 1 if sampling.n == 1 else 0)
             if kept.max_seq_len < min(need, context - 1):
-                raise DSV3Error("the cache is too short", where=f"{name}, row {row}",
-                                found=f"room for {kept.max_seq_len} tokens",
-                                expected=f"{min(need, context - 1)} or more",
-                                fix="Make it longer (max_seq_len)")
+                raise DSV3Error(
+                    "the cache is too short",
+                    where=f"{name}, row {row}",
+                    found=f"room for {kept.max_seq_len} tokens",
+                    expected=f"{min(need, context - 1)} or more",
+                    fix="Make it longer (max_seq_len)",
+                )
             held = kept.tokens(row)
             if len(held) > len(prompt):
-                raise DSV3Error("the cache holds more than the prompt", where=f"{name}, row {row}",
-                                found=f"{len(held)} tokens", expected=f"at most {len(prompt)}",
-                                fix="Cut it back with cache.truncate, or start with a new one")
+                raise DSV3Error(
+                    "the cache holds more than the prompt",
+                    where=f"{name}, row {row}",
+                    found=f"{len(held)} tokens",
+                    expected=f"at most {len(prompt)}",
+                    fix="Cut it back with cache.truncate, or start with a new one",
+                )
             for place, (was, id) in enumerate(zip(held, ids)):
                 if was not in (id, -1):  # -1: written by hand, and nobody knows for what
-                    raise DSV3Error("the cache holds another text", where=f"{name}, row {row}",
-                                    found=f"token {was} at {place}", expected=id,
-                                    fix=f"Cut it back with cache.truncate, at most to {place}")
+                    raise DSV3Error(
+                        "the cache holds another text",
+                        where=f"{name}, row {row}",
+                        found=f"token {was} at {place}",
+                        expected=id,
+                        fix=f"Cut it back with cache.truncate, at most to {place}",
+                    )
 
 
-def prefill(model, cache, rows: Sequence[Sequence[int]], chunk: int | None = None,
-            watch: Callable | None = None) -> torch.Tensor:
+def prefill(
+    model,
+    cache,
+    rows: Sequence[Sequence[int]],
+    chunk: int | None = None,
+    watch: Callable | None = None,
+) -> torch.Tensor:
     """Run ragged rows of tokens into the cache; logits (b, vocab) after each row's last token.
 
     Each row needs at least one token. In later chunks the short rows have nothing left and take
@@ -279,8 +369,9 @@ def prefill(model, cache, rows: Sequence[Sequence[int]], chunk: int | None = Non
         if watch is None:
             logits = model(part, cache=cache, lengths=here, last_only=True)
         else:
-            logits, hidden = model(part, cache=cache, lengths=here, last_only=True,
-                                   return_hidden=True)
+            logits, hidden = model(
+                part, cache=cache, lengths=here, last_only=True, return_hidden=True
+            )
             watch(start, hidden, tokens, counts)
         if last is None:
             last = logits
@@ -315,6 +406,7 @@ class Plain:
         nothing.
         """
         tokens = torch.tensor(chosen, device=self.model.device)
-        logits = self.model(tokens, cache=self.cache, lengths=[min(room, 1) for room in left],
-                            last_only=True)
+        logits = self.model(
+            tokens, cache=self.cache, lengths=[min(room, 1) for room in left], last_only=True
+        )
         return self.choose(logits)

@@ -16,17 +16,21 @@ import os
 import select
 import sys
 import tempfile
-from contextlib import contextmanager
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from dsv3.errors import DSV3Error
 
 _MOST = 256 << 20  # bytes; a device such as /dev/zero never ends
 _PATIENCE = 2  # seconds of silence after which a reader of a pipe is told what is awaited
 # The longer marks first: that of UTF-32 begins like that of UTF-16.
-_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"),
-          (codecs.BOM_UTF32_BE, "utf-32-be"), (codecs.BOM_UTF16_LE, "utf-16-le"),
-          (codecs.BOM_UTF16_BE, "utf-16-be"))
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
 
 def read_prompts(file: str) -> list[str]:
@@ -36,13 +40,17 @@ def read_prompts(file: str) -> list[str]:
     """
     where = "standard input" if file == "-" else file
     text = _decode(_read(file, where), where)
-    lines = [line.removesuffix("\r") for line in text.split("\n")] if "\n" in text \
-        else text.split("\r")
+    lines = (
+        [line.removesuffix("\r") for line in text.split("\n")] if "\n" in text else text.split("\r")
+    )
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise DSV3Error("no prompts in the file", where=where,
-                        found=f"{text.count(chr(10))} empty lines" if text else "0 bytes",
-                        expected="one prompt a line")
+        raise DSV3Error(
+            "no prompts in the file",
+            where=where,
+            found=f"{text.count(chr(10))} empty lines" if text else "0 bytes",
+            expected="one prompt a line",
+        )
     return prompts
 
 
@@ -92,10 +100,15 @@ def _read(file: str, where: str) -> bytes:
             if handle:
                 os.close(handle)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise DSV3Error("cannot read the prompts", where=where,
-                        found=getattr(error, "strerror", None) or error) from None
-    raise DSV3Error("too large for a file of prompts", where=where,
-                    found=f"more than {_MOST >> 20} MiB", fix="Split it over several runs")
+        raise DSV3Error(
+            "cannot read the prompts", where=where, found=getattr(error, "strerror", None) or error
+        ) from None
+    raise DSV3Error(
+        "too large for a file of prompts",
+        where=where,
+        found=f"more than {_MOST >> 20} MiB",
+        fix="Split it over several runs",
+    )
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -103,11 +116,18 @@ def _decode(data: bytes, where: str) -> str:
     data = data.removeprefix(mark)
     # In UTF-16 and UTF-32 every second byte of plain English is zero.
     if encoding == "utf-8" and data.count(0) > len(data) // 4:
-        raise DSV3Error("not a UTF-8 text file", where=where,
-                        found=f"{data.count(0)} zero bytes of {len(data)}",
-                        fix="If it is UTF-16, save it as UTF-8, or with a byte order mark")
+        raise DSV3Error(
+            "not a UTF-8 text file",
+            where=where,
+            found=f"{data.count(0)} zero bytes of {len(data)}",
+            fix="If it is UTF-16, save it as UTF-8, or with a byte order mark",
+        )
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise DSV3Error(f"not a {encoding.upper()} text file", where=where,
-                        found=f"byte {error.start}", fix="Save it as UTF-8") from None
+        raise DSV3Error(
+            f"not a {encoding.upper()} text file",
+            where=where,
+            found=f"byte {error.start}",
+            fix="Save it as UTF-8",
+        ) from None

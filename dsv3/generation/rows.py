@@ -27,11 +27,14 @@ def as_prompts(prompts) -> list[list[int]]:
     if hasattr(prompts, "tolist"):
         prompts = prompts.tolist()
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise DSV3Error("not a list of prompts", where="prompts", found=type(prompts).__name__,
-                        expected="list[list[int]], or ids of shape (b, s)",
-                        fix="Give a list of prompts, encoded")
-    return [_as_ids(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
-            for prompt in prompts]
+        raise DSV3Error(
+            "not a list of prompts",
+            where="prompts",
+            found=type(prompts).__name__,
+            expected="list[list[int]], or ids of shape (b, s)",
+            fix="Give a list of prompts, encoded",
+        )
+    return [_as_ids(prompt.tolist() if hasattr(prompt, "tolist") else prompt) for prompt in prompts]
 
 
 def _as_ids(prompt):
@@ -41,31 +44,53 @@ def _as_ids(prompt):
     return [id.tolist() if hasattr(id, "tolist") else id for id in prompt]
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: int,
-                  no_tokens: Sequence[int] = ()) -> None:
+def check_prompts(
+    prompts: Sequence[Sequence[int]], vocab_size: int, context: int, no_tokens: Sequence[int] = ()
+) -> None:
     """Raise DSV3Error for the first prompt that cannot be run. no_tokens: ids that are none."""
     no_tokens = set(no_tokens)
     for row, prompt in enumerate(prompts):
         where = f"prompt {row}"
         if not isinstance(prompt, Sequence) or isinstance(prompt, (str, bytes)):
-            raise DSV3Error("not a list of token ids", where=where, found=type(prompt).__name__,
-                            expected="list[int]", fix="Give a list of prompts, encoded")
+            raise DSV3Error(
+                "not a list of token ids",
+                where=where,
+                found=type(prompt).__name__,
+                expected="list[int]",
+                fix="Give a list of prompts, encoded",
+            )
         if not prompt:
-            raise DSV3Error("empty prompt", where=where, found="0 tokens",
-                            expected="at least 1", fix="Begin with the bos token")
+            raise DSV3Error(
+                "empty prompt",
+                where=where,
+                found="0 tokens",
+                expected="at least 1",
+                fix="Begin with the bos token",
+            )
         if len(prompt) >= context:
-            raise DSV3Error("prompt longer than the context", where=where,
-                            found=f"{len(prompt)} tokens",
-                            expected=f"at most {context - 1} (max_position_embeddings - 1)",
-                            fix="Shorten the prompt")
+            raise DSV3Error(
+                "prompt longer than the context",
+                where=where,
+                found=f"{len(prompt)} tokens",
+                expected=f"at most {context - 1} (max_position_embeddings - 1)",
+                fix="Shorten the prompt",
+            )
         for id in prompt:
             if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= id < vocab_size:
-                raise DSV3Error("token id out of range", where=where, found=id,
-                                expected=f"0 to {vocab_size - 1}",
-                                fix="Encode with the tokenizer of this checkpoint")
+                raise DSV3Error(
+                    "token id out of range",
+                    where=where,
+                    found=id,
+                    expected=f"0 to {vocab_size - 1}",
+                    fix="Encode with the tokenizer of this checkpoint",
+                )
             if id in no_tokens:
-                raise DSV3Error("an id that is no token", where=where, found=id,
-                                fix="Encode with the tokenizer of this checkpoint")
+                raise DSV3Error(
+                    "an id that is no token",
+                    where=where,
+                    found=id,
+                    fix="Encode with the tokenizer of this checkpoint",
+                )
 
 
 class Rows:
@@ -75,8 +100,14 @@ class Rows:
     at once, or with a tokenizer when its text is (``dsv3.generation.stops``).
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], context: int, sampling: Sampling,
-                 eos_ids: Sequence[int], token_bytes: Callable[[int], bytes] | None):
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        context: int,
+        sampling: Sampling,
+        eos_ids: Sequence[int],
+        token_bytes: Callable[[int], bytes] | None,
+    ):
         count = len(prompts)
         self.ids: list[list[int]] = [[] for _ in range(count)]
         self.logprobs: list[list[float | None]] = [[] for _ in range(count)]
@@ -84,16 +115,19 @@ class Rows:
         self.stopped_by = [""] * count
         self.chosen = [0] * count  # tokens, with those that end a row
         self.room = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
-        self.full = ["length" if room == sampling.max_new_tokens else "context"
-                     for room in self.room]
+        self.full = [
+            "length" if room == sampling.max_new_tokens else "context" for room in self.room
+        ]
         self.eos = set(eos_ids)
         self._texts = [RowText(token_bytes, sampling.stop) for _ in range(count)]
 
     @property
     def left(self) -> list[int]:
         """How many tokens each row may still take; 0 for a row that has ended."""
-        return [0 if reason else room - chosen
-                for reason, room, chosen in zip(self.stopped_by, self.room, self.chosen)]
+        return [
+            0 if reason else room - chosen
+            for reason, room, chosen in zip(self.stopped_by, self.room, self.chosen)
+        ]
 
     def add(self, choices: Sequence[Sequence[Choice]]) -> list[Token]:
         """Give each row its tokens; those that come after its end are dropped. Returns the
@@ -107,8 +141,12 @@ class Rows:
 
     def interrupt(self) -> list[Token]:
         """End the rows that are still going."""
-        return [token for row, reason in enumerate(self.stopped_by) if not reason
-                for token in self._end(row, "interrupt")]
+        return [
+            token
+            for row, reason in enumerate(self.stopped_by)
+            if not reason
+            for token in self._end(row, "interrupt")
+        ]
 
     def _add_one(self, row: int, choice: Choice) -> list[Token]:
         self.chosen[row] += 1

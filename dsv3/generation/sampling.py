@@ -68,8 +68,9 @@ class Sampling:
         if self.prefill_chunk is not None:
             self._check_whole("prefill_chunk", 1)
         for name, fits, expected in (
-                ("temperature", lambda t: 0 <= t < math.inf, "0 or more, and finite"),
-                ("top_p", lambda p: 0 < p <= 1, "more than 0, at most 1")):
+            ("temperature", lambda t: 0 <= t < math.inf, "0 or more, and finite"),
+            ("top_p", lambda p: 0 < p <= 1, "more than 0, at most 1"),
+        ):
             number = _as_float(getattr(self, name))
             if not fits(number):
                 raise _unusable(name, getattr(self, name), expected)
@@ -79,17 +80,23 @@ class Sampling:
                 raise _unusable(name, getattr(self, name), "True or False")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name, kind, expected in (("eos_ids", Integral, "token ids"),
-                                     ("banned_ids", Integral, "token ids"),
-                                     ("stop", str, "texts of at least one letter")):
+        for name, kind, expected in (
+            ("eos_ids", Integral, "token ids"),
+            ("banned_ids", Integral, "token ids"),
+            ("stop", str, "texts of at least one letter"),
+        ):
             self._check_list(name, kind, expected)
 
     def _check_whole(self, name: str, least: int | None) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, Integral) or (
-                least is not None and value < least):
-            raise _unusable(name, value, "an integer" if least is None
-                            else f"an integer of at least {least}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, Integral)
+            or (least is not None and value < least)
+        ):
+            raise _unusable(
+                name, value, "an integer" if least is None else f"an integer of at least {least}"
+            )
         object.__setattr__(self, name, int(value))
 
     def _check_list(self, name: str, kind: type, expected: str) -> None:
@@ -103,8 +110,11 @@ class Sampling:
             raise _unusable(name, value, f"a list of {expected}")
         value = tuple(value)
         for item in value:
-            if isinstance(item, bool) or not isinstance(item, kind) or (
-                    not _is_text(item) if kind is str else item < 0):
+            if (
+                isinstance(item, bool)
+                or not isinstance(item, kind)
+                or (not _is_text(item) if kind is str else item < 0)
+            ):
                 raise _unusable(name, item, expected)
         object.__setattr__(self, name, value if kind is str else tuple(map(int, value)))
 
@@ -147,8 +157,9 @@ class Choice(NamedTuple):
     logprob: float | None = None
 
 
-def probabilities(logits: Float[Tensor, "*lead v"], temperature: float, top_p: float = 1.0,
-                  top_k: int = 0) -> Float64[Tensor, "*lead v"]:
+def probabilities(
+    logits: Float[Tensor, "*lead v"], temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> Float64[Tensor, "*lead v"]:
     """The distribution a token is drawn from, over v tokens: float64, sums to 1.
 
     Temperature 0 puts all of it on the largest logit. Top-k keeps the k most probable tokens (of
@@ -157,8 +168,11 @@ def probabilities(logits: Float[Tensor, "*lead v"], temperature: float, top_p: f
     """
     best = logits.max(dim=-1, keepdim=True)
     if not torch.isfinite(best.values).all():
-        raise DSV3Error("the logits are not finite numbers", where="sampling",
-                        fix="The weights are damaged or overflow in this precision")
+        raise DSV3Error(
+            "the logits are not finite numbers",
+            where="sampling",
+            fix="The weights are damaged or overflow in this precision",
+        )
     if temperature == 0:
         greedy = torch.zeros_like(logits, dtype=torch.float64)
         return greedy.scatter_(-1, best.indices, 1.0)
@@ -186,8 +200,13 @@ def draw(p: Float[Tensor, "v"], generator: torch.Generator) -> int:
     return min(int(index), int(p.nonzero()[-1]))
 
 
-def sample(logits: Float[Tensor, "b v"], temperature: float, top_p: float,
-           generators: Sequence[torch.Generator], top_k: int = 0) -> list[int]:
+def sample(
+    logits: Float[Tensor, "b v"],
+    temperature: float,
+    top_p: float,
+    generators: Sequence[torch.Generator],
+    top_k: int = 0,
+) -> list[int]:
     """A token for each row of logits, each drawn with its row's own generator."""
     if temperature == 0:
         return probabilities(logits, 0.0).argmax(dim=-1).tolist()
@@ -197,8 +216,9 @@ def sample(logits: Float[Tensor, "b v"], temperature: float, top_p: float,
 
 def row_generators(seed: int, rows: int) -> list[torch.Generator]:
     """One random generator a row. They live on the CPU, so a seed means the same everywhere."""
-    return [torch.Generator("cpu").manual_seed((seed * 1_000_003 + row) % 2**63)
-            for row in range(rows)]
+    return [
+        torch.Generator("cpu").manual_seed((seed * 1_000_003 + row) % 2**63) for row in range(rows)
+    ]
 
 
 class Chooser:
@@ -207,22 +227,39 @@ class Chooser:
     interrupted: whether ``should_stop``, asked on rank 0 at every choice, has said yes.
     """
 
-    def __init__(self, group: TensorGroup, rows: int, sampling: Sampling, vocab_size: int,
-                 should_stop: Callable[[], bool] | None = None):
+    def __init__(
+        self,
+        group: TensorGroup,
+        rows: int,
+        sampling: Sampling,
+        vocab_size: int,
+        should_stop: Callable[[], bool] | None = None,
+    ):
         self.group, self.sampling, self.should_stop = group, sampling, should_stop
         self.generators = row_generators(sampling.seed, rows)
         banned = sorted({id for id in sampling.banned_ids if id < vocab_size})
         if len(banned) == vocab_size:
-            raise DSV3Error("no token is left to choose", where="banned_ids", found="all ids",
-                            expected=f"fewer than the model's vocab_size, {vocab_size}")
+            raise DSV3Error(
+                "no token is left to choose",
+                where="banned_ids",
+                found="all ids",
+                expected=f"fewer than the model's vocab_size, {vocab_size}",
+            )
         self.banned = torch.tensor(banned, dtype=torch.int64, device="cpu")
         self.interrupted = False
 
     def __call__(self, logits: Float[Tensor, "b v"]) -> list[list[Choice]]:
         """A token for each row of logits, in a list of its own."""
         s = self.sampling
-        return [[choice] for choice in self.agree(logits, lambda: sample(
-            self.allowed(logits), s.temperature, s.top_p, self.generators, s.top_k))]
+        return [
+            [choice]
+            for choice in self.agree(
+                logits,
+                lambda: sample(
+                    self.allowed(logits), s.temperature, s.top_p, self.generators, s.top_k
+                ),
+            )
+        ]
 
     def allowed(self, logits: Float[Tensor, "*lead v"]) -> Float[Tensor, "*lead v"]:
         """The logits, those of banned ids at -inf."""
@@ -235,8 +272,9 @@ class Chooser:
         s = self.sampling
         return probabilities(self.allowed(logits), s.temperature, s.top_p, s.top_k)
 
-    def agree(self, logits: Float[Tensor, "*lead v"],
-              decide: Callable[[], list[int]]) -> list[Choice]:
+    def agree(
+        self, logits: Float[Tensor, "*lead v"], decide: Callable[[], list[int]]
+    ) -> list[Choice]:
         """What ``decide`` gives on rank 0, on every rank: an id for each row of logits, in order.
 
         An id of -1 stands for none and has no log-probability.
@@ -248,8 +286,9 @@ class Chooser:
             ids = decide()
             numbers = [*ids, *self.logprobs(logits, ids), stop]
         if self.group.size > 1:  # ids are exact in float64
-            numbers = self.group.broadcast(torch.tensor(
-                numbers, dtype=torch.float64, device=self.group.device)).tolist()
+            numbers = self.group.broadcast(
+                torch.tensor(numbers, dtype=torch.float64, device=self.group.device)
+            ).tolist()
         self.interrupted = bool(numbers[-1])
         logprobs = numbers[count:-1] or [None] * count
         return [Choice(int(id), value) for id, value in zip(numbers[:count], logprobs)]

@@ -41,15 +41,27 @@ class Session:
                 on_token(token.row, token.id)
         return run.result
 
-    def stream(self, prompt: Sequence[int], *, sampling: Sampling | None = None, tokenizer=None,
-               should_stop=None, **options) -> Stream:
+    def stream(
+        self,
+        prompt: Sequence[int],
+        *,
+        sampling: Sampling | None = None,
+        tokenizer=None,
+        should_stop=None,
+        **options,
+    ) -> Stream:
         """The same, token by token, as ``dsv3.generation.loop.stream``. One answer a turn: n is 1. A turn
         ends the stream of the turn before, which would go on from another text."""
         sampling = (sampling or Sampling()).but(**options)
         if sampling.n > 1:
-            raise DSV3Error("a conversation goes on from one answer", where="n", found=sampling.n,
-                            expected="1", fix="Use complete for several samples")
-        prompt, = as_prompts([prompt])
+            raise DSV3Error(
+                "a conversation goes on from one answer",
+                where="n",
+                found=sampling.n,
+                expected="1",
+                fix="Use complete for several samples",
+            )
+        (prompt,) = as_prompts([prompt])
         context = self.model.config.max_position_embeddings
         check_prompts([prompt], self.model.config.vocab_size, context)
         if self._running:
@@ -68,9 +80,15 @@ class Session:
             kept = drafts_kept if sampling.speculative else kept
         self._cache.truncate([kept])
         self.prefilled = len(prompt) - kept
-        self._running = stream(self.model, [prompt], sampling=sampling, tokenizer=tokenizer,
-                               should_stop=should_stop, cache=self._cache,
-                               draft_cache=self._draft_cache)
+        self._running = stream(
+            self.model,
+            [prompt],
+            sampling=sampling,
+            tokenizer=tokenizer,
+            should_stop=should_stop,
+            cache=self._cache,
+            draft_cache=self._draft_cache,
+        )
         return self._running
 
     def clear(self) -> None:

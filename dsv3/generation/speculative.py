@@ -34,8 +34,8 @@ from __future__ import annotations
 
 import torch
 
-from dsv3.errors import DSV3Error
 from dsv3.cache import LatentCache
+from dsv3.errors import DSV3Error
 from dsv3.generation.sampling import Choice, Chooser, draw
 
 
@@ -59,21 +59,29 @@ class Speculative:
     accepted, drafts: of all rows so far.
     """
 
-    def __init__(self, model, cache: LatentCache, choose: Chooser,
-                 draft_cache: LatentCache | None = None):
+    def __init__(
+        self, model, cache: LatentCache, choose: Chooser, draft_cache: LatentCache | None = None
+    ):
         """Both caches hold the same beginning of each text, if any."""
         if not len(model.mtp):
-            raise DSV3Error("the model cannot draft", where="speculative",
-                            found="num_nextn_predict_layers 0", expected="1 or more",
-                            fix="Leave out --speculative, or use a checkpoint with its MTP layer")
+            raise DSV3Error(
+                "the model cannot draft",
+                where="speculative",
+                found="num_nextn_predict_layers 0",
+                expected="1 or more",
+                fix="Leave out --speculative, or use a checkpoint with its MTP layer",
+            )
         if draft_cache is None:
             draft_cache = model.new_draft_cache(len(cache.lengths), cache.max_seq_len)
         if draft_cache.lengths != cache.lengths:
-            raise DSV3Error("the draft cache does not go with the cache", where="draft_cache",
-                            found=f"lengths {draft_cache.lengths}",
-                            expected=f"lengths {cache.lengths}",
-                            fix=f"Cut both back with truncate, at most to "
-                                f"{list(map(min, cache.lengths, draft_cache.lengths))}")
+            raise DSV3Error(
+                "the draft cache does not go with the cache",
+                where="draft_cache",
+                found=f"lengths {draft_cache.lengths}",
+                expected=f"lengths {cache.lengths}",
+                fix=f"Cut both back with truncate, at most to "
+                f"{list(map(min, cache.lengths, draft_cache.lengths))}",
+            )
         self.model, self.cache, self.choose = model, cache, choose
         self.draft_cache = draft_cache
         self.hidden = None  # (b, s, d): states of the last pass, which the draft cache has not seen
@@ -89,8 +97,9 @@ class Speculative:
         """Share of the drafts that were accepted; None before the first one."""
         return self.accepted / self.drafts if self.drafts else None
 
-    def watch(self, start: int, hidden: torch.Tensor, prompts: torch.Tensor,
-              counts: list[int]) -> None:
+    def watch(
+        self, start: int, hidden: torch.Tensor, prompts: torch.Tensor, counts: list[int]
+    ) -> None:
         """A chunk of prefill: hidden (b, s, d) at positions ``start`` and on.
 
         prompts (b, longest) and counts (b) are those of the whole prompts.
@@ -99,8 +108,9 @@ class Speculative:
         width = following.shape[1]
         known = [min(max(count - 1 - start, 0), width) for count in counts]
         if any(known):
-            self.model.mtp_logits(hidden[:, :width], following, cache=self.draft_cache,
-                                  lengths=known, last_only=True)
+            self.model.mtp_logits(
+                hidden[:, :width], following, cache=self.draft_cache, lengths=known, last_only=True
+            )
         if self.hidden is None:
             self.hidden = torch.zeros_like(hidden[:, :1])
         for row, count in enumerate(counts):
@@ -122,21 +132,30 @@ class Speculative:
         drafting = [room >= 2 for room in left]
         guesses, q = self.draft(chosen, drafting) if any(drafting) else ([0] * len(left), None)
         before, width = self.cache.lengths, 2 if any(drafting) else 1
-        fed = torch.tensor([[ids[-1], guess][:width] for ids, guess in zip(chosen, guesses)],
-                           device=device)
+        fed = torch.tensor(
+            [[ids[-1], guess][:width] for ids, guess in zip(chosen, guesses)], device=device
+        )
         logits, self.hidden = self.model(
-            fed, cache=self.cache, lengths=[min(room, 2) for room in left], return_hidden=True)
+            fed, cache=self.cache, lengths=[min(room, 2) for room in left], return_hidden=True
+        )
         answer = self.choose.agree(logits, lambda: self.judge(logits, q, guesses, left))
-        after = [[choice for choice in answer[width * row : width * (row + 1)] if choice.id >= 0]
-                 for row in range(len(left))]
+        after = [
+            [choice for choice in answer[width * row : width * (row + 1)] if choice.id >= 0]
+            for row in range(len(left))
+        ]
         self.drafts += sum(drafting)
         self.accepted += sum(len(choices) == 2 for choices in after)
-        self.cache.truncate([length + len(choices) if room else length
-                             for length, choices, room in zip(before, after, left)])
+        self.cache.truncate(
+            [
+                length + len(choices) if room else length
+                for length, choices, room in zip(before, after, left)
+            ]
+        )
         return after
 
-    def draft(self, chosen: list[list[int]],
-              drafting: list[bool]) -> tuple[list[int], torch.Tensor]:
+    def draft(
+        self, chosen: list[list[int]], drafting: list[bool]
+    ) -> tuple[list[int], torch.Tensor]:
         """A guess for each drafting row (0 for the others), and the distributions (b, v) behind it.
 
         The states of the last pass enter the draft cache here, each with the token chosen after it.
@@ -144,16 +163,23 @@ class Speculative:
         width = self.hidden.shape[1]
         following = torch.tensor([(ids + [0])[:width] for ids in chosen], device=self.hidden.device)
         counts = [len(ids) if drafts else 0 for ids, drafts in zip(chosen, drafting)]
-        logits, _ = self.model.mtp_logits(self.hidden, following, cache=self.draft_cache,
-                                          lengths=counts, last_only=True)
+        logits, _ = self.model.mtp_logits(
+            self.hidden, following, cache=self.draft_cache, lengths=counts, last_only=True
+        )
         q = self.choose.distribution(logits)
         generators = self.choose.generators
-        guesses = self.choose.agree(logits, lambda: [
-            draw(q[row], generators[row]) if drafts else 0 for row, drafts in enumerate(drafting)])
+        guesses = self.choose.agree(
+            logits,
+            lambda: [
+                draw(q[row], generators[row]) if drafts else 0
+                for row, drafts in enumerate(drafting)
+            ],
+        )
         return [guess.id for guess in guesses], q
 
-    def judge(self, logits: torch.Tensor, q: torch.Tensor | None, guesses: list[int],
-              left: list[int]) -> list[int]:
+    def judge(
+        self, logits: torch.Tensor, q: torch.Tensor | None, guesses: list[int], left: list[int]
+    ) -> list[int]:
         """The tokens after a pass with logits (b, 1 or 2, vocab): one or two numbers a row, flat.
 
         The second is -1 where the draft was rejected or there was none. An ended row has 0 first.

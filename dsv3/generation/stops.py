@@ -45,8 +45,9 @@ class RowText:
         self._held.append((choice, self._token_bytes(choice.id)))
         text = b"".join(part for _, part in self._held)
         # The one that is whole first counts, so that nothing depends on how tokens cut the text.
-        found = [(place + len(stop), place) for stop in self._stops
-                 if (place := text.find(stop)) >= 0]
+        found = [
+            (place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0
+        ]
         if found:
             self.stopped = True
             return self._release(min(found)[1], cut=True)
@@ -80,8 +81,14 @@ class RowText:
     def _open_stop(self, text: bytes) -> int:
         """How many bytes at the end may be the beginning of a stop string."""
         longest = max(map(len, self._stops), default=1) - 1
-        return next((size for size in range(min(longest, len(text)), 0, -1)
-                     if any(stop.startswith(text[-size:]) for stop in self._stops)), 0)
+        return next(
+            (
+                size
+                for size in range(min(longest, len(text)), 0, -1)
+                if any(stop.startswith(text[-size:]) for stop in self._stops)
+            ),
+            0,
+        )
 
 
 def _open_character(text: bytes) -> int:

@@ -29,9 +29,9 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from collections.abc import Mapping, Sequence
 
 from dsv3.errors import DSV3Error
 
@@ -44,23 +44,38 @@ _LEAST_JINJA = (3, 1, 6)  # earlier ones have published escapes from the sandbox
 
 # kind of failure -> (what happened, the way out)
 _TOLD = {
-    "template": ("the chat template has a mistake in it",
-                 "The messages are not at fault: use the template of the original checkpoint"),
-    "refused": ("the chat template refuses these messages",
-                "The words found are the template's own: check the order and the fields of the "
-                "messages"),
-    "sandbox": ("the chat template reaches for what a template may not have",
-                "Use the template of the original checkpoint"),
-    "render": ("the chat template cannot render these messages",
-               "Check the order and the fields of the messages"),
-    "time": ("the chat template does not come to an end",
-             "Use the template of the original checkpoint"),
-    "memory": ("the chat template needs too much memory",
-               "Use the template of the original checkpoint"),
-    "size": ("the chat template makes too long a text",
-             "Use the template of the original checkpoint"),
-    "ended": ("the process that renders the chat template has ended",
-              "Use the template of the original checkpoint"),
+    "template": (
+        "the chat template has a mistake in it",
+        "The messages are not at fault: use the template of the original checkpoint",
+    ),
+    "refused": (
+        "the chat template refuses these messages",
+        "The words found are the template's own: check the order and the fields of the messages",
+    ),
+    "sandbox": (
+        "the chat template reaches for what a template may not have",
+        "Use the template of the original checkpoint",
+    ),
+    "render": (
+        "the chat template cannot render these messages",
+        "Check the order and the fields of the messages",
+    ),
+    "time": (
+        "the chat template does not come to an end",
+        "Use the template of the original checkpoint",
+    ),
+    "memory": (
+        "the chat template needs too much memory",
+        "Use the template of the original checkpoint",
+    ),
+    "size": (
+        "the chat template makes too long a text",
+        "Use the template of the original checkpoint",
+    ),
+    "ended": (
+        "the process that renders the chat template has ended",
+        "Use the template of the original checkpoint",
+    ),
 }
 
 
@@ -71,14 +86,22 @@ def choose(templates: Any, where: str, tools: bool = False) -> str | None:
         return templates
     expected = "a text, or a list of objects with name and template"
     if not isinstance(templates, list):
-        raise DSV3Error("not a chat template", where=f"{where}: chat_template",
-                        found=type(templates).__name__, expected=expected)
+        raise DSV3Error(
+            "not a chat template",
+            where=f"{where}: chat_template",
+            found=type(templates).__name__,
+            expected=expected,
+        )
     named = {}
     for entry in templates:
         pair = [entry.get(key) for key in ("name", "template")] if isinstance(entry, dict) else []
         if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise DSV3Error("not a list of chat templates", where=f"{where}: chat_template",
-                            found=f"{type(entry).__name__} in the list", expected=expected)
+            raise DSV3Error(
+                "not a list of chat templates",
+                where=f"{where}: chat_template",
+                found=f"{type(entry).__name__} in the list",
+                expected=expected,
+            )
         named[pair[0]] = pair[1]
     return named.get("tool_use" if tools and "tool_use" in named else "default")
 
@@ -103,8 +126,9 @@ class Renderer:
         try:
             request = json.dumps({"template": template, "variables": variables}, default=_plain)
         except (ValueError, TypeError, RecursionError) as error:
-            raise DSV3Error("not something a chat template can read", where="messages",
-                            found=error) from None
+            raise DSV3Error(
+                "not something a chat template can read", where="messages", found=error
+            ) from None
         with self._lock:
             reply = self._ask(request.encode() + b"\n")
         if "text" in reply:
@@ -128,10 +152,11 @@ class Renderer:
             waiting = memoryview(request)
             while not data.endswith(b"\n"):
                 left = max(end - time.monotonic(), 0)
-                ready = select.select([process.stdout], [process.stdin] if waiting else [], [],
-                                      left)
+                ready = select.select(
+                    [process.stdout], [process.stdin] if waiting else [], [], left
+                )
                 if ready[1]:
-                    waiting = waiting[os.write(process.stdin.fileno(), waiting[:65536]):]
+                    waiting = waiting[os.write(process.stdin.fileno(), waiting[:65536]) :]
                 elif ready[0]:
                     part = os.read(process.stdout.fileno(), 1 << 20)
                     if not part:
@@ -163,17 +188,36 @@ class Renderer:
     def _start(self) -> None:
         version = importlib.metadata.version("jinja2")
         if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) < _LEAST_JINJA:
-            raise DSV3Error("too old to run a template of others safely", where="jinja2",
-                            found=version, expected="3.1.6 or later",
-                            fix='pip install "jinja2>=3.1.6"')
-        folders = sorted({str(Path(importlib.util.find_spec(name).origin).parents[1])
-                          for name in ("jinja2", "markupsafe")})
+            raise DSV3Error(
+                "too old to run a template of others safely",
+                where="jinja2",
+                found=version,
+                expected="3.1.6 or later",
+                fix='pip install "jinja2>=3.1.6"',
+            )
+        folders = sorted(
+            {
+                str(Path(importlib.util.find_spec(name).origin).parents[1])
+                for name in ("jinja2", "markupsafe")
+            }
+        )
         # Isolated and without site-packages' own start-up code: half the time, and no surprises.
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_WORKER), str(self.seconds), str(self.memory),
-             *folders],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            bufsize=0, start_new_session=True)
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                str(_WORKER),
+                str(self.seconds),
+                str(self.memory),
+                *folders,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,
+        )
         os.set_blocking(self._process.stdin.fileno(), False)
         self._owner = os.getpid()
         self._finalizer = weakref.finalize(self, _stop, self._process, self._owner)
@@ -194,8 +238,12 @@ def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     result = []
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise DSV3Error("not a message", where=f"message {number}",
-                            found=type(message).__name__, expected='{"role": ..., "content": ...}')
+            raise DSV3Error(
+                "not a message",
+                where=f"message {number}",
+                found=type(message).__name__,
+                expected='{"role": ..., "content": ...}',
+            )
         thoughts = next((message[name] for name in names if message.get(name) is not None), None)
         extra = {} if thoughts is None else {"reasoning_content": thoughts}
         result.append({**({"thinking": thoughts} if extra else {}), **message, **extra})

@@ -87,15 +87,24 @@ def sandbox() -> ImmutableSandboxedEnvironment:
         raise Refused(str(message))
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
     made.filters["tojson"] = tojson
     made.globals |= {
-        "raise_exception": raise_exception, "dict": MakeDict(), "namespace": Namespace,
-        "strftime_now": lambda form: datetime.now().strftime(form)}
+        "raise_exception": raise_exception,
+        "dict": MakeDict(),
+        "namespace": Namespace,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
     return made
 
 
@@ -125,11 +134,16 @@ def answer(compiled, request: dict) -> dict:
     except Refused as error:
         return {"kind": "refused", "error": str(error)[:1000]}
     except Exception as error:
-        kind = ("memory" if isinstance(error, MemoryError)
-                else "sandbox" if isinstance(error, SecurityError)
-                # A filter or test that does not exist, in a branch that was taken.
-                else "template" if not renders(template, request["variables"])
-                else "render")
+        kind = (
+            "memory"
+            if isinstance(error, MemoryError)
+            else "sandbox"
+            if isinstance(error, SecurityError)
+            # A filter or test that does not exist, in a branch that was taken.
+            else "template"
+            if not renders(template, request["variables"])
+            else "render"
+        )
         return {"kind": kind, "error": told(error), "line": line_of(error)}
     if len(text) > MOST:
         return {"kind": "size", "error": f"{len(text)} characters", "line": None}

@@ -25,10 +25,10 @@ text; ``generate`` bans them when it is given the tokenizer.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import tokenizers
 import tokenizers.decoders
@@ -36,14 +36,21 @@ import tokenizers.decoders
 from dsv3.errors import DSV3Error
 from dsv3.files import read_json, read_text
 from dsv3.generation.foreign_tokenizers import no_tokenizer
-from dsv3.shipped import model_folder
 from dsv3.generation.template import Renderer, choose, template_messages
+from dsv3.shipped import model_folder
 
 Message = Mapping[str, Any]
 
 # Names under which a template finds special tokens, as transformers gives them.
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
-            "mask_token")
+_SPECIAL = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -51,19 +58,29 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     folder = model_folder(path)
     file = folder / "tokenizer.json"
     if folder.is_file():
-        raise DSV3Error("not a folder", where=folder, found="a file",
-                        fix="Name the folder that holds the checkpoint")
+        raise DSV3Error(
+            "not a folder",
+            where=folder,
+            found="a file",
+            fix="Name the folder that holds the checkpoint",
+        )
     if not os.path.lexists(file):
         raise no_tokenizer(folder)
     settings = _read_settings(folder / "tokenizer_config.json")
     description = read_text(file)
-    with _library_failures("not a readable tokenizer", file,
-                           "Copy the file again from the checkpoint"), _panics_unprinted():
+    with (
+        _library_failures(
+            "not a readable tokenizer", file, "Copy the file again from the checkpoint"
+        ),
+        _panics_unprinted(),
+    ):
         engine = tokenizers.Tokenizer.from_str(description)
     if not isinstance(engine.decoder, tokenizers.decoders.ByteLevel):
         raise DSV3Error(
-            "not a byte-level tokenizer", where=f"{file}: decoder",
-            found=type(engine.decoder).__name__, expected="ByteLevel",
+            "not a byte-level tokenizer",
+            where=f"{file}: decoder",
+            found=type(engine.decoder).__name__,
+            expected="ByteLevel",
             fix="Use the tokenizer.json that belongs to the checkpoint",
         )
     if templates := _template_files(folder):
@@ -86,18 +103,28 @@ class Tokenizer:
         self._renderer = Renderer()
         self.vocab_size = 1 + max(engine.get_vocab(with_added_tokens=True).values(), default=-1)
         if not self.vocab_size:
-            raise DSV3Error("a tokenizer without a single token", where=self._file,
-                            fix="Use the tokenizer.json that belongs to the checkpoint")
+            raise DSV3Error(
+                "a tokenizer without a single token",
+                where=self._file,
+                fix="Use the tokenizer.json that belongs to the checkpoint",
+            )
         self.bos_token, self.bos_id = self._special("bos_token")
         self.eos_token, self.eos_id = self._special("eos_token")
         adds_bos = settings.get("add_bos_token")
         if adds_bos is not None and not isinstance(adds_bos, bool):
-            raise DSV3Error("not a switch", where=f"{self._where()}: add_bos_token",
-                            found=adds_bos, expected="true or false")
+            raise DSV3Error(
+                "not a switch",
+                where=f"{self._where()}: add_bos_token",
+                found=adds_bos,
+                expected="true or false",
+            )
         self.adds_bos = self.bos_id is not None if adds_bos is None else adds_bos
         if self.adds_bos and self.bos_id is None:
-            raise DSV3Error("add_bos_token is true but there is no bos_token", where=self._where(),
-                            fix="Name the bos_token, or set add_bos_token to false")
+            raise DSV3Error(
+                "add_bos_token is true but there is no bos_token",
+                where=self._where(),
+                fix="Name the bos_token, or set add_bos_token to false",
+            )
         self._special_ids = {
             id for id, token in engine.get_added_tokens_decoder().items() if token.special
         }
@@ -107,14 +134,20 @@ class Tokenizer:
         ``add_bos_token`` says. Special tokens written out in the text become their ids."""
         add_bos = self.adds_bos if add_bos is None else add_bos
         if add_bos and self.bos_id is None:
-            raise DSV3Error("this tokenizer has no bos token", where=self._where(),
-                            fix="Encode with add_bos=False")
+            raise DSV3Error(
+                "this tokenizer has no bos token",
+                where=self._where(),
+                fix="Encode with add_bos=False",
+            )
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise DSV3Error("text is not valid Unicode", where=f"character {error.start}",
-                            found=repr(text[error.start]),
-                            fix="Write the prompt in UTF-8") from None
+            raise DSV3Error(
+                "text is not valid Unicode",
+                where=f"character {error.start}",
+                found=repr(text[error.start]),
+                fix="Write the prompt in UTF-8",
+            ) from None
         with _library_failures("the tokenizer cannot encode this text", self._file):
             ids = self._engine.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if add_bos else ids
@@ -130,8 +163,12 @@ class Tokenizer:
         """Raise ``DSV3Error`` for the first id that this tokenizer does not have."""
         for id in ids:
             if not 0 <= id < self.vocab_size or self._engine.id_to_token(id) is None:
-                raise DSV3Error("token id out of range", where=self.source, found=id,
-                                expected=f"0 to {self.vocab_size - 1}")
+                raise DSV3Error(
+                    "token id out of range",
+                    where=self.source,
+                    found=id,
+                    expected=f"0 to {self.vocab_size - 1}",
+                )
 
     def ids_without_token(self, vocab_size: int) -> list[int]:
         """The ids below ``vocab_size``, that of a model, which are none of these tokens: behind
@@ -160,9 +197,13 @@ class Tokenizer:
         return choose(self._settings.get("chat_template"), self._where())
 
     def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, *,
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None, **variables: Any,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> str:
         """The text of a conversation, ready for the model to answer.
 
@@ -175,14 +216,25 @@ class Tokenizer:
         """
         template = choose(self._settings.get("chat_template"), self._where(), tools is not None)
         if template is None:
-            raise DSV3Error("this checkpoint has no chat template", where=self._where(),
-                            fix="Give a plain prompt instead, or add a chat_template")
+            raise DSV3Error(
+                "this checkpoint has no chat template",
+                where=self._where(),
+                fix="Give a plain prompt instead, or add a chat_template",
+            )
         special = {name: _token_text(self._settings.get(name)) for name in _SPECIAL}
         special = {name: text for name, text in special.items() if isinstance(text, str)}
-        return self._renderer.render(template, {
-            **special, "messages": template_messages(messages), "tools": tools,
-            "documents": documents, "add_generation_prompt": add_generation_prompt, **variables,
-        }, where=self.source)
+        return self._renderer.render(
+            template,
+            {
+                **special,
+                "messages": template_messages(messages),
+                "tools": tools,
+                "documents": documents,
+                "add_generation_prompt": add_generation_prompt,
+                **variables,
+            },
+            where=self.source,
+        )
 
     def chat_ids(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
@@ -190,9 +242,11 @@ class Tokenizer:
         """Ids of a conversation. The template writes bos itself, so none is added here."""
         text = self.apply_chat_template(messages, add_generation_prompt, **variables)
         if not text:
-            raise DSV3Error("the chat template makes no text of these messages",
-                            where=self.source,
-                            fix="Use the template of the original checkpoint")
+            raise DSV3Error(
+                "the chat template makes no text of these messages",
+                where=self.source,
+                fix="Use the template of the original checkpoint",
+            )
         return self.encode(text, add_bos=False)
 
     def _special(self, name: str) -> tuple[str | None, int | None]:
@@ -200,12 +254,20 @@ class Tokenizer:
         if text is None:
             return None, None
         if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise DSV3Error("not a token", where=f"{self._where()}: {name}", found=repr(text),
-                            expected='a text, or {"content": a text}')
+            raise DSV3Error(
+                "not a token",
+                where=f"{self._where()}: {name}",
+                found=repr(text),
+                expected='a text, or {"content": a text}',
+            )
         id = self._engine.token_to_id(text)
         if id is None:
-            raise DSV3Error(f"{name} is not in the vocabulary", where=self._where(),
-                            found=repr(text), fix="The two tokenizer files do not belong together")
+            raise DSV3Error(
+                f"{name} is not in the vocabulary",
+                where=self._where(),
+                found=repr(text),
+                fix="The two tokenizer files do not belong together",
+            )
         return text, id
 
     @property
@@ -269,15 +331,20 @@ def _panics_unprinted() -> Iterator[None]:
 def _template_files(folder: Path) -> list[dict[str, str]]:
     """The templates that stand in files of their own, in the form of ``chat_template``."""
     files = {"default": folder / "chat_template.jinja"}
-    files |= {file.stem: file for file in
-              sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    return [{"name": name, "template": read_text(file)} for name, file in files.items()
-            if os.path.lexists(file)]
+    files |= {
+        file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    }
+    return [
+        {"name": name, "template": read_text(file)}
+        for name, file in files.items()
+        if os.path.lexists(file)
+    ]
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
     content = read_json(file, absent="Copy the checkpoint's tokenizer files into the folder")
     if not isinstance(content, dict):
-        raise DSV3Error("not a JSON object", where=file, found=type(content).__name__,
-                        expected="{...}")
+        raise DSV3Error(
+            "not a JSON object", where=file, found=type(content).__name__, expected="{...}"
+        )
     return content

@@ -59,8 +59,17 @@ def round_to_e4m3(value):
 
 
 @triton.jit
-def act_quant_kernel(x_ptr, code_ptr, scale_ptr, rows, cols, tiles,
-                     POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def act_quant_kernel(
+    x_ptr,
+    code_ptr,
+    scale_ptr,
+    rows,
+    cols,
+    tiles,
+    POWER_OF_TWO: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(1)
     col = tile * BLOCK + tl.arange(0, BLOCK)
@@ -96,6 +105,14 @@ def act_quant(x: torch.Tensor, scale_format: str = "float32"):
     rows = x.numel() // cols
     rows_at_once = 256 if INTERPRETING else 16
     act_quant_kernel[(triton.cdiv(rows, rows_at_once), tiles)](
-        x, codes.view(torch.uint8), scale, rows, cols, tiles,
-        POWER_OF_TWO=scale_format == "ue8m0", ROWS=rows_at_once, BLOCK=BLOCK)
+        x,
+        codes.view(torch.uint8),
+        scale,
+        rows,
+        cols,
+        tiles,
+        POWER_OF_TWO=scale_format == "ue8m0",
+        ROWS=rows_at_once,
+        BLOCK=BLOCK,
+    )
     return codes, scale

@@ -25,8 +25,9 @@ from dsv3.kernels.launch import INTERPRETING, check_input
 BLOCK = 128
 
 
-def fp8_gemm_spec(x: torch.Tensor, sx: torch.Tensor, w: torch.Tensor,
-                  sw: torch.Tensor) -> torch.Tensor:
+def fp8_gemm_spec(
+    x: torch.Tensor, sx: torch.Tensor, w: torch.Tensor, sw: torch.Tensor
+) -> torch.Tensor:
     """What the kernel computes, in plain torch: the sum over K one block of 128 at a time."""
     out = torch.zeros(x.shape[0], w.shape[0], device=x.device)
     for k in range(sx.shape[1]):
@@ -44,8 +45,14 @@ def _configs() -> list[triton.Config]:
     return [
         triton.Config({"ROWS": rows, "COLS": cols}, num_stages=stages, num_warps=warps)
         for rows, cols, stages, warps in (
-            (16, 32, 5, 4), (16, 64, 5, 4), (16, 128, 5, 4), (32, 64, 5, 4),
-            (64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 3, 8),
+            (16, 32, 5, 4),
+            (16, 64, 5, 4),
+            (16, 128, 5, 4),
+            (32, 64, 5, 4),
+            (64, 64, 4, 4),
+            (64, 128, 4, 4),
+            (128, 64, 4, 4),
+            (128, 128, 3, 8),
         )
     ]
 
@@ -54,9 +61,21 @@ def _configs() -> list[triton.Config]:
 # sees only the power of two above it.
 @triton.autotune(configs=_configs(), key=["m_bucket", "n", "k"])
 @triton.jit(do_not_specialize=["m", "m_bucket"])
-def fp8_gemm_kernel(x_ptr, sx_ptr, w_ptr, sw_ptr, out_ptr, m, n, k, m_bucket,
-                    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
-                    GROUP: tl.constexpr):
+def fp8_gemm_kernel(
+    x_ptr,
+    sx_ptr,
+    w_ptr,
+    sw_ptr,
+    out_ptr,
+    m,
+    n,
+    k,
+    m_bucket,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     row_tiles = tl.cdiv(m, ROWS)
     in_group = GROUP * tl.cdiv(n, COLS)
     group = tl.program_id(0) // in_group
@@ -87,8 +106,7 @@ def fp8_gemm_kernel(x_ptr, sx_ptr, w_ptr, sw_ptr, out_ptr, m, n, k, m_bucket,
     tl.store(out_ptr + row[:, None] * n + col[None, :], acc, mask=inside)
 
 
-def fp8_gemm(x: torch.Tensor, sx: torch.Tensor, w: torch.Tensor,
-             sw: torch.Tensor) -> torch.Tensor:
+def fp8_gemm(x: torch.Tensor, sx: torch.Tensor, w: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
     """x (M, K) and w (N, K) in E4M3, scales sx (M, K/128) and sw (N/128, K/128): float32 (M, N)."""
     check_input(x, "fp8_gemm", (torch.float8_e4m3fn,))
     check_input(w, "fp8_gemm", (torch.float8_e4m3fn,))
@@ -96,9 +114,12 @@ def fp8_gemm(x: torch.Tensor, sx: torch.Tensor, w: torch.Tensor,
     blocks = triton.cdiv(k, BLOCK)
     expected = (m, blocks), (triton.cdiv(n, BLOCK), blocks)
     if w.shape[1] != k or (tuple(sx.shape), tuple(sw.shape)) != expected:
-        raise DSV3Error("shapes do not fit", where="fp8_gemm",
-                        found=[tuple(t.shape) for t in (x, sx, w, sw)],
-                        expected=[(m, k), expected[0], (n, k), expected[1]])
+        raise DSV3Error(
+            "shapes do not fit",
+            where="fp8_gemm",
+            found=[tuple(t.shape) for t in (x, sx, w, sw)],
+            expected=[(m, k), expected[0], (n, k), expected[1]],
+        )
     out = torch.zeros((m, n), dtype=torch.float32, device=x.device)
     if out.numel() == 0 or k == 0:
         return out
@@ -106,6 +127,17 @@ def fp8_gemm(x: torch.Tensor, sx: torch.Tensor, w: torch.Tensor,
     def grid(tile):
         return (triton.cdiv(m, tile["ROWS"]) * triton.cdiv(n, tile["COLS"]),)
 
-    fp8_gemm_kernel[grid](x.contiguous(), sx.contiguous(), w.contiguous(), sw.contiguous(), out,
-                          m, n, k, triton.next_power_of_2(m), BLOCK=BLOCK, GROUP=8)
+    fp8_gemm_kernel[grid](
+        x.contiguous(),
+        sx.contiguous(),
+        w.contiguous(),
+        sw.contiguous(),
+        out,
+        m,
+        n,
+        k,
+        triton.next_power_of_2(m),
+        BLOCK=BLOCK,
+        GROUP=8,
+    )
     return out

@@ -14,9 +14,17 @@ INTERPRETING: bool = knobs.runtime.interpret
 def check_input(x: torch.Tensor, kernel: str, dtypes: tuple[torch.dtype, ...]) -> None:
     """Refuse a tensor that the kernel would misread or cannot reach."""
     if x.dtype not in dtypes:
-        raise DSV3Error("wrong dtype", where=kernel, found=x.dtype,
-                        expected=" or ".join(str(dtype) for dtype in dtypes))
+        raise DSV3Error(
+            "wrong dtype",
+            where=kernel,
+            found=x.dtype,
+            expected=" or ".join(str(dtype) for dtype in dtypes),
+        )
     if x.device.type != "cuda" and not INTERPRETING:
-        raise DSV3Error("Triton kernels need a GPU", where=kernel, found=f"a tensor on {x.device}",
-                        fix="Use backend='torch', or set TRITON_INTERPRET=1 before the start to "
-                            "run them, slowly, on the CPU.")
+        raise DSV3Error(
+            "Triton kernels need a GPU",
+            where=kernel,
+            found=f"a tensor on {x.device}",
+            fix="Use backend='torch', or set TRITON_INTERPRET=1 before the start to "
+            "run them, slowly, on the CPU.",
+        )

@@ -18,8 +18,9 @@ from dsv3.kernels.launch import INTERPRETING, check_input
 BLOCK = 128
 
 
-def weight_dequant_spec(codes: torch.Tensor, scale: torch.Tensor,
-                        dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def weight_dequant_spec(
+    codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """What the kernel computes, in plain torch: codes (N, K), scale (N/128, K/128), rounded up."""
     rows, cols = codes.shape
     scale = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:rows, :cols]
@@ -27,8 +28,17 @@ def weight_dequant_spec(codes: torch.Tensor, scale: torch.Tensor,
 
 
 @triton.jit
-def weight_dequant_kernel(code_ptr, scale_ptr, out_ptr, rows, cols, tiles,
-                          BFLOAT16: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def weight_dequant_kernel(
+    code_ptr,
+    scale_ptr,
+    out_ptr,
+    rows,
+    cols,
+    tiles,
+    BFLOAT16: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(1)
     col = tile * BLOCK + tl.arange(0, BLOCK)
@@ -49,13 +59,18 @@ def weight_dequant_kernel(code_ptr, scale_ptr, out_ptr, rows, cols, tiles,
         tl.store(out_ptr + where, value, mask=inside)
 
 
-def weight_dequant(codes: torch.Tensor, scale: torch.Tensor,
-                   dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def weight_dequant(
+    codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """codes (N, K) E4M3 and their float32 block scales to (N, K) in float32 or bfloat16."""
     check_input(codes, "weight_dequant", (torch.float8_e4m3fn,))
     if dtype not in (torch.float32, torch.bfloat16):
-        raise DSV3Error("wrong output dtype", where="weight_dequant", found=dtype,
-                        expected="torch.float32 or torch.bfloat16")
+        raise DSV3Error(
+            "wrong output dtype",
+            where="weight_dequant",
+            found=dtype,
+            expected="torch.float32 or torch.bfloat16",
+        )
     rows, cols = codes.shape
     out = torch.empty((rows, cols), dtype=dtype, device=codes.device)
     if out.numel() == 0:
@@ -63,7 +78,14 @@ def weight_dequant(codes: torch.Tensor, scale: torch.Tensor,
     rows_at_once = 256 if INTERPRETING else 32
     tiles = triton.cdiv(cols, BLOCK)
     weight_dequant_kernel[(triton.cdiv(rows, rows_at_once), tiles)](
-        codes.contiguous().view(torch.uint8), scale.contiguous(),
-        out.view(torch.int16) if dtype == torch.bfloat16 else out, rows, cols, tiles,
-        BFLOAT16=dtype == torch.bfloat16, ROWS=rows_at_once, BLOCK=BLOCK)
+        codes.contiguous().view(torch.uint8),
+        scale.contiguous(),
+        out.view(torch.int16) if dtype == torch.bfloat16 else out,
+        rows,
+        cols,
+        tiles,
+        BFLOAT16=dtype == torch.bfloat16,
+        ROWS=rows_at_once,
+        BLOCK=BLOCK,
+    )
     return out

@@ -39,30 +39,50 @@ def place() -> Place | None:
     size = _number("WORLD_SIZE", beside="RANK", least=1)
     rank = _number("RANK", beside="WORLD_SIZE", least=0)
     if rank >= size:
-        raise DSV3Error("no such rank", where="RANK", found=rank,
-                        expected=f"less than WORLD_SIZE, {size}", fix=f"Set both anew, or {_UNSET}")
+        raise DSV3Error(
+            "no such rank",
+            where="RANK",
+            found=rank,
+            expected=f"less than WORLD_SIZE, {size}",
+            fix=f"Set both anew, or {_UNSET}",
+        )
     local = _number("LOCAL_RANK", beside="RANK", least=0) if "LOCAL_RANK" in os.environ else None
     if size > 1 and FOLDER not in os.environ:
         if not os.environ.get("MASTER_ADDR"):
-            raise DSV3Error("missing, and so the ranks cannot meet", where="MASTER_ADDR",
-                            found=f"WORLD_SIZE={size}",
-                            fix=f"Start ranks with torchrun, or {_UNSET}")
+            raise DSV3Error(
+                "missing, and so the ranks cannot meet",
+                where="MASTER_ADDR",
+                found=f"WORLD_SIZE={size}",
+                fix=f"Start ranks with torchrun, or {_UNSET}",
+            )
         if _number("MASTER_PORT", beside="MASTER_ADDR", least=0) > 65535:
-            raise DSV3Error("no such port", where="MASTER_PORT", found=os.environ["MASTER_PORT"],
-                            expected="at most 65535", fix="Start ranks with torchrun")
+            raise DSV3Error(
+                "no such port",
+                where="MASTER_PORT",
+                found=os.environ["MASTER_PORT"],
+                expected="at most 65535",
+                fix="Start ranks with torchrun",
+            )
     return Place(rank, size, local)
 
 
 def _number(name: str, *, beside: str, least: int) -> int:
     text = os.environ.get(name)
     if text is None:
-        raise DSV3Error(f"missing, though {beside} is set", where=name,
-                        found=f"{beside}={os.environ[beside]}",
-                        fix=f"Start ranks with torchrun, which sets both, or {_UNSET}")
+        raise DSV3Error(
+            f"missing, though {beside} is set",
+            where=name,
+            found=f"{beside}={os.environ[beside]}",
+            fix=f"Start ranks with torchrun, which sets both, or {_UNSET}",
+        )
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
-        raise DSV3Error("not a number of the kind that a launcher sets", where=name,
-                        found=repr(text), expected=f"a whole number of at least {least}",
-                        fix=f"Start ranks with torchrun, or {_UNSET}")
+        raise DSV3Error(
+            "not a number of the kind that a launcher sets",
+            where=name,
+            found=repr(text),
+            expected=f"a whole number of at least {least}",
+            fix=f"Start ranks with torchrun, or {_UNSET}",
+        )
     return int(text)
 
 
@@ -78,11 +98,18 @@ def check_ranks(asked: int | None, option: str, device: str | None) -> tuple[int
         check_device(device, Place(size - 1, size, size - 1))
         return size, size > 1
     if asked is not None and asked != here.size:
-        started = "torchrun started" if "TORCHELASTIC_RUN_ID" in os.environ \
+        started = (
+            "torchrun started"
+            if "TORCHELASTIC_RUN_ID" in os.environ
             else "RANK and WORLD_SIZE speak of"
-        raise DSV3Error(f"disagrees with the ranks that {started}", where=option,
-                        found=asked, expected=f"{here.size} (WORLD_SIZE)",
-                        fix=f"Leave {option} out, or {_UNSET}")
+        )
+        raise DSV3Error(
+            f"disagrees with the ranks that {started}",
+            where=option,
+            found=asked,
+            expected=f"{here.size} (WORLD_SIZE)",
+            fix=f"Leave {option} out, or {_UNSET}",
+        )
     check_device(device, here)
     return here.size, False
 
@@ -99,21 +126,33 @@ def check_device(device: str | None, here: Place, *, where: str = "--device") ->
     if not torch.cuda.is_available():
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         if torch.version.cuda is None and torch.version.hip is None:
-            raise DSV3Error("this torch is built without CUDA", where=f"{where} {device}",
-                            found=f"torch {torch.__version__}",
-                            fix="Use cpu, or install a torch with CUDA")
-        raise DSV3Error("torch finds no GPU", where=f"{where} {device}",
-                        found=None if hidden is None else f"CUDA_VISIBLE_DEVICES={hidden!r}",
-                        fix="Use cpu, or see whether nvidia-smi lists a GPU")
+            raise DSV3Error(
+                "this torch is built without CUDA",
+                where=f"{where} {device}",
+                found=f"torch {torch.__version__}",
+                fix="Use cpu, or install a torch with CUDA",
+            )
+        raise DSV3Error(
+            "torch finds no GPU",
+            where=f"{where} {device}",
+            found=None if hidden is None else f"CUDA_VISIBLE_DEVICES={hidden!r}",
+            fix="Use cpu, or see whether nvidia-smi lists a GPU",
+        )
     there = torch.cuda.device_count()
     if here.local_rank is None:
-        raise DSV3Error("missing, and so the ranks cannot share the GPUs out", where="LOCAL_RANK",
-                        found=f"WORLD_SIZE={here.size}",
-                        fix=f"Start ranks with torchrun, use --device cpu, or {_UNSET}")
+        raise DSV3Error(
+            "missing, and so the ranks cannot share the GPUs out",
+            where="LOCAL_RANK",
+            found=f"WORLD_SIZE={here.size}",
+            fix=f"Start ranks with torchrun, use --device cpu, or {_UNSET}",
+        )
     if here.local_rank >= there:
-        raise DSV3Error("not enough GPUs for the ranks of this machine, which need one each",
-                        found=there, expected=f"at least {here.local_rank + 1}",
-                        fix="Use fewer ranks, or --device cpu")
+        raise DSV3Error(
+            "not enough GPUs for the ranks of this machine, which need one each",
+            found=there,
+            expected=f"at least {here.local_rank + 1}",
+            fix="Use fewer ranks, or --device cpu",
+        )
 
 
 def check_interface(backend: str) -> None:
@@ -130,9 +169,13 @@ def check_interface(backend: str) -> None:
         found = [i for i in there if any(i == n if exact else i.startswith(n) for n in names)]
         missing = [] if found or chosen.startswith("^") else names
     if missing:
-        raise DSV3Error("no such network interface", where=name, found=",".join(missing),
-                        expected="one of " + ", ".join(there),
-                        fix="Name the one that the other machines can reach, or unset it")
+        raise DSV3Error(
+            "no such network interface",
+            where=name,
+            found=",".join(missing),
+            expected="one of " + ", ".join(there),
+            fix="Name the one that the other machines can reach, or unset it",
+        )
 
 
 def loopback() -> str:
@@ -141,5 +184,8 @@ def loopback() -> str:
     for interface in there:
         if interface in ("lo", "lo0"):
             return interface
-    raise DSV3Error("no loopback interface, over which the ranks of one machine talk",
-                    found=", ".join(there) or "no interface", expected="lo or lo0")
+    raise DSV3Error(
+        "no loopback interface, over which the ranks of one machine talk",
+        found=", ".join(there) or "no interface",
+        expected="lo or lo0",
+    )

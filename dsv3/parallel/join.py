@@ -53,17 +53,22 @@ def join(place: Place, backend: str) -> None:
     try:
         if folder:
             store = dist.FileStore(str(Path(folder) / "store"), place.size)
-            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size,
-                                    timeout=_PATIENCE)
+            dist.init_process_group(
+                backend, store=store, rank=place.rank, world_size=place.size, timeout=_PATIENCE
+            )
         else:
             with _said_when_slow(place):
                 dist.init_process_group(backend, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:  # torch wraps a name that is not found, a used port
         meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise JoinFailed("the ranks cannot meet", where=f"rank {place.rank} of {place.size}",
-                         found=brief(error), fix=None if folder else
-                         f"See whether {meeting} (MASTER_ADDR, MASTER_PORT) is right and free"
-                         ) from None
+        raise JoinFailed(
+            "the ranks cannot meet",
+            where=f"rank {place.rank} of {place.size}",
+            found=brief(error),
+            fix=None
+            if folder
+            else f"See whether {meeting} (MASTER_ADDR, MASTER_PORT) is right and free",
+        ) from None
     if folder and backend == "gloo":  # NCCL's own greeting carries a secret out of the store
         shake_hands(place, (Path(folder) / SECRET).read_bytes())
 
@@ -74,10 +79,14 @@ def shake_hands(place: Place, secret: bytes, limit: timedelta = _HANDSHAKE) -> N
     The proof is a hash of the secret and of the direction, so that what a rank sends is of no use
     for standing in for it. Raises JoinFailed for a connection that proves nothing within ``limit``.
     """
+
     def proof(sender: int, receiver: int) -> torch.Tensor:
         text = f"dsv3 rank {sender} to rank {receiver}".encode()
-        return torch.tensor(list(hashlib.blake2b(text, key=secret, digest_size=32).digest()),
-                            dtype=torch.uint8, device="cpu")
+        return torch.tensor(
+            list(hashlib.blake2b(text, key=secret, digest_size=32).digest()),
+            dtype=torch.uint8,
+            device="cpu",
+        )
 
     others = [rank for rank in range(place.size) if rank != place.rank]
     got = {rank: torch.zeros(32, dtype=torch.uint8, device="cpu") for rank in others}
@@ -88,17 +97,21 @@ def shake_hands(place: Place, secret: bytes, limit: timedelta = _HANDSHAKE) -> N
             work.wait(limit)
     for rank in others:
         if not torch.equal(got[rank], proof(rank, place.rank)):
-            raise JoinFailed("a stranger sits where another rank should",
-                             where=f"rank {place.rank} of {place.size}",
-                             found=f"no proof from rank {rank}",
-                             fix="Start again; if it comes back, ask who else uses this machine")
+            raise JoinFailed(
+                "a stranger sits where another rank should",
+                where=f"rank {place.rank} of {place.size}",
+                found=f"no proof from rank {rank}",
+                fix="Start again; if it comes back, ask who else uses this machine",
+            )
 
 
 @contextmanager
 def _said_when_slow(place: Place):
     """Ranks that were never started would be awaited in silence: say what is awaited."""
-    text = (f"dsv3: rank {place.rank} of {place.size} waits for the others at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)")
+    text = (
+        f"dsv3: rank {place.rank} of {place.size} waits for the others at "
+        f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+    )
     note = threading.Timer(_NOTE_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
     note.daemon = True
     note.start()

@@ -29,19 +29,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from collections.abc import Iterator, Sequence
 
 from dsv3.errors import DSV3Error
 from dsv3.parallel.environment import FOLDER, SECRET, loopback
 from dsv3.parallel.rank import LAUNCHER, PEER_LOST, report_file
 
-_LOOK_SECONDS = 0.1     # between two looks at the ranks
-_CAUSE_SECONDS = 2      # a rank that lost a peer may end before the one that it lost
-_GRACE_SECONDS = 5      # for a rank to end before it is killed
-_NOTE_SECONDS = 2       # a rank is stopped so long before the launcher says so
-_STOPPED_SECONDS = 60   # and so long before all are ended
+_LOOK_SECONDS = 0.1  # between two looks at the ranks
+_CAUSE_SECONDS = 2  # a rank that lost a peer may end before the one that it lost
+_GRACE_SECONDS = 5  # for a rank to end before it is killed
+_NOTE_SECONDS = 2  # a rank is stopped so long before the launcher says so
+_STOPPED_SECONDS = 60  # and so long before all are ended
 
 
 class RankFailed(DSV3Error):
@@ -65,8 +65,7 @@ class _Rank:
     def look(self) -> None:
         """Take what the system says about the process since the last look."""
         while self.exit_code is None:
-            pid, status = os.waitpid(self.process.pid,
-                                     os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+            pid, status = os.waitpid(self.process.pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             if not pid:
                 return
             if os.WIFSTOPPED(status):
@@ -81,8 +80,9 @@ class _Rank:
             os.kill(self.process.pid, number)  # not yet reaped, so the id is still its own
 
 
-def launch(command: Sequence[str | Path], ranks: int, *, threads: int = 1,
-           interactive: bool = False) -> int:
+def launch(
+    command: Sequence[str | Path], ranks: int, *, threads: int = 1, interactive: bool = False
+) -> int:
     """Run ``python COMMAND`` as ``ranks`` ranks on this machine; return an exit code.
 
     command: ``("-m", "dsv3", ...)``, or a program and its arguments; it calls ``begin_rank`` first
@@ -91,8 +91,10 @@ def launch(command: Sequence[str | Path], ranks: int, *, threads: int = 1,
     Raises RankFailed for the rank that failed first.
     """
     team: list[_Rank] = []
-    with _signals(interactive) as received, \
-            tempfile.TemporaryDirectory(prefix="dsv3-", ignore_cleanup_errors=True) as folder:
+    with (
+        _signals(interactive) as received,
+        tempfile.TemporaryDirectory(prefix="dsv3-", ignore_cleanup_errors=True) as folder,
+    ):
         (Path(folder) / SECRET).write_bytes(secrets.token_bytes(32))
         common = _environment(ranks, folder, threads)
         try:
@@ -137,13 +139,19 @@ def _check_stopped(rank: _Rank, ranks: int) -> None:
         return
     seconds = time.monotonic() - rank.stopped
     if seconds > _STOPPED_SECONDS:
-        raise RankFailed(f"rank {rank.number} of {ranks} was stopped (SIGSTOP) and did not go on "
-                         f"within {_STOPPED_SECONDS} s; all ranks were ended")
+        raise RankFailed(
+            f"rank {rank.number} of {ranks} was stopped (SIGSTOP) and did not go on "
+            f"within {_STOPPED_SECONDS} s; all ranks were ended"
+        )
     if seconds > _NOTE_SECONDS and not rank.noted:
         rank.noted = True
-        print(f"dsv3: rank {rank.number} of {ranks} is stopped (SIGSTOP), and the others wait for "
-              f"it. kill -CONT {rank.process.pid} continues it; in {_STOPPED_SECONDS} s all are "
-              "ended", file=sys.stderr, flush=True)
+        print(
+            f"dsv3: rank {rank.number} of {ranks} is stopped (SIGSTOP), and the others wait for "
+            f"it. kill -CONT {rank.process.pid} continues it; in {_STOPPED_SECONDS} s all are "
+            "ended",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _end(team: Sequence[_Rank]) -> None:
@@ -160,15 +168,15 @@ def _end(team: Sequence[_Rank]) -> None:
             rank.look()
 
 
-def _start(command: Sequence[str | Path], number: int,
-           common: dict[str, str]) -> subprocess.Popen:
+def _start(command: Sequence[str | Path], number: int, common: dict[str, str]) -> subprocess.Popen:
     """One rank. Ctrl-C is held back until it can be heard, here and there (``begin_rank``)."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         return subprocess.Popen(
             [sys.executable, "-P", *map(str, command)],
             env=common | {"RANK": str(number), "LOCAL_RANK": str(number)},
-            stdin=None if number == 0 else subprocess.DEVNULL)
+            stdin=None if number == 0 else subprocess.DEVNULL,
+        )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

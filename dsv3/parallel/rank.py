@@ -27,8 +27,11 @@ LAUNCHER = "DSV3_LAUNCHER_PID"
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 # How Gloo, NCCL and torch's store say that the process at the other end has gone.
-_GONE = re.compile(r"connection (was )?(closed|reset) by|closed by (remote )?peer|broken pipe"
-                   r"|ncclRemoteError|remote process exited", re.IGNORECASE)
+_GONE = re.compile(
+    r"connection (was )?(closed|reset) by|closed by (remote )?peer|broken pipe"
+    r"|ncclRemoteError|remote process exited",
+    re.IGNORECASE,
+)
 
 
 def started_by_launch() -> bool:
@@ -52,8 +55,9 @@ def begin_rank() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     if sys.platform.startswith("linux"):  # a stopped rank too has to notice
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGCONT)
-    threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]), folder),
-                     daemon=True).start()
+    threading.Thread(
+        target=_end_with, args=(int(os.environ[LAUNCHER]), folder), daemon=True
+    ).start()
 
 
 def _end_with(launcher: int, folder: str) -> None:
@@ -113,7 +117,8 @@ def is_collective(error: BaseException) -> bool:
 
     return isinstance(error, RuntimeError) and (
         isinstance(error, distributed.DistError)
-        or re.match(r"\[/\S*/gloo/\S+\]", str(error)) is not None)
+        or re.match(r"\[/\S*/gloo/\S+\]", str(error)) is not None
+    )
 
 
 def brief(error: BaseException) -> str:

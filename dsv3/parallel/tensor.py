@@ -28,9 +28,10 @@ from dsv3.parallel.environment import Place, check_device, place
 from dsv3.parallel.join import join
 
 # What a gradient through a collective is told: it would miss what the other ranks did.
-_NO_GRADIENT = dict(what="no gradient goes back through a model that is cut over several ranks",
-                    fix="Train whole models, one on each rank, and share the batch "
-                        "(dsv3.training.train_step)")
+_NO_GRADIENT = dict(
+    what="no gradient goes back through a model that is cut over several ranks",
+    fix="Train whole models, one on each rank, and share the batch (dsv3.training.train_step)",
+)
 
 
 class TensorGroup:
@@ -43,8 +44,9 @@ class TensorGroup:
     for an all-reduce, N-1 times my part for an all-gather.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, process_group=None,
-                 device: torch.device | str = "cpu"):
+    def __init__(
+        self, rank: int = 0, size: int = 1, process_group=None, device: torch.device | str = "cpu"
+    ):
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self._process_group = process_group
         self.bytes_sent = 0
@@ -86,9 +88,13 @@ class TensorGroup:
         Raises DSV3Error, naming ``what``, when they do not divide.
         """
         if count % self.size:
-            raise DSV3Error("cannot be cut over the ranks", where=what, found=count,
-                            expected=f"a multiple of {self.size}",
-                            fix="Use a number of ranks that divides it")
+            raise DSV3Error(
+                "cannot be cut over the ranks",
+                where=what,
+                found=count,
+                expected=f"a multiple of {self.size}",
+                fix="Use a number of ranks that divides it",
+            )
         return count // self.size
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:

@@ -37,36 +37,42 @@ class RouterWatch:
     """
 
     def __init__(self, model: nn.Module):
-        self.routers = {name: module for name, module in model.named_modules()
-                        if isinstance(module, Router)}
+        self.routers = {
+            name: module for name, module in model.named_modules() if isinstance(module, Router)
+        }
         self.load: dict[str, Tensor] = {}
         self.reset()
-        self._hooks = [router.register_forward_hook(self._watch(name))
-                       for name, router in self.routers.items()]
+        self._hooks = [
+            router.register_forward_hook(self._watch(name)) for name, router in self.routers.items()
+        ]
 
     def _watch(self, name: str):
         def hook(router, inputs, outputs):
             scores = router.scores(inputs[0]) if torch.is_grad_enabled() else None
             if in_backward():
                 return  # the same tokens again, recomputed step by step
-            self.load[name] += torch.bincount(outputs[1].flatten(),
-                                              minlength=len(self.load[name]))
+            self.load[name] += torch.bincount(outputs[1].flatten(), minlength=len(self.load[name]))
             if scores is not None:
                 self._scores.append(scores)
+
         return hook
 
     def reset(self) -> None:
         """Forget loads and scores."""
         device = next(iter(self.routers.values())).weight.device if self.routers else None
-        self.load = {name: torch.zeros(router.config.n_routed_experts, device=device)
-                     for name, router in self.routers.items()}
+        self.load = {
+            name: torch.zeros(router.config.n_routed_experts, device=device)
+            for name, router in self.routers.items()
+        }
         self._scores: list[Tensor] = []
 
     def sequence_loss(self, sequences: int) -> Float[Tensor, ""] | float:
         """L_Bal / alpha of the forward pass since the last call: the sum over all routers."""
         scores, self._scores = self._scores, []
-        return sum(sequence_balance(s.unflatten(0, (sequences, -1)), router.config)
-                   for s, router in zip(scores, self.routers.values(), strict=True))
+        return sum(
+            sequence_balance(s.unflatten(0, (sequences, -1)), router.config)
+            for s, router in zip(scores, self.routers.values(), strict=True)
+        )
 
     def close(self) -> None:
         """Stop watching."""
@@ -81,14 +87,15 @@ def sequence_balance(scores: Float[Tensor, "b t experts"], config) -> Float[Tens
     """
     experts, k = scores.shape[-1], config.num_experts_per_tok
     chosen = torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1.0)
-    f = chosen.mean(1) * (experts / k)                                                   # eq. 18
-    p = (scores / scores.sum(-1, keepdim=True)).mean(1)                              # eq. 19, 20
-    return (f * p).sum(-1).mean()                                                        # eq. 17
+    f = chosen.mean(1) * (experts / k)  # eq. 18
+    p = (scores / scores.sum(-1, keepdim=True)).mean(1)  # eq. 19, 20
+    return (f * p).sum(-1).mean()  # eq. 17
 
 
 @torch.no_grad()
-def update_bias(bias: Float[Tensor, "experts"], load: Float[Tensor, "experts"],
-                speed: float) -> None:
+def update_bias(
+    bias: Float[Tensor, "experts"], load: Float[Tensor, "experts"], speed: float
+) -> None:
     """b_i += gamma * sign(mean load - load_i), in place; an expert at the mean stays."""
     bias += speed * torch.sign(load.mean() - load)
 

@@ -31,16 +31,19 @@ class Corpus:
     held_out: name -> tokens of the held-out text. say: told in one line what is being done.
     """
 
-    def __init__(self, plays: str | Path | None, code: str | Path | None,
-                 say: Callable[[str], None]):
+    def __init__(
+        self, plays: str | Path | None, code: str | Path | None, say: Callable[[str], None]
+    ):
         say("reading the plays, the Python library and the sums (about 10 s)")
         self.domains = data.load_domains(plays, code)
-        self.text = hashlib.sha256("".join(
-            document for domain in self.domains for document in domain.train).encode()).hexdigest()
+        self.text = hashlib.sha256(
+            "".join(document for domain in self.domains for document in domain.train).encode()
+        ).hexdigest()
         self._say = say
 
-    def learn_tokenizer(self, folder: Path, config: ModelConfig, group: TensorGroup,
-                        known: str | None) -> None:
+    def learn_tokenizer(
+        self, folder: Path, config: ModelConfig, group: TensorGroup, known: str | None
+    ) -> None:
         """Make the tokenizer of this text in ``folder``, or take the one that is there.
 
         known: the digest that a checkpoint remembers. A file that does not have it, cut or of
@@ -50,36 +53,43 @@ class Corpus:
         if group.rank == 0:
             if known is None or not _has_digest(file, known):
                 self._say(f"learning a tokenizer of {config.vocab_size:,} tokens (about 5 s)")
-                learned = data.train_tokenizer(data.tokenizer_texts(self.domains),
-                                               config.vocab_size)
+                learned = data.train_tokenizer(
+                    data.tokenizer_texts(self.domains), config.vocab_size
+                )
                 data.save_tokenizer(learned, folder, config.max_position_embeddings)
             else:
                 data.save_tokenizer_settings(folder, config.max_position_embeddings)
-        self.tokenizer_digest = group.broadcast_object(
-            digest(file) if group.rank == 0 else None)
+        self.tokenizer_digest = group.broadcast_object(digest(file) if group.rank == 0 else None)
         if known not in (None, self.tokenizer_digest):
-            raise DSV3Error("another tokenizer was learned here", where=file,
-                            found="the same text gives another one now",
-                            fix="Use the version of tokenizers that the run began with, or give a "
-                            "new --out folder")
+            raise DSV3Error(
+                "another tokenizer was learned here",
+                where=file,
+                found="the same text gives another one now",
+                fix="Use the version of tokenizers that the run began with, or give a "
+                "new --out folder",
+            )
         self.tokenizer = Tokenizer.from_file(str(file))
         self.token_bytes = torch.from_numpy(data.token_bytes(self.tokenizer)).to(group.device)
         self._say("counting the held-out text")
-        self.held_out = {domain.name: data.pack(self.tokenizer, domain.held_out)
-                         for domain in self.domains}
+        self.held_out = {
+            domain.name: data.pack(self.tokenizer, domain.held_out) for domain in self.domains
+        }
 
     def check_held_out(self, length: int) -> None:
         """Raise DSV3Error for a domain whose held-out text does not fill one window."""
         for name, ids in self.held_out.items():
             if len(ids) < length:
-                raise DSV3Error("too little held-out text", where=name,
-                                found=f"{len(ids)} tokens",
-                                expected=f"{length}, one window, or more")
+                raise DSV3Error(
+                    "too little held-out text",
+                    where=name,
+                    found=f"{len(ids)} tokens",
+                    expected=f"{length}, one window, or more",
+                )
 
     def windows(self, name: str, length: int, overlap: int, most: int | None) -> torch.Tensor:
         """Held-out windows of a domain, all or about ``most`` of them, evenly spaced."""
         windows = data.in_order(self.held_out[name], length + overlap, overlap)
-        return windows if most is None else windows[::max(len(windows) // most, 1)]
+        return windows if most is None else windows[:: max(len(windows) // most, 1)]
 
 
 def _has_digest(file: Path, known: str) -> bool:

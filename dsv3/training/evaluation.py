@@ -14,9 +14,13 @@ from dsv3.training.objective import cross_entropy, mtp_logits
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, windows: Int[Tensor, "n w"], token_bytes: Int[Tensor, "vocab"],
-             batch_size: int = 8,
-             on_windows: Callable[[int], object] = lambda count: None) -> dict[str, float]:
+def evaluate(
+    model: Transformer,
+    windows: Int[Tensor, "n w"],
+    token_bytes: Int[Tensor, "vocab"],
+    batch_size: int = 8,
+    on_windows: Callable[[int], object] = lambda count: None,
+) -> dict[str, float]:
     """Held-out figures over windows of s + 1 + D tokens.
 
     loss, mtp_loss: nats a token. bits_per_byte: the loss in bits over the bytes of the predicted
@@ -31,13 +35,13 @@ def evaluate(model: Transformer, windows: Int[Tensor, "n w"], token_bytes: Int[T
     count = text_bytes = agreed = drafted = 0
     for window in windows.split(batch_size):
         logits, hidden = model(window[:, :length], return_hidden=True)
-        targets = window[:, 1:1 + length]
+        targets = window[:, 1 : 1 + length]
         nats += float(cross_entropy(logits, targets)) * targets.numel()
         count += targets.numel()
         text_bytes += int(token_bytes[targets].sum())
         if depths:
             draft = mtp_logits(model, hidden, window)[0]
-            ahead += float(cross_entropy(draft, window[:, 2:2 + length])) * targets.numel()
+            ahead += float(cross_entropy(draft, window[:, 2 : 2 + length])) * targets.numel()
             agreed += int((draft[:, :-1].argmax(-1) == logits[:, 1:].argmax(-1)).sum())
             drafted += draft[:, :-1].shape[:2].numel()
         on_windows(len(window))

@@ -40,8 +40,9 @@ from dsv3.training.routing import Specialisation, by_label, specialisation
 _SUM_TOKENS = 40
 
 
-def held_out_windows(model: Transformer, ids: np.ndarray, length: int,
-                     most: int | None = None) -> Int[Tensor, "n w"]:
+def held_out_windows(
+    model: Transformer, ids: np.ndarray, length: int, most: int | None = None
+) -> Int[Tensor, "n w"]:
     """Windows of which the model reads ``length`` tokens, evenly spaced, at most ``most``."""
     overlap = 1 + model.config.num_nextn_predict_layers
     windows = data.in_order(ids, length + overlap, overlap)
@@ -55,8 +56,13 @@ def spread_out(items: Sequence, most: int | None) -> list:
     return [items[number * len(items) // most] for number in range(most)]
 
 
-def held_out_figures(model: Transformer, tokenizer: Tokenizer, ids: dict[str, np.ndarray],
-                     length: int, most: int | None = None) -> dict[str, dict[str, float]]:
+def held_out_figures(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    ids: dict[str, np.ndarray],
+    length: int,
+    most: int | None = None,
+) -> dict[str, dict[str, float]]:
     """``evaluate`` by domain on windows of ``length`` tokens; "windows" says how many there were.
 
     ids: held-out tokens of each domain, packed.
@@ -70,8 +76,9 @@ def held_out_figures(model: Transformer, tokenizer: Tokenizer, ids: dict[str, np
     return figures
 
 
-def sums_right(model: Transformer, tokenizer: Tokenizer, pairs: Sequence[tuple[int, int]],
-               batch_size: int = 50) -> dict:
+def sums_right(
+    model: Transformer, tokenizer: Tokenizer, pairs: Sequence[tuple[int, int]], batch_size: int = 50
+) -> dict:
     """Greedy answers to ``a + b =``, each at the beginning of a document, one line long.
 
     right: share of answers whose result, behind the working, is exactly a + b; working_right:
@@ -83,19 +90,22 @@ def sums_right(model: Transformer, tokenizer: Tokenizer, pairs: Sequence[tuple[i
     line_ends.append(tokenizer.token_to_id(data.EOS))
     right, exact, wrong = 0, 0, []
     for start in range(0, len(pairs), batch_size):
-        some = pairs[start:start + batch_size]
+        some = pairs[start : start + batch_size]
         prompts = [[bos, *encode(tokenizer, f"{a} + {b} =")] for a, b in some]
         result = complete(model, prompts, max_new_tokens=_SUM_TOKENS, eos_ids=line_ends)
-        for (a, b), ids, reason in zip(some, result.ids, result.stopped_by,
-                                      strict=True):
+        for (a, b), ids, reason in zip(some, result.ids, result.stopped_by, strict=True):
             said = tokenizer.decode(ids)
             good = reason == "eos" and data.final_answer(said) == str(a + b)
             right += good
             exact += good and said.strip() == f"{data.working(a, b)}{a + b}"
             if not good:
                 wrong.append(f"{a} + {b} ={said}")
-    return {"right": right / len(pairs), "working_right": exact / len(pairs),
-            "asked": len(pairs), "wrong": wrong[:10]}
+    return {
+        "right": right / len(pairs),
+        "working_right": exact / len(pairs),
+        "asked": len(pairs),
+        "wrong": wrong[:10],
+    }
 
 
 def some_sums(held_out: bool, count: int, seed: int = 0) -> list[tuple[int, int]]:
@@ -111,14 +121,25 @@ def first_lines(documents: Sequence[str], count: int) -> list[str]:
     Evenly spaced; only first lines that hold a whole signature, so that the rest is a body.
     """
     heads = [document.removeprefix(data.BOS).split("\n")[0] for document in documents]
-    return [head + "\n" for head in spread_out(
-        [head for head in heads if head.startswith("def ") and head.endswith(":")], count)]
+    return [
+        head + "\n"
+        for head in spread_out(
+            [head for head in heads if head.startswith("def ") and head.endswith(":")], count
+        )
+    ]
 
 
-def code_samples(model: Transformer, tokenizer: Tokenizer, beginnings: Sequence[str],
-                 temperature: float, top_p: float = 0.95, seed: int = 0,
-                 max_new_tokens: int = 512, trained: Sequence[str] = (),
-                 batch_size: int = 25) -> dict:
+def code_samples(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    beginnings: Sequence[str],
+    temperature: float,
+    top_p: float = 0.95,
+    seed: int = 0,
+    max_new_tokens: int = 512,
+    trained: Sequence[str] = (),
+    batch_size: int = 25,
+) -> dict:
     """One sample for each beginning of a Python document, and whether it is Python.
 
     parsed: share that ended with the end token and that ``ast`` parses, from beginning to end;
@@ -129,13 +150,17 @@ def code_samples(model: Transformer, tokenizer: Tokenizer, beginnings: Sequence[
     bos, eos = tokenizer.token_to_id(data.BOS), tokenizer.token_to_id(data.EOS)
     texts, ended, parsed, copied, broken = [], 0, [], 0, []
     for start in range(0, len(beginnings), batch_size):
-        some = beginnings[start:start + batch_size]
+        some = beginnings[start : start + batch_size]
         result = complete(
-            model, [[bos, *encode(tokenizer, text)] for text in some],
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-            seed=seed + start, eos_ids=[eos])
-        for beginning, ids, reason in zip(some, result.ids, result.stopped_by,
-                                      strict=True):
+            model,
+            [[bos, *encode(tokenizer, text)] for text in some],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed + start,
+            eos_ids=[eos],
+        )
+        for beginning, ids, reason in zip(some, result.ids, result.stopped_by, strict=True):
             new = tokenizer.decode(ids, skip_special_tokens=False)
             texts.append(beginning + new)
             if reason != "eos":
@@ -148,33 +173,47 @@ def code_samples(model: Transformer, tokenizer: Tokenizer, beginnings: Sequence[
                 parsed.append(texts[-1].strip().count("\n") + 1)
                 copied += any(new in document for document in trained)
     count = len(beginnings)
-    return {"parsed": len(parsed) / count, "ended": ended / count, "samples": count,
-            "lines": float(np.median(parsed)) if parsed else 0.0,
-            "copied": copied / len(parsed) if parsed else 0.0,
-            "temperature": temperature, "top_p": top_p, "broken": broken[:10], "texts": texts}
+    return {
+        "parsed": len(parsed) / count,
+        "ended": ended / count,
+        "samples": count,
+        "lines": float(np.median(parsed)) if parsed else 0.0,
+        "copied": copied / len(parsed) if parsed else 0.0,
+        "temperature": temperature,
+        "top_p": top_p,
+        "broken": broken[:10],
+        "texts": texts,
+    }
 
 
 def syntax_error(text: str) -> str | None:
     """What is wrong with a Python text, or None."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")        # old escapes in strings
+            warnings.simplefilter("ignore")  # old escapes in strings
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return f"{type(error).__name__}: {getattr(error, 'msg', error)}"
     return None if tree.body else "nothing but comments"
 
 
-def beginnings_of(tokenizer: Tokenizer, documents: Sequence[str], count: int,
-                  length: int = 32) -> list[list[int]]:
+def beginnings_of(
+    tokenizer: Tokenizer, documents: Sequence[str], count: int, length: int = 32
+) -> list[list[int]]:
     """The first ``length`` tokens of ``count`` documents that are longer, evenly spaced."""
-    long = [ids[:length] for document in documents
-            if len(ids := encode(tokenizer, document)) > length]
+    long = [
+        ids[:length] for document in documents if len(ids := encode(tokenizer, document)) > length
+    ]
     return spread_out(long, count)
 
 
-def draft_acceptance(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
-                     max_new_tokens: int = 256, batch_size: int = 25) -> dict[str, float]:
+def draft_acceptance(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int = 256,
+    batch_size: int = 25,
+) -> dict[str, float]:
     """Greedy speculative decoding of the prompts: what became of the drafts.
 
     acceptance: accepted over drafted tokens of all prompts; passes: of rows through the model;
@@ -185,22 +224,35 @@ def draft_acceptance(model: Transformer, tokenizer: Tokenizer, prompts: list[lis
     eos = tokenizer.token_to_id(data.EOS)
     accepted = passes = tokens = runs = new_runs = 0
     for start in range(0, len(prompts), batch_size):
-        result = complete(model, prompts[start:start + batch_size], speculative=True,
-                          max_new_tokens=max_new_tokens, eos_ids=[eos])
+        result = complete(
+            model,
+            prompts[start : start + batch_size],
+            speculative=True,
+            max_new_tokens=max_new_tokens,
+            eos_ids=[eos],
+        )
         # A row's last pass drafts nothing where one token is left; passes weigh nearly right.
         accepted += (result.acceptance or 0.0) * result.passes
         passes += result.passes
         for ids in result.ids:
             tokens += len(ids)
-            eights = [tuple(ids[place:place + 8]) for place in range(len(ids) - 7)]
+            eights = [tuple(ids[place : place + 8]) for place in range(len(ids) - 7)]
             runs, new_runs = runs + len(eights), new_runs + len(set(eights))
-    return {"acceptance": accepted / max(passes, 1), "passes": passes, "tokens": tokens,
-            "prompts": len(prompts), "repeated": 1 - new_runs / max(runs, 1)}
+    return {
+        "acceptance": accepted / max(passes, 1),
+        "passes": passes,
+        "tokens": tokens,
+        "prompts": len(prompts),
+        "repeated": 1 - new_runs / max(runs, 1),
+    }
 
 
-def routing_by_domain(counts: dict[str, Int[Tensor, "n experts"]], labels: Int[Tensor, "n"],
-                      shares: Sequence[float], permutations: int = 200
-                      ) -> dict[str, dict]:
+def routing_by_domain(
+    counts: dict[str, Int[Tensor, "n experts"]],
+    labels: Int[Tensor, "n"],
+    shares: Sequence[float],
+    permutations: int = 200,
+) -> dict[str, dict]:
     """Balance and specialisation of each router, from ``routing.expert_counts``.
 
     labels: number of each window's domain. max_violation: MaxVio of the domains in their
@@ -208,17 +260,24 @@ def routing_by_domain(counts: dict[str, Int[Tensor, "n experts"]], labels: Int[T
     alone. The others are the fields of ``Specialisation``.
     """
     if len(shares) != int(labels.max()) + 1:
-        raise DSV3Error("wrong shares", where="routing", found=f"{len(shares)} shares",
-                        expected=f"one for each of {int(labels.max()) + 1} domains")
+        raise DSV3Error(
+            "wrong shares",
+            where="routing",
+            found=f"{len(shares)} shares",
+            expected=f"one for each of {int(labels.max()) + 1} domains",
+        )
     result = {}
     for name, table in counts.items():
         loads = by_label(table, labels)
         loads = loads / loads.sum(1, keepdim=True)
         found: Specialisation = specialisation(table, labels, permutations)
         mixed = torch.tensor(shares, dtype=torch.float64) @ loads
-        result[name] = {"max_violation": max_violation(mixed),
-                        "by_domain": [max_violation(load) for load in loads],
-                        "beyond_chance": found.beyond_chance, **vars(found)}
+        result[name] = {
+            "max_violation": max_violation(mixed),
+            "by_domain": [max_violation(load) for load in loads],
+            "beyond_chance": found.beyond_chance,
+            **vars(found),
+        }
     return result
 
 

@@ -50,8 +50,12 @@ class Log:
     def add(self, **values) -> None:
         """One line more."""
         if self.path.exists() and not self.path.is_file():
-            raise DSV3Error("cannot be written", where=self.path, found="not a plain file",
-                            fix="Move it out of the way")
+            raise DSV3Error(
+                "cannot be written",
+                where=self.path,
+                found="not a plain file",
+                fix="Move it out of the way",
+            )
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")

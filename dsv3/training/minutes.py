@@ -12,12 +12,12 @@ import math
 
 from dsv3.training.recipe import Recipe
 
-_TIMED_STEPS = 20       # steps watched before the length is fixed,
-_TIMED_SHARE = 0.05     # or as many as take this share of the minutes
+_TIMED_STEPS = 20  # steps watched before the length is fixed,
+_TIMED_SHARE = 0.05  # or as many as take this share of the minutes
 _VALIDATION_SHARE = 0.15
 _EXPORT_SECONDS = 3.0
-_KEPT_BACK = 0.05       # of what is left: checkpoints, validation on the way
-_FORWARD_SPEED = 2.5    # of a forward pass, in steps: a step is a forward pass and two backward
+_KEPT_BACK = 0.05  # of what is left: checkpoints, validation on the way
+_FORWARD_SPEED = 2.5  # of a forward pass, in steps: a step is a forward pass and two backward
 
 
 def knows_its_speed(step: int, seconds: float, minutes: float) -> bool:
@@ -25,8 +25,17 @@ def knows_its_speed(step: int, seconds: float, minutes: float) -> bool:
     return step >= _TIMED_STEPS or seconds > _TIMED_SHARE * 60 * minutes
 
 
-def fit_minutes(recipe: Recipe, minutes: float, *, tokens: int, total: int, speed: float,
-                spent: float, cutting: float, held_out: int) -> tuple[dict[str, int], int | None]:
+def fit_minutes(
+    recipe: Recipe,
+    minutes: float,
+    *,
+    tokens: int,
+    total: int,
+    speed: float,
+    spent: float,
+    cutting: float,
+    held_out: int,
+) -> tuple[dict[str, int], int | None]:
     """(tokens and extension_tokens of a run that takes ``minutes``, windows of each domain that
     the last validation reads, None for all).
 
@@ -43,5 +52,7 @@ def fit_minutes(recipe: Recipe, minutes: float, *, tokens: int, total: int, spee
     share = min((tokens + max(left, 0.0) * speed) / total, 1.0)
     if tokens >= recipe.tokens:  # too late: phase one has its length, and the second is short
         return {}, most
-    return {"tokens": max(int(recipe.tokens * share), tokens),
-            "extension_tokens": math.ceil(recipe.extension_tokens * share)}, most
+    return {
+        "tokens": max(int(recipe.tokens * share), tokens),
+        "extension_tokens": math.ceil(recipe.extension_tokens * share),
+    }, most

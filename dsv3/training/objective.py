@@ -21,38 +21,44 @@ from torch import Tensor
 from dsv3.model import Transformer
 
 
-def cross_entropy(logits: Float[Tensor, "b s vocab"], targets: Int[Tensor, "b s"]
-                  ) -> Float[Tensor, ""]:
+def cross_entropy(
+    logits: Float[Tensor, "b s vocab"], targets: Int[Tensor, "b s"]
+) -> Float[Tensor, ""]:
     """Mean of -log p(target), in nats a token."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())              # eq. 24
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # eq. 24
 
 
-def mtp_logits(model: Transformer, hidden: Float[Tensor, "b s d"], window: Int[Tensor, "b w"]
-               ) -> list[Float[Tensor, "b s vocab"]]:
+def mtp_logits(
+    model: Transformer, hidden: Float[Tensor, "b s d"], window: Int[Tensor, "b w"]
+) -> list[Float[Tensor, "b s vocab"]]:
     """Logits of every MTP depth (eq. 21-23): depth k at position i is about t_{i+k+1}.
 
     hidden: states after the final norm; window: s + 1 + D tokens.
     """
     length, result = hidden.shape[1], []
     for depth in range(model.config.num_nextn_predict_layers):
-        fed = window[:, depth + 1:depth + 1 + length]                     # t_{i+k}, k = depth + 1
+        fed = window[:, depth + 1 : depth + 1 + length]  # t_{i+k}, k = depth + 1
         logits, hidden = model.mtp_logits(hidden, fed, depth=depth)
         result.append(logits)
     return result
 
 
-def losses(model: Transformer, window: Int[Tensor, "b w"]
-           ) -> tuple[Float[Tensor, ""], list[Float[Tensor, ""]]]:
+def losses(
+    model: Transformer, window: Int[Tensor, "b w"]
+) -> tuple[Float[Tensor, ""], list[Float[Tensor, ""]]]:
     """Cross-entropy of the next token and of each MTP depth on windows of s + 1 + D tokens."""
     length = window.shape[1] - 1 - model.config.num_nextn_predict_layers
     logits, hidden = model(window[:, :length], return_hidden=True)
-    main = cross_entropy(logits, window[:, 1:1 + length])
-    extra = [cross_entropy(ahead, window[:, k + 1:k + 1 + length])        # t_{i+k+1}
-             for k, ahead in enumerate(mtp_logits(model, hidden, window), start=1)]
+    main = cross_entropy(logits, window[:, 1 : 1 + length])
+    extra = [
+        cross_entropy(ahead, window[:, k + 1 : k + 1 + length])  # t_{i+k+1}
+        for k, ahead in enumerate(mtp_logits(model, hidden, window), start=1)
+    ]
     return main, extra
 
 
-def objective(main: Float[Tensor, ""], extra: list[Float[Tensor, ""]],
-              mtp_weight: float) -> Float[Tensor, ""]:
+def objective(
+    main: Float[Tensor, ""], extra: list[Float[Tensor, ""]], mtp_weight: float
+) -> Float[Tensor, ""]:
     """main + (lambda / D) * sum of the MTP losses (eq. 25)."""
-    return main + mtp_weight * sum(extra) / len(extra) if extra else main        # eq. 25
+    return main + mtp_weight * sum(extra) / len(extra) if extra else main  # eq. 25

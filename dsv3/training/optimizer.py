@@ -30,8 +30,12 @@ class AdamW(torch.optim.AdamW):
 
     def __init__(self, groups, *, moments: str = "fp32", **options):
         if moments not in _DTYPES:
-            raise DSV3Error("unknown format of the moments", where="moments", found=moments,
-                            expected=" or ".join(_DTYPES))
+            raise DSV3Error(
+                "unknown format of the moments",
+                where="moments",
+                found=moments,
+                expected=" or ".join(_DTYPES),
+            )
         super().__init__(groups, fused=True, **options)
         self.moments = _DTYPES[moments]
 
@@ -55,17 +59,35 @@ class AdamW(torch.optim.AdamW):
         wide = [state[name].float() for name in MOMENTS]
         state["step"] += 1
         torch._fused_adamw_(
-            [weight], [weight.grad], [wide[0]], [wide[1]], [], [state["step"]], lr=group["lr"],
-            beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
-            eps=group["eps"], amsgrad=False, maximize=False)
+            [weight],
+            [weight.grad],
+            [wide[0]],
+            [wide[1]],
+            [],
+            [state["step"]],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
         for name, value in zip(MOMENTS, wide):
             state[name].copy_(value)
 
 
-def make_optimizer(model: nn.Module, *, betas: tuple[float, float] = (0.9, 0.95),
-                   weight_decay: float = 0.1, moments: str = "fp32") -> AdamW:
+def make_optimizer(
+    model: nn.Module,
+    *,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.1,
+    moments: str = "fp32",
+) -> AdamW:
     """AdamW over a model's trained weights; decay on matrices only. Rates are set each step."""
     trained = [value for value in model.parameters() if value.requires_grad]
-    groups = [{"params": [v for v in trained if v.dim() > 1], "weight_decay": weight_decay},
-              {"params": [v for v in trained if v.dim() == 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [v for v in trained if v.dim() > 1], "weight_decay": weight_decay},
+        {"params": [v for v in trained if v.dim() == 1], "weight_decay": 0.0},
+    ]
     return AdamW(groups, lr=0.0, betas=betas, moments=moments)

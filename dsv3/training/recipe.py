@@ -8,8 +8,14 @@ from dsv3.errors import DSV3Error
 from dsv3.training.schedules import Schedules
 
 # What JSON makes of a field.
-_JSON_KINDS = {int: (int,), float: (float, int), bool: (bool,), str: (str,), dict: (dict,),
-               tuple: (list,)}
+_JSON_KINDS = {
+    int: (int,),
+    float: (float, int),
+    bool: (bool,),
+    str: (str,),
+    dict: (dict,),
+    tuple: (list,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +51,15 @@ class Recipe:
     extension_batch: int = 2
     extension_rate: float = 8e-4
     extension_shares: dict[str, float] = field(
-        default_factory=lambda: {"plays": 0.3, "functions": 0.5, "arithmetic": 0.2})
+        default_factory=lambda: {"plays": 0.3, "functions": 0.5, "arithmetic": 0.2}
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float = 1.0
     sequence_weight: float = 1e-4
     shares: dict[str, float] = field(
-        default_factory=lambda: {"plays": 0.42, "code": 0.28, "arithmetic": 0.3})
+        default_factory=lambda: {"plays": 0.42, "code": 0.28, "arithmetic": 0.3}
+    )
     fim_rate: float = 0.1
     precision: str = "bf16"
     moments: str = "fp32"
@@ -63,50 +71,82 @@ class Recipe:
     save_minutes: float = 4.0
 
     def __post_init__(self):
-        for name in ("tokens", "seq_len", "batch_first", "batch_last", "micro_batch",
-                     "extension_seq_len", "extension_batch", "log_every", "eval_every",
-                     "eval_windows"):
+        for name in (
+            "tokens",
+            "seq_len",
+            "batch_first",
+            "batch_last",
+            "micro_batch",
+            "extension_seq_len",
+            "extension_batch",
+            "log_every",
+            "eval_every",
+            "eval_windows",
+        ):
             if getattr(self, name) < 1:
-                raise DSV3Error("bad value", where=name, found=getattr(self, name),
-                                expected="1 or more")
+                raise DSV3Error(
+                    "bad value", where=name, found=getattr(self, name), expected="1 or more"
+                )
         if self.extension_tokens < 0:
-            raise DSV3Error("bad value", where="extension_tokens", found=self.extension_tokens,
-                            expected="0 or more")
+            raise DSV3Error(
+                "bad value",
+                where="extension_tokens",
+                found=self.extension_tokens,
+                expected="0 or more",
+            )
 
     @property
     def schedules(self) -> Schedules:
         """The report's schedules in the length and at the levels of this run."""
         return Schedules.deepseek_v3().scaled(
-            self.tokens, peak=self.learning_rate, warmup_steps=self.warmup,
-            batch_first=self.batch_first, batch_last=self.batch_last)
+            self.tokens,
+            peak=self.learning_rate,
+            warmup_steps=self.warmup,
+            batch_first=self.batch_first,
+            batch_last=self.batch_last,
+        )
 
     def check_ranks(self, ranks: int, extends: bool) -> None:
         """Raise DSV3Error unless every rank gets a window of each step. extends: whether there is
         a second phase."""
         for what in ("batch_first", "batch_last", *["extension_batch"] * extends):
             if getattr(self, what) < ranks:
-                raise DSV3Error("fewer windows in a step than ranks", where=what,
-                                found=getattr(self, what), expected=f"{ranks} or more",
-                                fix="Start fewer ranks")
+                raise DSV3Error(
+                    "fewer windows in a step than ranks",
+                    where=what,
+                    found=getattr(self, what),
+                    expected=f"{ranks} or more",
+                    fix="Start fewer ranks",
+                )
 
     def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
         """Fields in which ``other`` differs: name -> (its value, the value here)."""
-        return {f.name: (getattr(other, f.name), getattr(self, f.name)) for f in fields(self)
-                if getattr(other, f.name) != getattr(self, f.name)}
+        return {
+            f.name: (getattr(other, f.name), getattr(self, f.name))
+            for f in fields(self)
+            if getattr(other, f.name) != getattr(self, f.name)
+        }
 
     @classmethod
     def from_dict(cls, values: dict) -> Recipe:
         """The recipe a checkpoint's JSON holds; DSV3Error for one that no recipe could be."""
         known = {f.name: f for f in fields(cls)}
         if set(values) != set(known):
-            raise DSV3Error("recipe of another version", where="checkpoint",
-                            found=", ".join(sorted(set(known) ^ set(values))[:3])
-                            + " on one side only", fix="Give a new --out folder")
+            raise DSV3Error(
+                "recipe of another version",
+                where="checkpoint",
+                found=", ".join(sorted(set(known) ^ set(values))[:3]) + " on one side only",
+                fix="Give a new --out folder",
+            )
         usual = cls()
         for name, value in values.items():
             kinds = _JSON_KINDS[type(getattr(usual, name))]
             if type(value) not in kinds:
-                raise DSV3Error("bad value in a stored recipe", where=name, found=f"{value!r:.60}",
-                                expected=" or ".join(kind.__name__ for kind in kinds),
-                                fix="Give a new --out folder")
+                raise DSV3Error(
+                    "bad value in a stored recipe",
+                    where=name,
+                    found=f"{value!r:.60}",
+                    expected=" or ".join(kind.__name__ for kind in kinds),
+                    fix="Give a new --out folder",
+                )
         return cls(**{**values, "betas": tuple(values["betas"])})

@@ -30,23 +30,24 @@ from dsv3.training.objective import mtp_logits
 
 
 @torch.inference_mode()
-def expert_counts(model: Transformer, windows: Int[Tensor, "n w"],
-                  batch_size: int = 8) -> dict[str, Int64[Tensor, "n experts"]]:
+def expert_counts(
+    model: Transformer, windows: Int[Tensor, "n w"], batch_size: int = 8
+) -> dict[str, Int64[Tensor, "n experts"]]:
     """How often each expert is chosen in each window: router name -> (n, N_r), on the CPU.
 
     windows: (n, s + 1 + D) tokens, of which the model reads s; the MTP modules' routers are
     counted too. Each row sums to s K_r. Names are those of the modules, "layers.3.ffn.gate".
     """
-    routers = {name: module for name, module in model.named_modules()
-               if isinstance(module, Router)}
+    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
     counts: dict[str, list[Tensor]] = {name: [] for name in routers}
     length = windows.shape[1] - 1 - model.config.num_nextn_predict_layers
 
     def watch(name: str):
         def hook(router, inputs, outputs):
-            chosen = outputs[1].unflatten(0, (-1, length)).flatten(1)            # (b, s K_r)
+            chosen = outputs[1].unflatten(0, (-1, length)).flatten(1)  # (b, s K_r)
             zero = chosen.new_zeros(len(chosen), router.config.n_routed_experts)
             counts[name].append(zero.scatter_add(1, chosen, torch.ones_like(chosen)).cpu())
+
         return hook
 
     hooks = [router.register_forward_hook(watch(name)) for name, router in routers.items()]
@@ -81,8 +82,12 @@ class Specialisation:
         return self.bits - self.shuffled_mean
 
 
-def specialisation(counts: Int[Tensor, "n experts"], labels: Int[Tensor, "n"],
-                   permutations: int = 200, seed: int = 0) -> Specialisation:
+def specialisation(
+    counts: Int[Tensor, "n experts"],
+    labels: Int[Tensor, "n"],
+    permutations: int = 200,
+    seed: int = 0,
+) -> Specialisation:
     """What the labels of n windows say about the experts chosen in them, against shuffled labels.
 
     counts: of one router, from ``expert_counts``; labels: 0, 1, ... for each window's domain.
@@ -91,29 +96,41 @@ def specialisation(counts: Int[Tensor, "n experts"], labels: Int[Tensor, "n"],
     """
     sizes = labels.bincount()
     if len(sizes) < 2 or sizes.min() < 2:
-        raise DSV3Error("too few windows", where="specialisation", found=sizes.tolist(),
-                        expected="at least 2 windows of each of at least 2 labels")
+        raise DSV3Error(
+            "too few windows",
+            where="specialisation",
+            found=sizes.tolist(),
+            expected="at least 2 windows of each of at least 2 labels",
+        )
     if permutations < 1:
-        raise DSV3Error("bad value", where="permutations", found=permutations,
-                        expected="1 or more")
+        raise DSV3Error("bad value", where="permutations", found=permutations, expected="1 or more")
     generator = torch.Generator().manual_seed(seed)
     bits = mutual_information(by_label(counts, labels))
-    shuffled = torch.tensor([
-        mutual_information(by_label(counts, labels[torch.randperm(len(labels),
-                                                                  generator=generator)]))
-        for _ in range(permutations)], dtype=torch.float64)
+    shuffled = torch.tensor(
+        [
+            mutual_information(
+                by_label(counts, labels[torch.randperm(len(labels), generator=generator)])
+            )
+            for _ in range(permutations)
+        ],
+        dtype=torch.float64,
+    )
     share = by_label(counts, labels).sum(1)
     share = share / share.sum()
     # Equal partitions differ in the last bits of a float64 sum; those count as reached.
     reached = int((shuffled >= bits - 1e-12).sum())
     return Specialisation(
-        bits=bits, shuffled_mean=float(shuffled.mean()),
+        bits=bits,
+        shuffled_mean=float(shuffled.mean()),
         shuffled_99=float(shuffled.quantile(0.99)),
-        p_value=(1 + reached) / (1 + permutations), most=-float((share * share.log2()).sum()))
+        p_value=(1 + reached) / (1 + permutations),
+        most=-float((share * share.log2()).sum()),
+    )
 
 
-def by_label(counts: Int[Tensor, "n experts"],
-             labels: Int[Tensor, "n"]) -> Float64[Tensor, "labels experts"]:
+def by_label(
+    counts: Int[Tensor, "n experts"], labels: Int[Tensor, "n"]
+) -> Float64[Tensor, "labels experts"]:
     """Counts summed over the windows of each label."""
     sums = torch.zeros(int(labels.max()) + 1, counts.shape[1], dtype=torch.float64)
     return sums.index_add(0, labels, counts.double())

@@ -98,14 +98,22 @@ class Schedules:
         return cls(
             total=PAPER_TOKENS,
             learning_rate=LearningRate(
-                peak=2.2e-4, low=2.2e-5, last=7.3e-6, warmup_steps=2000,
-                constant_until=_CONSTANT_UNTIL, cosine_until=_COSINE_UNTIL, low_until=_LOW_UNTIL),
+                peak=2.2e-4,
+                low=2.2e-5,
+                last=7.3e-6,
+                warmup_steps=2000,
+                constant_until=_CONSTANT_UNTIL,
+                cosine_until=_COSINE_UNTIL,
+                low_until=_LOW_UNTIL,
+            ),
             batch=BatchRamp(first=3072, last=15360, until=_RAMP_UNTIL),
             mtp_weight=Switch(before=0.3, after=0.1, until=_CONSTANT_UNTIL),
-            bias_speed=Switch(before=0.001, after=0.0, until=_COSINE_UNTIL))
+            bias_speed=Switch(before=0.001, after=0.0, until=_COSINE_UNTIL),
+        )
 
-    def scaled(self, total: float, *, peak: float, warmup_steps: int, batch_first: int,
-               batch_last: int) -> Schedules:
+    def scaled(
+        self, total: float, *, peak: float, warmup_steps: int, batch_first: int, batch_last: int
+    ) -> Schedules:
         """The same shape over ``total`` tokens, with levels that suit another model.
 
         All breakpoints in tokens shrink alike; the two low learning rates keep their ratio to the
@@ -116,9 +124,15 @@ class Schedules:
         return Schedules(
             total=total,
             learning_rate=LearningRate(
-                peak=peak, low=rate.low * level, last=rate.last * level,
-                warmup_steps=warmup_steps, constant_until=rate.constant_until * by,
-                cosine_until=rate.cosine_until * by, low_until=rate.low_until * by),
+                peak=peak,
+                low=rate.low * level,
+                last=rate.last * level,
+                warmup_steps=warmup_steps,
+                constant_until=rate.constant_until * by,
+                cosine_until=rate.cosine_until * by,
+                low_until=rate.low_until * by,
+            ),
             batch=BatchRamp(first=batch_first, last=batch_last, until=self.batch.until * by),
             mtp_weight=replace(self.mtp_weight, until=self.mtp_weight.until * by),
-            bias_speed=replace(self.bias_speed, until=self.bias_speed.until * by))
+            bias_speed=replace(self.bias_speed, until=self.bias_speed.until * by),
+        )

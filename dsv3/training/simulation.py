@@ -45,9 +45,18 @@ class BalanceRun:
 
 
 @torch.no_grad()
-def simulate(*, experts: int = 64, k: int = 8, tokens: int = 4096, gamma: float = 0.001,
-             steps: int = 500, skew: float = 1.0, n_group: int = 1, topk_group: int = 1,
-             seed: int = 0) -> BalanceRun:
+def simulate(
+    *,
+    experts: int = 64,
+    k: int = 8,
+    tokens: int = 4096,
+    gamma: float = 0.001,
+    steps: int = 500,
+    skew: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    seed: int = 0,
+) -> BalanceRun:
     """Route ``tokens`` new tokens in each of ``steps`` steps and move the bias by ``gamma``.
 
     experts, k: N_r and K_r. gamma: 0 leaves the bias alone. skew: how much popularity differs
@@ -59,8 +68,9 @@ def simulate(*, experts: int = 64, k: int = 8, tokens: int = 4096, gamma: float 
     for name, value in (("tokens", tokens), ("steps", steps)):
         if value < 1:
             raise DSV3Error("bad value", where=name, found=value, expected="1 or more")
-    config = ModelConfig.mini().but(n_routed_experts=experts, num_experts_per_tok=k,
-                                    n_group=n_group, topk_group=topk_group)
+    config = ModelConfig.mini().but(
+        n_routed_experts=experts, num_experts_per_tok=k, n_group=n_group, topk_group=topk_group
+    )
     router = Router(config, Precision.training("fp32"))
     router.bias.zero_()
     random = torch.Generator().manual_seed(seed)

@@ -30,9 +30,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dsv3.checkpoint.safetensors_io import DTYPE_NAMES, SafetensorsFile
 from dsv3.errors import DSV3Error
 from dsv3.files import open_plain, read_json, read_text
-from dsv3.checkpoint.safetensors_io import DTYPE_NAMES, SafetensorsFile
 from dsv3.training.optimizer import MOMENTS, AdamW
 
 _KEEP = 2
@@ -59,12 +59,16 @@ def save_state(folder: Path, step: int, facts: dict, model: nn.Module, optimizer
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        save_file({name: value.detach().contiguous() for name, value in tensors.items()},
-                  beside / _TENSORS)
-        (beside / _FACTS).write_text(json.dumps({"step": step, **facts}, indent=2) + "\n",
-                                     encoding="utf-8")
+        save_file(
+            {name: value.detach().contiguous() for name, value in tensors.items()},
+            beside / _TENSORS,
+        )
+        (beside / _FACTS).write_text(
+            json.dumps({"step": step, **facts}, indent=2) + "\n", encoding="utf-8"
+        )
         (beside / _SUMS).write_text(
-            "".join(f"{digest(beside / name)}  {name}\n" for name in (_FACTS, _TENSORS)))
+            "".join(f"{digest(beside / name)}  {name}\n" for name in (_FACTS, _TENSORS))
+        )
         for path in (*beside.iterdir(), beside):
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -72,8 +76,12 @@ def save_state(folder: Path, step: int, facts: dict, model: nn.Module, optimizer
         _flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise DSV3Error("training checkpoint cannot be written", where=final, found=error,
-                        fix="Make room or give another --out folder") from None
+        raise DSV3Error(
+            "training checkpoint cannot be written",
+            where=final,
+            found=error,
+            fix="Make room or give another --out folder",
+        ) from None
     remove_old(folder)
     return final
 
@@ -85,8 +93,11 @@ def remove_old(folder: Path) -> None:
         try:
             shutil.rmtree(old)
         except OSError as error:
-            raise DSV3Error("old training checkpoint cannot be removed", where=old,
-                            found=error.strerror or error) from None
+            raise DSV3Error(
+                "old training checkpoint cannot be removed",
+                where=old,
+                found=error.strerror or error,
+            ) from None
 
 
 def latest_state(folder: Path) -> Path | None:
@@ -116,8 +127,9 @@ def read_facts(path: Path) -> dict:
         else:
             good = type(value) is _KINDS[name]
         if not good:
-            raise _damaged(path, _FACTS, f"{name} = {value!r:.60}" if name in facts
-                           else f"no {name}")
+            raise _damaged(
+                path, _FACTS, f"{name} = {value!r:.60}" if name in facts else f"no {name}"
+            )
     if facts["step"] != _number(path):
         raise _damaged(path, _FACTS, f"step = {facts['step']} in a folder of another name")
     return facts
@@ -143,8 +155,11 @@ def load_state(path: Path, model: nn.Module, optimizer: AdamW) -> None:
     except DSV3Error as error:
         raise _damaged(path, _TENSORS, error) from None
     with file:
-        _compare(path, expected, {name: (entry.dtype, entry.shape)
-                                  for name, entry in file.entries.items()})
+        _compare(
+            path,
+            expected,
+            {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()},
+        )
         tensors = {name: file.read(name) for name in expected}
     for name, value in tensors.items():
         _check_values(path, name, value, step)
@@ -156,8 +171,11 @@ def load_state(path: Path, model: nn.Module, optimizer: AdamW) -> None:
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(tensors[f"model.{name}"])
-            moments = {key: tensors[f"optimizer.{key}.{name}"].to(value.device)
-                       for key in ("step", *MOMENTS) if f"optimizer.{key}.{name}" in tensors}
+            moments = {
+                key: tensors[f"optimizer.{key}.{name}"].to(value.device)
+                for key in ("step", *MOMENTS)
+                if f"optimizer.{key}.{name}" in tensors
+            }
             if moments:
                 optimizer.state[value] = moments
 
@@ -183,12 +201,14 @@ def _expected(model: nn.Module, optimizer: AdamW, step: int) -> dict[str, tuple]
 
 
 def _compare(path: Path, expected: dict[str, tuple], found: dict[str, tuple]) -> None:
-    weights = [{name for name in names if name.startswith("model.")}
-               for names in (expected, found)]
+    weights = [{name for name in names if name.startswith("model.")} for names in (expected, found)]
     if weights[0] != weights[1]:
-        raise DSV3Error("training checkpoint of another model", where=path,
-                        found=", ".join(sorted(weights[0] ^ weights[1])[:3]) + " on one side only",
-                        fix="Give a new --out folder")
+        raise DSV3Error(
+            "training checkpoint of another model",
+            where=path,
+            found=", ".join(sorted(weights[0] ^ weights[1])[:3]) + " on one side only",
+            fix="Give a new --out folder",
+        )
     for name in sorted({*expected, *found}):
         if name not in found:
             raise _damaged(path, _TENSORS, f"no {name}")
@@ -196,8 +216,9 @@ def _compare(path: Path, expected: dict[str, tuple], found: dict[str, tuple]) ->
             raise _damaged(path, _TENSORS, f"{name:.80}, which does not belong there")
         if found[name] != expected[name]:
             (dtype, shape), (wanted, size) = found[name], expected[name]
-            raise _damaged(path, _TENSORS, f"{name}: {dtype} {list(shape)}",
-                           f"{wanted} {list(size)}")
+            raise _damaged(
+                path, _TENSORS, f"{name}: {dtype} {list(shape)}", f"{wanted} {list(size)}"
+            )
 
 
 def _check_values(path: Path, name: str, value: Tensor, step: int) -> None:
@@ -219,13 +240,21 @@ def _damaged(path: Path, file: str, found: object, expected: str | None = None) 
     while before and any(_fault(before[-1], name) for name in (_FACTS, _TENSORS)):
         remove.append(before.pop().name)
     names = " and ".join(remove)
-    fix = (f"Remove {names}: the run then goes on from {before[-1].name}" if before else
-           "No whole checkpoint is left before it: give a new --out folder, or remove "
-           f"{path.parent} to begin anew")
+    fix = (
+        f"Remove {names}: the run then goes on from {before[-1].name}"
+        if before
+        else "No whole checkpoint is left before it: give a new --out folder, or remove "
+        f"{path.parent} to begin anew"
+    )
     if isinstance(found, DSV3Error):  # its own advice is about files from the net
         found = found.what if found.found is None else f"{found.what}: {found.found}"
-    return DSV3Error("training checkpoint cannot be read", where=path / file, found=found,
-                     expected=expected, fix=fix)
+    return DSV3Error(
+        "training checkpoint cannot be read",
+        where=path / file,
+        found=found,
+        expected=expected,
+        fix=fix,
+    )
 
 
 def _fault(path: Path, name: str) -> tuple[str, object] | None:
@@ -252,8 +281,11 @@ def _number(path: Path) -> int:
 
 def _complete(folder: Path) -> list[Path]:
     """All checkpoints, by number: step-1000000 comes after step-999999."""
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)
-             and path.name == f"step-{_number(path):06d}" and path.is_dir()]
+    found = [
+        path
+        for path in folder.glob("step-*")
+        if _NAME.fullmatch(path.name) and path.name == f"step-{_number(path):06d}" and path.is_dir()
+    ]
     return sorted(found, key=_number)
 
 

@@ -29,9 +29,14 @@ class StepValues:
     micro_batch: int = 4096
 
 
-def train_step(model: Transformer, optimizer: torch.optim.Optimizer, batch: Int[Tensor, "n w"],
-               values: StepValues, watch: RouterWatch,
-               group: TensorGroup | None = None) -> dict[str, float]:
+def train_step(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    batch: Int[Tensor, "n w"],
+    values: StepValues,
+    watch: RouterWatch,
+    group: TensorGroup | None = None,
+) -> dict[str, float]:
     """One update from the batch's n windows; returns loss, mtp_loss, sequence_loss, grad_norm.
 
     group: data-parallel ranks, each with a whole model of its own. Rank r takes windows r, r + N,
@@ -40,7 +45,7 @@ def train_step(model: Transformer, optimizer: torch.optim.Optimizer, batch: Int[
     """
     group = group or TensorGroup.single(batch.device)
     watch.reset()
-    mine = batch[group.rank::group.size]
+    mine = batch[group.rank :: group.size]
     tokens = batch.shape[1] - 1 - model.config.num_nextn_predict_layers
     sums = torch.zeros(3, device=batch.device)
     for part in mine.split(max(values.micro_batch // tokens, 1)):
@@ -66,8 +71,9 @@ def train_step(model: Transformer, optimizer: torch.optim.Optimizer, batch: Int[
     return result
 
 
-def _add_up(group: TensorGroup, sums: Tensor, trained: list[nn.Parameter],
-            watch: RouterWatch) -> None:
+def _add_up(
+    group: TensorGroup, sums: Tensor, trained: list[nn.Parameter], watch: RouterWatch
+) -> None:
     """Losses, gradients and loads of all ranks, in one collective."""
     if group.size == 1:
         return

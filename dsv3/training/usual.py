@@ -29,5 +29,7 @@ def usual_precision(out_dir: str | Path, device: torch.device) -> tuple[str, str
     slower = machine.bf16_slowdown()
     if slower < machine.SLOW:
         return usual, f"precision {usual}: it is fast on this CPU"
-    return "fp32", (f"precision fp32: on this CPU a product in bfloat16 takes {slower:.0f} times "
-                    "as long (--precision bf16 asks for it all the same)")
+    return "fp32", (
+        f"precision fp32: on this CPU a product in bfloat16 takes {slower:.0f} times "
+        "as long (--precision bf16 asks for it all the same)"
+    )

@@ -13,8 +13,11 @@ from dsv3.viz.scene import still
 from dsv3.viz.widgets import RoutingExplorer
 
 folder, model = map(Path, sys.argv[1:])
-explorer = RoutingExplorer(load_model(model, precision="fp32"), load_tokenizer(model),
-                           "To be, or not to be")
-for name, figure in (("model_map", model_map(ModelConfig.deepseek_v3())),
-                     ("routing_explorer", still(explorer.scene()))):
+explorer = RoutingExplorer(
+    load_model(model, precision="fp32"), load_tokenizer(model), "To be, or not to be"
+)
+for name, figure in (
+    ("model_map", model_map(ModelConfig.deepseek_v3())),
+    ("routing_explorer", still(explorer.scene())),
+):
     figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})

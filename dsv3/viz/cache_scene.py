@@ -32,57 +32,110 @@ class CacheRow:
 def cache_rows(config: ModelConfig | None = None) -> list[CacheRow]:
     """DeepSeek-V3 as it is, as it would be with other attention, and two models of its size."""
     c = config or ModelConfig.deepseek_v3()
-    rows = [CacheRow("DeepSeek-V3, MLA", f"a latent of {c.kv_lora_rank} and one rotated key of "
-                     f"{c.qk_rope_head_dim}", c.latent_dim, c.num_hidden_layers)]
-    others = [("DeepSeek-V3 as MQA", costs.as_gqa(c, 1)), ("DeepSeek-V3 as GQA", costs.as_gqa(c, 8)),
-              ("DeepSeek-V3 as MHA", costs.as_mha(c)),
-              ("DeepSeek-V3 as MHA, wide keys", costs.as_mha(c, with_position=True)),
-              ("Qwen2.5-72B, GQA", costs.PEERS["Qwen2.5-72B"]),
-              ("LLaMA-3.1-405B, GQA", costs.PEERS["LLaMA-3.1-405B"])]
+    rows = [
+        CacheRow(
+            "DeepSeek-V3, MLA",
+            f"a latent of {c.kv_lora_rank} and one rotated key of {c.qk_rope_head_dim}",
+            c.latent_dim,
+            c.num_hidden_layers,
+        )
+    ]
+    others = [
+        ("DeepSeek-V3 as MQA", costs.as_gqa(c, 1)),
+        ("DeepSeek-V3 as GQA", costs.as_gqa(c, 8)),
+        ("DeepSeek-V3 as MHA", costs.as_mha(c)),
+        ("DeepSeek-V3 as MHA, wide keys", costs.as_mha(c, with_position=True)),
+        ("Qwen2.5-72B, GQA", costs.PEERS["Qwen2.5-72B"]),
+        ("LLaMA-3.1-405B, GQA", costs.PEERS["LLaMA-3.1-405B"]),
+    ]
     for name, shape in others:
         heads = f"{shape.kv_heads} KV head{'s' * (shape.kv_heads > 1)}"
-        rows.append(CacheRow(name, f"{heads}: keys of {shape.key_dim}, values of "
-                             f"{shape.value_dim}", shape.values_per_token_and_layer,
-                             shape.layers))
+        rows.append(
+            CacheRow(
+                name,
+                f"{heads}: keys of {shape.key_dim}, values of {shape.value_dim}",
+                shape.values_per_token_and_layer,
+                shape.layers,
+            )
+        )
     return rows
 
 
-def cache_scene(tokens: int, texts: int, itemsize: float, memory: float,
-                rows: list[CacheRow]) -> Scene:
+def cache_scene(
+    tokens: int, texts: int, itemsize: float, memory: float, rows: list[CacheRow]
+) -> Scene:
     """tokens: of each text; texts: at a time; itemsize: bytes of a value; memory: bytes set
     aside for the cache. rows: the first is the one that the others are compared with."""
     top = 62
     bottom = top + ROW * len(rows)
     scene = Scene(WIDTH, bottom + 40, _alt(tokens, texts, itemsize, memory, rows))
-    scene.text(0, 12, f"Cache of {texts:,} text{'s' * (texts > 1)} of {tokens:,} tokens, "
-               f"{itemsize:g} byte{'s' * (itemsize != 1)} a value", bold=True, size=14)
-    for x, words, anchor in ((0, "attention", "start"), (LEFT - 14, "bytes a token", "end"),
-                             (RIGHT + 114, "cache", "end"), (WIDTH - 4, "texts that fit", "end")):
+    scene.text(
+        0,
+        12,
+        f"Cache of {texts:,} text{'s' * (texts > 1)} of {tokens:,} tokens, "
+        f"{itemsize:g} byte{'s' * (itemsize != 1)} a value",
+        bold=True,
+        size=14,
+    )
+    for x, words, anchor in (
+        (0, "attention", "start"),
+        (LEFT - 14, "bytes a token", "end"),
+        (RIGHT + 114, "cache", "end"),
+        (WIDTH - 4, "texts that fit", "end"),
+    ):
         scene.text(x, 44, words, fill="soft", anchor=anchor)
     end = 1.25 * memory
     scale = (RIGHT - LEFT) / end
     limit = LEFT + memory * scale
     _axis(scene, end, top - 4, bottom)
     for number, row in enumerate(rows):
-        _row(scene, row, rows[0], tokens * row.per_token(itemsize), texts, itemsize, memory,
-             top + ROW * number, scale)
+        _row(
+            scene,
+            row,
+            rows[0],
+            tokens * row.per_token(itemsize),
+            texts,
+            itemsize,
+            memory,
+            top + ROW * number,
+            scale,
+        )
     scene.line((limit, top - 8), (limit, bottom), stroke="ink", stroke_width=2, dashed=True)
     scene.text(limit, 44, f"{size(memory)} set aside", anchor="middle", bold=True)
     return scene
 
 
 def _axis(scene: Scene, end: float, top: float, bottom: float) -> None:
-    step = next(base * 10**power for power in range(6, 16) for base in (1, 2, 5)
-                if end / (base * 10**power) <= 7)
+    step = next(
+        base * 10**power
+        for power in range(6, 16)
+        for base in (1, 2, 5)
+        if end / (base * 10**power) <= 7
+    )
     for tick in range(int(end / step) + 1):
         x = LEFT + (RIGHT - LEFT) * tick * step / end
         scene.line((x, top), (x, bottom), stroke="line", stroke_width=1.2 if tick == 0 else 0.5)
-        scene.text(x, bottom + 14, size(tick * step) if tick else "0", anchor="middle",
-                   size=11, fill="soft")
+        scene.text(
+            x,
+            bottom + 14,
+            size(tick * step) if tick else "0",
+            anchor="middle",
+            size=11,
+            fill="soft",
+        )
 
 
-def _row(scene: Scene, row: CacheRow, first: CacheRow, one: float, texts: int, itemsize: float,
-         memory: float, y: float, scale: float) -> None:
+def _row(
+    scene: Scene,
+    row: CacheRow,
+    first: CacheRow,
+    one: float,
+    texts: int,
+    itemsize: float,
+    memory: float,
+    y: float,
+    scale: float,
+) -> None:
     """one: bytes of one text; y: the row's upper edge."""
     total, fit = one * texts, int(memory // one)
     fits, is_first = total <= memory, row is first
@@ -101,14 +154,25 @@ def _row(scene: Scene, row: CacheRow, first: CacheRow, one: float, texts: int, i
             scene.line((x - 3, y + ROW - 8), (x + 3, y + 6), stroke="paper", stroke_width=2.5)
     scene.text(RIGHT + 114, y + 22, size(total), anchor="end", bold=is_first)
     scene.text(WIDTH - 4, y + 22, f"{fit:,} {'✓' if fits else '✗'}", anchor="end", bold=is_first)
-    how_much = (f"{total / memory:.1%} of the memory" if fits
-                else f"{times(total / memory)} times the memory: does not fit")
-    scene.rect(0, y + 2, WIDTH, ROW - 6, rounded=3, label=(
-        f"{row.name}: {row.what}\n"
-        f"{row.per_layer:,} values × {row.layers} layers × {itemsize:g} B = "
-        f"{per_token:,.0f} B a token\n"
-        f"{size(one)} a text, {size(total)} in all: {how_much}\n"
-        f"{fit:,} texts of this length fit"))
+    how_much = (
+        f"{total / memory:.1%} of the memory"
+        if fits
+        else f"{times(total / memory)} times the memory: does not fit"
+    )
+    scene.rect(
+        0,
+        y + 2,
+        WIDTH,
+        ROW - 6,
+        rounded=3,
+        label=(
+            f"{row.name}: {row.what}\n"
+            f"{row.per_layer:,} values × {row.layers} layers × {itemsize:g} B = "
+            f"{per_token:,.0f} B a token\n"
+            f"{size(one)} a text, {size(total)} in all: {how_much}\n"
+            f"{fit:,} texts of this length fit"
+        ),
+    )
 
 
 def size(bytes: float) -> str:
@@ -128,8 +192,11 @@ def times(ratio: float) -> str:
 
 
 def _alt(tokens: int, texts: int, itemsize: float, memory: float, rows: list[CacheRow]) -> str:
-    totals = "; ".join(f"{row.name} {size(row.per_token(itemsize) * tokens * texts)}"
-                       for row in rows)
-    return (f"Bars of the cache of {texts:,} text{'s' * (texts > 1)} of {tokens:,} tokens at "
-            f"{itemsize:g} byte{'s' * (itemsize != 1)} a value, against {size(memory)} of "
-            f"memory: {totals}.")
+    totals = "; ".join(
+        f"{row.name} {size(row.per_token(itemsize) * tokens * texts)}" for row in rows
+    )
+    return (
+        f"Bars of the cache of {texts:,} text{'s' * (texts > 1)} of {tokens:,} tokens at "
+        f"{itemsize:g} byte{'s' * (itemsize != 1)} a value, against {size(memory)} of "
+        f"memory: {totals}."
+    )

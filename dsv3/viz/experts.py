@@ -8,16 +8,28 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dsv3.viz.figure import (BLACK, BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, SKY, VERMILLION,
-                             new_figure, styled)
+from dsv3.viz.figure import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    LIGHT,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    new_figure,
+    styled,
+)
 
 _LINES = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
 _MARKS = ("o", "s", "D", "^", "v", "P")
 
 
 @styled
-def choice_figure(scores: torch.Tensor, bias: torch.Tensor, is_open: torch.Tensor,
-                  chosen: Sequence[int]) -> Figure:
+def choice_figure(
+    scores: torch.Tensor, bias: torch.Tensor, is_open: torch.Tensor, chosen: Sequence[int]
+) -> Figure:
     """One token's way through the router: s, then s + b in groups, then the choice.
 
     scores, bias: (N_r,); is_open: (groups,) booleans; chosen: numbers of the experts chosen.
@@ -31,19 +43,33 @@ def choice_figure(scores: torch.Tensor, bias: torch.Tensor, is_open: torch.Tenso
     for expert in range(experts):
         free = bool(is_open[expert // size])
         colour = GREEN if expert in chosen else SKY if free else LIGHT
-        bottom.bar(expert, float(biased[expert]), width=0.7, color=colour,
-                   edgecolor=BLACK if expert in chosen else "none", linewidth=1.2)
+        bottom.bar(
+            expert,
+            float(biased[expert]),
+            width=0.7,
+            color=colour,
+            edgecolor=BLACK if expert in chosen else "none",
+            linewidth=1.2,
+        )
     low, high = bottom.get_ylim()
     for group in range(groups):
-        two = biased[group * size:(group + 1) * size].topk(min(2, size)).values.sum()
-        bottom.text((group + 0.5) * size - 0.5, high * 1.03,
-                    f"two best: {float(two):.2f}, " + ("open" if is_open[group] else "closed"),
-                    ha="center", color=BLACK if is_open[group] else GREY)
+        two = biased[group * size : (group + 1) * size].topk(min(2, size)).values.sum()
+        bottom.text(
+            (group + 0.5) * size - 0.5,
+            high * 1.03,
+            f"two best: {float(two):.2f}, " + ("open" if is_open[group] else "closed"),
+            ha="center",
+            color=BLACK if is_open[group] else GREY,
+        )
         if group:
             for panel in (top, bottom):
                 panel.axvline(group * size - 0.5, color=GREY, linestyle=":", linewidth=1)
-    bottom.set(ylabel="s + b", xlabel="expert (dotted lines part the groups)",
-               xticks=range(experts), ylim=(low, high * 1.18))
+    bottom.set(
+        ylabel="s + b",
+        xlabel="expert (dotted lines part the groups)",
+        xticks=range(experts),
+        ylim=(low, high * 1.18),
+    )
     bottom.set_title("what decides who is chosen (green)", pad=4)
     return figure
 
@@ -58,10 +84,19 @@ def nodes_figure(shares: Mapping[str, torch.Tensor], mean: Mapping[str, float]) 
     width = 0.8 / len(shares)
     for number, (name, share) in enumerate(shares.items()):
         places = [place + (number - (len(shares) - 1) / 2) * width for place in range(len(share))]
-        axes.bar(places, share.tolist(), width=width * 0.92, color=_LINES[number],
-                 label=f"{name}: {mean[name]:.2f} on average")
-    axes.set(xlabel="nodes that a token visits", ylabel="share of tokens",
-             xticks=range(1, len(share)), xlim=(0.4, len(share) - 0.4))
+        axes.bar(
+            places,
+            share.tolist(),
+            width=width * 0.92,
+            color=_LINES[number],
+            label=f"{name}: {mean[name]:.2f} on average",
+        )
+    axes.set(
+        xlabel="nodes that a token visits",
+        ylabel="share of tokens",
+        xticks=range(1, len(share)),
+        xlim=(0.4, len(share) - 0.4),
+    )
     axes.legend(loc="upper left")
     return figure
 
@@ -79,13 +114,27 @@ def dispatch_figure(before: Sequence[int], after: Sequence[int], tokens: Sequenc
         for place, choice in enumerate(order):
             expert = before[choice]
             colour = _LINES[expert % len(_LINES)]
-            axes.add_patch(Rectangle((place + 0.06, row * 2 + 0.1), 0.88, 1.0,
-                                     facecolor=colour + "55",
-                                     edgecolor=colour, linewidth=1.2))
-            axes.text(place + 0.5, row * 2 + 0.6, f"{tokens[choice // k]}\n→ {expert}", ha="center",
-                      va="center", fontsize=8)
-    starts = [place for place in range(1, len(after))
-              if before[after[place]] != before[after[place - 1]]]
+            axes.add_patch(
+                Rectangle(
+                    (place + 0.06, row * 2 + 0.1),
+                    0.88,
+                    1.0,
+                    facecolor=colour + "55",
+                    edgecolor=colour,
+                    linewidth=1.2,
+                )
+            )
+            axes.text(
+                place + 0.5,
+                row * 2 + 0.6,
+                f"{tokens[choice // k]}\n→ {expert}",
+                ha="center",
+                va="center",
+                fontsize=8,
+            )
+    starts = [
+        place for place in range(1, len(after)) if before[after[place]] != before[after[place - 1]]
+    ]
     for place in starts:
         axes.plot((place, place), (-0.1, 1.3), color=BLACK, linewidth=1.4)
     axes.text(0, 3.25, f"as they come: token after token, {k} choices each", fontsize=9)
@@ -109,10 +158,13 @@ def load_history_figure(loads: Mapping[str, torch.Tensor], smooth: int = 10) -> 
         share = share / share.sum(1, keepdim=True)
         order = share[-5:].mean(0).argsort(descending=True)
         x = [smooth * (place + 0.5) for place in range(len(share))]
-        shades = [_LINES[number % len(_LINES)] + ("cc" if number // len(_LINES) % 2 == 0 else "77")
-                  for number in range(load.shape[1])]
-        panel.stackplot(x, share[:, order].T.tolist(), colors=shades, edgecolor="white",
-                        linewidth=0.4)
+        shades = [
+            _LINES[number % len(_LINES)] + ("cc" if number // len(_LINES) % 2 == 0 else "77")
+            for number in range(load.shape[1])
+        ]
+        panel.stackplot(
+            x, share[:, order].T.tolist(), colors=shades, edgecolor="white", linewidth=0.4
+        )
         panel.set(xlabel="step", xlim=(x[0], x[-1]), ylim=(0, 1))
         panel.set_title(name, fontsize=10)
     axes[0][0].set_ylabel("share of the choices")
@@ -124,11 +176,22 @@ def balance_price_figure(points: Mapping[str, tuple[float, float]]) -> Figure:
     """What balance costs: name -> (MaxVio at the end, loss at the end)."""
     figure, axes = new_figure(7, 3.2)
     for number, (name, (violation, loss)) in enumerate(points.items()):
-        axes.plot(violation, loss, color=_LINES[number], marker=_MARKS[number], markersize=9,
-                  linestyle="none", label=name)
+        axes.plot(
+            violation,
+            loss,
+            color=_LINES[number],
+            marker=_MARKS[number],
+            markersize=9,
+            linestyle="none",
+            label=name,
+        )
     top = max(loss for _, loss in points.values())
-    axes.set(xlabel="MaxVio at the end (0: balanced)", xlim=(-0.1, None), ylim=(0, 1.2 * top),
-             ylabel="loss at the end\n(1: no better than zeros)")
+    axes.set(
+        xlabel="MaxVio at the end (0: balanced)",
+        xlim=(-0.1, None),
+        ylim=(0, 1.2 * top),
+        ylabel="loss at the end\n(1: no better than zeros)",
+    )
     axes.legend(loc="lower right")
     return figure
 
@@ -140,12 +203,22 @@ def violation_figure(runs: Mapping[str, torch.Tensor], floor: float, smooth: int
     for number, (name, violation) in enumerate(runs.items()):
         steps = len(violation) // smooth * smooth
         line = violation[:steps].view(-1, smooth).mean(1)
-        axes.plot([smooth * (place + 0.5) for place in range(len(line))],
-                  line.tolist(), color=_LINES[number], linewidth=1.4, label=name)
+        axes.plot(
+            [smooth * (place + 0.5) for place in range(len(line))],
+            line.tolist(),
+            color=_LINES[number],
+            linewidth=1.4,
+            label=name,
+        )
     axes.axhline(floor, color=GREY, linestyle="--", linewidth=1)
     axes.text(1, floor * 0.93, f"chance alone: {floor:.2f}", fontsize=8, va="top")
-    axes.set(yscale="log", xlabel="step", ylabel="MaxVio (log scale)", xlim=(0, None),
-             ylim=(floor * 0.6, None))
+    axes.set(
+        yscale="log",
+        xlabel="step",
+        ylabel="MaxVio (log scale)",
+        xlim=(0, None),
+        ylim=(floor * 0.6, None),
+    )
     axes.set_yticks([0.2, 0.5, 1, 2, 5, 10], labels=["0.2", "0.5", "1", "2", "5", "10"])
     axes.minorticks_off()
     axes.legend(loc="upper right")
@@ -161,7 +234,9 @@ def domain_figure(shares: torch.Tensor, domains: Sequence[str], titles: Sequence
     layers, rows, experts = shares.shape
     figure, axes = new_figure(10, 1.2 + 0.36 * rows, ncols=layers, sharey=True, squeeze=False)
     for panel, share, title in zip(axes[0], shares, titles, strict=True):
-        image = panel.imshow((share * experts).tolist(), cmap="cividis", vmin=0, vmax=3, aspect="auto")
+        image = panel.imshow(
+            (share * experts).tolist(), cmap="cividis", vmin=0, vmax=3, aspect="auto"
+        )
         panel.set(xlabel="expert", yticks=range(rows), xticks=range(0, experts, 4))
         panel.set_title(title, fontsize=10)
     axes[0][0].set_yticklabels(domains)
@@ -170,8 +245,9 @@ def domain_figure(shares: torch.Tensor, domains: Sequence[str], titles: Sequence
 
 
 @styled
-def overlap_figure(overlaps: Mapping[str, Sequence[float]], titles: Sequence[str],
-                   chance: float, most: int) -> Figure:
+def overlap_figure(
+    overlaps: Mapping[str, Sequence[float]], titles: Sequence[str], chance: float, most: int
+) -> Figure:
     """Experts that two places in the texts have in common, on average.
 
     overlaps: kind of pair -> one number a layer; chance: for random choices; most: K_r.

@@ -21,10 +21,12 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 def styled(draw):
     """Decorator: whatever the function draws has the look of the book, and nothing else has."""
+
     @wraps(draw)
     def inside(*args, **kwargs):
         with matplotlib.style.context(STYLE):
             return draw(*args, **kwargs)
+
     return inside
 
 
@@ -59,6 +61,8 @@ def show(figure: Figure, alt: str) -> Picture:
     drawn, buffer = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", metadata={"Software": None})
     Raster.open(drawn).convert("RGB").quantize(256, dither=Raster.Dither.NONE).save(
-        buffer, format="png", optimize=True)
-    return Picture(buffer.getvalue(), format="png", alt=alt,
-                   width=round(80 * figure.get_figwidth()))
+        buffer, format="png", optimize=True
+    )
+    return Picture(
+        buffer.getvalue(), format="png", alt=alt, width=round(80 * figure.get_figwidth())
+    )

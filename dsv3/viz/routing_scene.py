@@ -18,8 +18,8 @@ from dsv3.training.balance import max_violation
 from dsv3.viz.scene import Scene, columns
 
 WIDTH, LEFT, RIGHT = 920, 66, 914
-CHIP, CHIP_LINES, LETTER = 30, 3, 7.4     # chips of tokens: height, lines shown, letter width
-WIDE, MEDIUM = 38, 14                     # pixels a column needs for its numbers; for its name
+CHIP, CHIP_LINES, LETTER = 30, 3, 7.4  # chips of tokens: height, lines shown, letter width
+WIDE, MEDIUM = 38, 14  # pixels a column needs for its numbers; for its name
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,12 @@ def _alt(routing: Routing, token: int, texts: Sequence[str], layer: int) -> str:
     chosen = _winners(routing, token)
     winners = ", ".join(f"{expert} with weight {weight:.1f}" for expert, weight in chosen)
     groups = routing.open[token].nonzero().flatten().tolist()
-    return (f"Routing of token {token}, “{texts[token]}”, in layer {layer}: bars of the scores of "
-            f"{routing.scores.shape[1]} experts with the bias on top; open groups "
-            f"{_listed(groups)}; chosen experts {winners}. Below, how often all "
-            f"{len(texts)} tokens choose each expert: MaxVio {routing.max_violation:.2f}.")
+    return (
+        f"Routing of token {token}, “{texts[token]}”, in layer {layer}: bars of the scores of "
+        f"{routing.scores.shape[1]} experts with the bias on top; open groups "
+        f"{_listed(groups)}; chosen experts {winners}. Below, how often all "
+        f"{len(texts)} tokens choose each expert: MaxVio {routing.max_violation:.2f}."
+    )
 
 
 def _winners(routing: Routing, token: int) -> list[tuple[int, float]]:
@@ -119,32 +121,65 @@ def _chips(scene: Scene, routing: Routing, token: int, texts: Sequence[str], pag
     scene.text(0, 12, f"The text's {len(texts)} tokens", bold=True, size=13)
     for each, (line, x) in page.items():
         y, width, on = 28 + CHIP * line, _chip_width(texts[each]), each == token
-        scene.rect(x, y, width, CHIP - 6, rounded=4, fill="blue" if on else "pale",
-                   stroke="ink" if on else "line", stroke_width=1.5 if on else 1,
-                   key=f"token {each}", chosen=on,
-                   label=f"token {each}: “{texts[each]}”\n"
-                         f"experts {_listed(sorted(routing.chosen[each].tolist()))}")
-        scene.text(x + width / 2, y + CHIP / 2 - 3, _short(texts[each]), code=True,
-                   anchor="middle", fill="white" if on else "ink")
+        scene.rect(
+            x,
+            y,
+            width,
+            CHIP - 6,
+            rounded=4,
+            fill="blue" if on else "pale",
+            stroke="ink" if on else "line",
+            stroke_width=1.5 if on else 1,
+            key=f"token {each}",
+            chosen=on,
+            label=f"token {each}: “{texts[each]}”\n"
+            f"experts {_listed(sorted(routing.chosen[each].tolist()))}",
+        )
+        scene.text(
+            x + width / 2,
+            y + CHIP / 2 - 3,
+            _short(texts[each]),
+            code=True,
+            anchor="middle",
+            fill="white" if on else "ink",
+        )
     for go, there, y, word in ((number - 1, -1, 28, "◀ earlier"), (number + 1, 0, 58, "later ▶")):
         if 0 <= go < len(pages):
             goal = list(pages[go])[there]
-            scene.rect(WIDTH - 96, y, 92, CHIP - 6, rounded=4, fill="paper", stroke="line",
-                       key=f"token {goal}", label=f"go to token {goal} of {len(texts)}")
+            scene.rect(
+                WIDTH - 96,
+                y,
+                92,
+                CHIP - 6,
+                rounded=4,
+                fill="paper",
+                stroke="line",
+                key=f"token {goal}",
+                label=f"go to token {goal} of {len(texts)}",
+            )
             scene.text(WIDTH - 50, y + CHIP / 2 - 3, word, anchor="middle")
 
 
-def _headline(scene: Scene, routing: Routing, token: int, texts: Sequence[str], layer: int,
-              y: float) -> None:
+def _headline(
+    scene: Scene, routing: Routing, token: int, texts: Sequence[str], layer: int, y: float
+) -> None:
     chosen = _winners(routing, token)
     where = f"{len(chosen)} experts"
     if len(chosen) <= 12:
         where = f"expert{'s' * (len(chosen) > 1)} {_listed([expert for expert, _ in chosen])}"
-    scene.text(0, y, f"Token {token} “{_short(texts[token])}” in layer {layer} → {where}",
-               bold=True, size=14)
+    scene.text(
+        0,
+        y,
+        f"Token {token} “{_short(texts[token])}” in layer {layer} → {where}",
+        bold=True,
+        size=14,
+    )
     x = 0
-    for colour, width, word in (("blue", 205, "score of a chosen expert"), ("grey", 150,
-                                "score of another"), ("orange", 60, "bias")):
+    for colour, width, word in (
+        ("blue", 205, "score of a chosen expert"),
+        ("grey", 150, "score of another"),
+        ("orange", 60, "bias"),
+    ):
         scene.rect(x, y + 17, 11, 11, fill=colour)
         scene.text(x + 16, y + 22.5, word, fill="soft")
         x += width
@@ -196,25 +231,47 @@ def _groups(scene: Scene, routing: Routing, token: int, places: _Columns, y: flo
             continue
         state = "✓ open" if is_open else "✗ closed"
         name = f"group {group}" if width > 110 else f"{group}"
-        scene.text(x + width / 2, y + 11, f"{name} {state}" if width > 55 else name, bold=is_open,
-                   anchor="middle", fill="ink" if is_open else "soft")
+        scene.text(
+            x + width / 2,
+            y + 11,
+            f"{name} {state}" if width > 55 else name,
+            bold=is_open,
+            anchor="middle",
+            fill="ink" if is_open else "soft",
+        )
         sums = f"two best: {terms} = {total:.2f}" if width > 170 else f"{total:.2f}"
         if width > 30:
-            scene.text(x + width / 2, y + 27, sums, anchor="middle", size=11,
-                       fill="ink" if is_open else "soft")
-        scene.rect(x, y, width, 36, rounded=3, label=f"group {group}: {terms} = {total:.3f}\n" + (
-            "open: among the best sums" if is_open else "closed: its experts are out (−∞)"))
+            scene.text(
+                x + width / 2,
+                y + 27,
+                sums,
+                anchor="middle",
+                size=11,
+                fill="ink" if is_open else "soft",
+            )
+        scene.rect(
+            x,
+            y,
+            width,
+            36,
+            rounded=3,
+            label=f"group {group}: {terms} = {total:.3f}\n"
+            + ("open: among the best sums" if is_open else "closed: its experts are out (−∞)"),
+        )
 
 
 def _range(routing: Routing) -> tuple[float, float]:
     """Of the axis: all scores and sums of the layer, rounded outwards to quarters."""
     both = torch.cat([routing.scores, routing.scores + routing.bias])
-    return (min(0.0, math.floor(4 * float(both.min())) / 4),
-            max(1.0, math.ceil(4 * float(both.max())) / 4))
+    return (
+        min(0.0, math.floor(4 * float(both.min())) / 4),
+        max(1.0, math.ceil(4 * float(both.max())) / 4),
+    )
 
 
-def _scores(scene: Scene, routing: Routing, token: int, places: _Columns, y: float,
-            height: float = 162) -> None:
+def _scores(
+    scene: Scene, routing: Routing, token: int, places: _Columns, y: float, height: float = 162
+) -> None:
     low, high = _range(routing)
 
     def at(value: float) -> float:
@@ -222,22 +279,47 @@ def _scores(scene: Scene, routing: Routing, token: int, places: _Columns, y: flo
 
     step = 0.25 if high - low <= 1.25 else 0.5 if high - low <= 3 else 1.0
     for tick in range(math.ceil(low / step), math.floor(high / step) + 1):
-        scene.line((LEFT - 5, at(tick * step)), (RIGHT, at(tick * step)),
-                   stroke="line", stroke_width=1.2 if tick == 0 else 0.5)
-        scene.text(LEFT - 9, at(tick * step), f"{tick * step:g}".replace("-", "−"), anchor="end",
-                   size=11, fill="soft")
+        scene.line(
+            (LEFT - 5, at(tick * step)),
+            (RIGHT, at(tick * step)),
+            stroke="line",
+            stroke_width=1.2 if tick == 0 else 0.5,
+        )
+        scene.text(
+            LEFT - 9,
+            at(tick * step),
+            f"{tick * step:g}".replace("-", "−"),
+            anchor="end",
+            size=11,
+            fill="soft",
+        )
     chosen = set(routing.chosen[token].tolist())
-    for expert, (score, bias) in enumerate(zip(routing.scores[token].tolist(),
-                                               routing.bias.tolist())):
+    for expert, (score, bias) in enumerate(
+        zip(routing.scores[token].tolist(), routing.bias.tolist())
+    ):
         middle, both = places.middle(expert), score + bias
         width, thin, tick = places.bar(0.62), places.bar(0.26), places.bar(0.8)
-        scene.rect(middle - width / 2, at(score), width, at(0) - at(score),
-                   fill="blue" if expert in chosen else "grey")
+        scene.rect(
+            middle - width / 2,
+            at(score),
+            width,
+            at(0) - at(score),
+            fill="blue" if expert in chosen else "grey",
+        )
         if bias:
-            scene.rect(middle - thin / 2, at(max(score, both)), thin,
-                       abs(at(both) - at(score)), fill="orange")
-        scene.line((middle - tick / 2, at(both)), (middle + tick / 2, at(both)), stroke="ink",
-                   stroke_width=2.5 if places.width > MEDIUM else 1.2)
+            scene.rect(
+                middle - thin / 2,
+                at(max(score, both)),
+                thin,
+                abs(at(both) - at(score)),
+                fill="orange",
+            )
+        scene.line(
+            (middle - tick / 2, at(both)),
+            (middle + tick / 2, at(both)),
+            stroke="ink",
+            stroke_width=2.5 if places.width > MEDIUM else 1.2,
+        )
 
 
 def _numbers(scene: Scene, routing: Routing, token: int, places: _Columns, y: float) -> None:
@@ -253,31 +335,50 @@ def _numbers(scene: Scene, routing: Routing, token: int, places: _Columns, y: fl
     for expert in range(places.experts):
         middle, on = places.middle(expert), expert in chosen
         if places.width >= MEDIUM or expert % places.per_group == 0:
-            scene.text(middle, ys[0], str(expert), anchor="middle", bold=on,
-                       fill="ink" if on else "soft")
+            scene.text(
+                middle, ys[0], str(expert), anchor="middle", bold=on, fill="ink" if on else "soft"
+            )
         if places.width >= WIDE:
             score, bias = float(routing.scores[token, expert]), float(routing.bias[expert])
             values = [f"{score:.3f}", f"{bias:+.3f}", f"{score + bias:.3f}"]
             for value, at in zip(values, ys[1:]):
-                scene.text(middle, at, value.replace("-", "−"), anchor="middle", size=11,
-                           fill="ink" if on else "soft")
+                scene.text(
+                    middle,
+                    at,
+                    value.replace("-", "−"),
+                    anchor="middle",
+                    size=11,
+                    fill="ink" if on else "soft",
+                )
             if on:
                 scene.rect(middle - 19, ys[4] - 8, 38, 16, rounded=3, fill="green")
-                scene.text(middle, ys[4], f"{chosen[expert]:.3f}", anchor="middle", bold=True,
-                           fill="white", size=11)
+                scene.text(
+                    middle,
+                    ys[4],
+                    f"{chosen[expert]:.3f}",
+                    anchor="middle",
+                    bold=True,
+                    fill="white",
+                    size=11,
+                )
         elif on:
             tall, width = 40 * chosen[expert] / tallest, places.bar(0.8)
             scene.rect(middle - width / 2, ys[1] + 14 - tall, width, tall, fill="green")
 
 
-def _load(scene: Scene, routing: Routing, places: _Columns, y: float,
-          height: float = 72) -> None:
+def _load(scene: Scene, routing: Routing, places: _Columns, y: float, height: float = 72) -> None:
     load, tokens = routing.load.tolist(), len(routing.scores)
     mean, most = sum(load) / len(load), max(load)
-    scene.text(0, y, f"Load: how many of the {tokens} tokens choose each expert", bold=True,
-               size=13)
-    scene.text(RIGHT, y, f"busiest {most}, mean {mean:.2f}: MaxVio = {most} / {mean:.2f} − 1 = "
-               f"{routing.max_violation:.2f}", anchor="end")
+    scene.text(
+        0, y, f"Load: how many of the {tokens} tokens choose each expert", bold=True, size=13
+    )
+    scene.text(
+        RIGHT,
+        y,
+        f"busiest {most}, mean {mean:.2f}: MaxVio = {most} / {mean:.2f} − 1 = "
+        f"{routing.max_violation:.2f}",
+        anchor="end",
+    )
     top, bottom = y + 28, y + 28 + height
     for expert, count in enumerate(load):
         tall, width = height * count / most, places.bar(0.62)
@@ -285,9 +386,14 @@ def _load(scene: Scene, routing: Routing, places: _Columns, y: float,
         scene.rect(middle - width / 2, bottom - tall, width, tall, fill="sky")
         if places.width >= MEDIUM:
             scene.text(middle, bottom - tall - 8, str(count), anchor="middle", size=11)
-        scene.rect(places.left(expert), top - 14, places.width, height + 16, rounded=2, label=(
-            f"load of expert {expert}: {count} of {tokens} tokens\n"
-            f"the mean is {mean:.2f}"))
+        scene.rect(
+            places.left(expert),
+            top - 14,
+            places.width,
+            height + 16,
+            rounded=2,
+            label=(f"load of expert {expert}: {count} of {tokens} tokens\nthe mean is {mean:.2f}"),
+        )
     level = bottom - height * mean / most
     scene.line((LEFT - 5, level), (RIGHT, level), stroke="ink", dashed=True)
     scene.line((LEFT - 5, bottom), (RIGHT, bottom), stroke="line", stroke_width=1.2)
@@ -297,8 +403,9 @@ def _load(scene: Scene, routing: Routing, places: _Columns, y: float,
             scene.text(LEFT - 9, place, word, anchor="end", size=11, fill="soft")
 
 
-def _experts(scene: Scene, routing: Routing, token: int, places: _Columns, top: float,
-             bottom: float) -> None:
+def _experts(
+    scene: Scene, routing: Routing, token: int, places: _Columns, top: float, bottom: float
+) -> None:
     """Over all columns, unseen: what each says of itself."""
     chosen, load = dict(_winners(routing, token)), routing.load.tolist()
     for expert in range(places.experts):
@@ -309,7 +416,15 @@ def _experts(scene: Scene, routing: Routing, token: int, places: _Columns, top: 
             state = "not chosen"
         else:
             state = "out: its group is closed"
-        scene.rect(places.left(expert), top, places.width, bottom - top, rounded=2, label=(
-            f"expert {expert} of group {expert // places.per_group}: {state}\n"
-            f"score {score:.3f}, bias {bias:+.3f}, sum {score + bias:.3f}\n"
-            f"chosen by {load[expert]} of {len(routing.scores)} tokens").replace("-", "−"))
+        scene.rect(
+            places.left(expert),
+            top,
+            places.width,
+            bottom - top,
+            rounded=2,
+            label=(
+                f"expert {expert} of group {expert // places.per_group}: {state}\n"
+                f"score {score:.3f}, bias {bias:+.3f}, sum {score + bias:.3f}\n"
+                f"chosen by {load[expert]} of {len(routing.scores)} tokens"
+            ).replace("-", "−"),
+        )

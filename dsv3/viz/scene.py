@@ -25,10 +25,22 @@ from matplotlib.text import Text as TextArtist
 
 from dsv3.viz import figure as book
 
-COLOURS = {"ink": book.BLACK, "soft": "#5c5c5c", "line": "#b5b5b5", "pale": "#f1f1f1",
-           "paper": "#ffffff", "white": "#ffffff", "grey": "#9d9d9d", "blue": book.BLUE,
-           "orange": book.ORANGE, "sky": book.SKY, "green": book.GREEN,
-           "vermillion": book.VERMILLION, "purple": book.PURPLE, "yellow": book.YELLOW}
+COLOURS = {
+    "ink": book.BLACK,
+    "soft": "#5c5c5c",
+    "line": "#b5b5b5",
+    "pale": "#f1f1f1",
+    "paper": "#ffffff",
+    "white": "#ffffff",
+    "grey": "#9d9d9d",
+    "blue": book.BLUE,
+    "orange": book.ORANGE,
+    "sky": book.SKY,
+    "green": book.GREEN,
+    "vermillion": book.VERMILLION,
+    "purple": book.PURPLE,
+    "yellow": book.YELLOW,
+}
 
 # Pixels of the live picture in one inch of the still one, as in ``dsv3.viz.show``.
 _PIXELS = 80
@@ -133,8 +145,12 @@ class Scene:
 
     def as_dict(self) -> dict:
         """For the browser: plain values, what stands at its default left out."""
-        return {"width": self.width, "height": self.height, "alt": self.alt,
-                "marks": [_plain(mark) for mark in self.marks]}
+        return {
+            "width": self.width,
+            "height": self.height,
+            "alt": self.alt,
+            "marks": [_plain(mark) for mark in self.marks],
+        }
 
 
 def _plain(mark: Mark) -> dict:
@@ -152,8 +168,14 @@ def _plain(mark: Mark) -> dict:
 
 def columns(text: str) -> int:
     """Letter widths that a text takes in a font of fixed width; ideographs and emoji take two."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else
-               0 if unicodedata.combining(letter) else 1 for letter in text)
+    return sum(
+        2
+        if unicodedata.east_asian_width(letter) in "WF"
+        else 0
+        if unicodedata.combining(letter)
+        else 1
+        for letter in text
+    )
 
 
 def below(scene: Scene, words: str) -> Scene:
@@ -184,9 +206,11 @@ def _points(pixels: float) -> float:
 
 
 def _look(mark: Mark) -> dict:
-    return {"facecolor": COLOURS[mark.fill] if mark.fill else "none",
-            "edgecolor": COLOURS[mark.stroke] if mark.stroke else "none",
-            "linewidth": _points(mark.stroke_width) if mark.stroke else 0}
+    return {
+        "facecolor": COLOURS[mark.fill] if mark.fill else "none",
+        "edgecolor": COLOURS[mark.stroke] if mark.stroke else "none",
+        "linewidth": _points(mark.stroke_width) if mark.stroke else 0,
+    }
 
 
 def _rect(mark: Rect) -> FancyBboxPatch:
@@ -203,18 +227,28 @@ def _circle(mark: Circle) -> Ellipse:
 
 
 def _line(mark: Line) -> Line2D:
-    return Line2D(*zip(*mark.points), color=COLOURS[mark.stroke],
-                  linewidth=_points(mark.stroke_width), dashes=(4, 3) if mark.dashed else (),
-                  solid_joinstyle="round")
+    return Line2D(
+        *zip(*mark.points),
+        color=COLOURS[mark.stroke],
+        linewidth=_points(mark.stroke_width),
+        dashes=(4, 3) if mark.dashed else (),
+        solid_joinstyle="round",
+    )
 
 
 def _text(mark: Text) -> TextArtist:
     return TextArtist(
-        mark.x, mark.y, _printable(mark.text, mark.code), color=COLOURS[mark.fill],
-        fontsize=_points(mark.size), va="center_baseline", parse_math=False,
+        mark.x,
+        mark.y,
+        _printable(mark.text, mark.code),
+        color=COLOURS[mark.fill],
+        fontsize=_points(mark.size),
+        va="center_baseline",
+        parse_math=False,
         ha={"start": "left", "middle": "center", "end": "right"}[mark.anchor],
         family="DejaVu Sans Mono" if mark.code else "DejaVu Sans",
-        weight="bold" if mark.bold else "normal")
+        weight="bold" if mark.bold else "normal",
+    )
 
 
 def _printable(text: str, code: bool) -> str:

@@ -3,8 +3,14 @@
 from dsv3 import ModelConfig
 from dsv3.checkpoint.layout import layout
 
-RIGHT = {"memory": False, "cost": False, "grows": True, "tensor": False, "frame": True,
-         "both_ways": False}
+RIGHT = {
+    "memory": False,
+    "cost": False,
+    "grows": True,
+    "tensor": False,
+    "frame": True,
+    "both_ways": False,
+}
 
 
 def first_position(logits):
@@ -25,11 +31,22 @@ def share(parts):
     return inside / sum(t.numel for t in tensors)
 
 
-WORDS = {"attn": "self_attn", "ffn": "mlp", "wq_a": "q_a_proj", "wq_b": "q_b_proj",
-         "wkv_a": "kv_a_proj_with_mqa", "wkv_b": "kv_b_proj", "wo": "o_proj",
-         "q_norm": "q_a_layernorm", "kv_norm": "kv_a_layernorm", "attn_norm": "input_layernorm",
-         "ffn_norm": "post_attention_layernorm", "w1": "gate_proj", "w2": "down_proj",
-         "w3": "up_proj"}
+WORDS = {
+    "attn": "self_attn",
+    "ffn": "mlp",
+    "wq_a": "q_a_proj",
+    "wq_b": "q_b_proj",
+    "wkv_a": "kv_a_proj_with_mqa",
+    "wkv_b": "kv_b_proj",
+    "wo": "o_proj",
+    "q_norm": "q_a_layernorm",
+    "kv_norm": "kv_a_layernorm",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+}
 
 
 def translate(name, words):
@@ -49,16 +66,29 @@ def keeps_ffn(name):
 
 
 PLANTED = {
-    "active_share": [(100_000_000, "outside of the experts work too"),
-                     (2.05e9, "those are all parameters"),
-                     (0.05 * 2.05e9, "a twentieth of the experts only")],
-    "next_token": [(first_position, "the first position"), (everywhere, "for every position"),
-                   (along_positions, "dim=1")],
-    "what_it_is": [(RIGHT | {"memory": True}, "all of them stay in memory"),
-                   (RIGHT | {"cost": True}, "final run"), (RIGHT | {"both_ways": True}, "causal")],
-    "expert_parameters": [(share({"main", "mtp"}), "the MTP module is in your sums"),
-                          (1 - share({"main"}), "outside of the routed experts"),
-                          (100 * share({"main"}), "in percent")],
-    "released_name": [(in_order, "w2 and w3 are exchanged"), (without_model, 'begins with "model."'),
-                      (keeps_ffn, "mlp, not ffn")],
+    "active_share": [
+        (100_000_000, "outside of the experts work too"),
+        (2.05e9, "those are all parameters"),
+        (0.05 * 2.05e9, "a twentieth of the experts only"),
+    ],
+    "next_token": [
+        (first_position, "the first position"),
+        (everywhere, "for every position"),
+        (along_positions, "dim=1"),
+    ],
+    "what_it_is": [
+        (RIGHT | {"memory": True}, "all of them stay in memory"),
+        (RIGHT | {"cost": True}, "final run"),
+        (RIGHT | {"both_ways": True}, "causal"),
+    ],
+    "expert_parameters": [
+        (share({"main", "mtp"}), "the MTP module is in your sums"),
+        (1 - share({"main"}), "outside of the routed experts"),
+        (100 * share({"main"}), "in percent"),
+    ],
+    "released_name": [
+        (in_order, "w2 and w3 are exchanged"),
+        (without_model, 'begins with "model."'),
+        (keeps_ffn, "mlp, not ffn"),
+    ],
 }

@@ -19,11 +19,11 @@ def unweighted(x, weight, eps=1e-6):
 
 
 def eps_outside(x, weight, eps=1e-6):
-    return weight * x / (torch.sqrt(torch.mean(x ** 2, -1, True)) + eps)
+    return weight * x / (torch.sqrt(torch.mean(x**2, -1, True)) + eps)
 
 
 def writes_over_input(x, weight, eps=1e-6):
-    x /= torch.sqrt((x ** 2).mean(-1, keepdim=True) + eps)
+    x /= torch.sqrt((x**2).mean(-1, keepdim=True) + eps)
     return x * weight
 
 
@@ -83,20 +83,23 @@ def head_first(maps):
 
 
 def heads_in_turn(q, k, v):
-    return F.scaled_dot_product_attention(q, k.repeat(len(q) // len(k), 1, 1),
-                                          v.repeat(len(q) // len(v), 1, 1), is_causal=True)
+    return F.scaled_dot_product_attention(
+        q, k.repeat(len(q) // len(k), 1, 1), v.repeat(len(q) // len(v), 1, 1), is_causal=True
+    )
 
 
 def unscaled(q, k, v):
     share = len(q) // len(k)
-    return F.scaled_dot_product_attention(q, k.repeat_interleave(share, 0),
-                                          v.repeat_interleave(share, 0), is_causal=True, scale=1.0)
+    return F.scaled_dot_product_attention(
+        q, k.repeat_interleave(share, 0), v.repeat_interleave(share, 0), is_causal=True, scale=1.0
+    )
 
 
 def sees_the_future(q, k, v):
     share = len(q) // len(k)
-    return F.scaled_dot_product_attention(q, k.repeat_interleave(share, 0),
-                                          v.repeat_interleave(share, 0))
+    return F.scaled_dot_product_attention(
+        q, k.repeat_interleave(share, 0), v.repeat_interleave(share, 0)
+    )
 
 
 def longest_match(piece, ranks):
@@ -115,7 +118,7 @@ def leftmost_pair(piece, ranks):
     while True:
         for i in range(len(tokens) - 1):
             if (tokens[i], tokens[i + 1]) in ranks:
-                tokens = tokens[:i] + [tokens[i] + tokens[i + 1]] + tokens[i + 2:]
+                tokens = tokens[:i] + [tokens[i] + tokens[i + 1]] + tokens[i + 2 :]
                 break
         else:
             return tokens
@@ -130,14 +133,20 @@ def any_number(heads, head_dim, layers, tokens, gigabytes):
 
 
 def keys_alone(heads, head_dim, layers, tokens, gigabytes):
-    fits = [n for n in range(1, heads + 1) if heads % n == 0
-            and cache_bytes(n, head_dim, layers, tokens, kinds=1) <= gigabytes * 1e9]
+    fits = [
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0 and cache_bytes(n, head_dim, layers, tokens, kinds=1) <= gigabytes * 1e9
+    ]
     return max(fits, default=0)
 
 
 def one_layer(heads, head_dim, layers, tokens, gigabytes):
-    fits = [n for n in range(1, heads + 1) if heads % n == 0
-            and cache_bytes(n, head_dim, 1, tokens) <= gigabytes * 1e9]
+    fits = [
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0 and cache_bytes(n, head_dim, 1, tokens) <= gigabytes * 1e9
+    ]
     return max(fits, default=0)
 
 
@@ -146,23 +155,50 @@ ALL_FALSE = dict.fromkeys("abcdefgh", False)
 RIGHT = dict(zip("abcdefgh", (False, True, False, False, True, False, True, False)))
 
 PLANTED = {
-    "kv_bytes": [(2 * 8 * 128 * 2, "one layer"), (8 * 128 * 32 * 2, "half is missing"),
-                 (2 * 32 * 128 * 32 * 2, "32 KV heads"), (131.072, "too small")],
-    "rms_norm": [(centred, "LayerNorm"), (unit_length, "root of the sum"),
-                 (unweighted, "weight is missing"), (eps_outside, "under the root"),
-                 (writes_over_input, "changes its input")],
-    "rope": [(rotate_half, "neighbours"), (unzipped, "two halves"),
-             (lambda *case: as_complex(*case, sign=-1.0), "other way round"),
-             (lambda *case: as_complex(*case, step=1), "exponent")],
-    "claims": [(ALL_TRUE, "before it"), (ALL_FALSE, "never by a later one"),
-               (RIGHT | {"f": True}, "of its own")],
-    "causal_weights": [(square_mask, "upper left"), (zero_mask, "-inf"),
-                       (masked_late, "behind the softmax"), (not_itself, "sees itself")],
-    "previous_token_head": [(own_token, "the token itself"), (flat_index, "flattened"),
-                            (head_first, "other way round")],
-    "grouped": [(heads_in_turn, "repeat_interleave"), (unscaled, "root of d"),
-                (sees_the_future, "mask is missing")],
+    "kv_bytes": [
+        (2 * 8 * 128 * 2, "one layer"),
+        (8 * 128 * 32 * 2, "half is missing"),
+        (2 * 32 * 128 * 32 * 2, "32 KV heads"),
+        (131.072, "too small"),
+    ],
+    "rms_norm": [
+        (centred, "LayerNorm"),
+        (unit_length, "root of the sum"),
+        (unweighted, "weight is missing"),
+        (eps_outside, "under the root"),
+        (writes_over_input, "changes its input"),
+    ],
+    "rope": [
+        (rotate_half, "neighbours"),
+        (unzipped, "two halves"),
+        (lambda *case: as_complex(*case, sign=-1.0), "other way round"),
+        (lambda *case: as_complex(*case, step=1), "exponent"),
+    ],
+    "claims": [
+        (ALL_TRUE, "before it"),
+        (ALL_FALSE, "never by a later one"),
+        (RIGHT | {"f": True}, "of its own"),
+    ],
+    "causal_weights": [
+        (square_mask, "upper left"),
+        (zero_mask, "-inf"),
+        (masked_late, "behind the softmax"),
+        (not_itself, "sees itself"),
+    ],
+    "previous_token_head": [
+        (own_token, "the token itself"),
+        (flat_index, "flattened"),
+        (head_first, "other way round"),
+    ],
+    "grouped": [
+        (heads_in_turn, "repeat_interleave"),
+        (unscaled, "root of d"),
+        (sees_the_future, "mask is missing"),
+    ],
     "bpe_encode": [(longest_match, "longest known token"), (leftmost_pair, "lowest rank")],
-    "kv_heads_that_fit": [(any_number, "divisors"), (keys_alone, "both are kept"),
-                          (one_layer, "one layer")],
+    "kv_heads_that_fit": [
+        (any_number, "divisors"),
+        (keys_alone, "both are kept"),
+        (one_layer, "one layer"),
+    ],
 }

@@ -11,13 +11,15 @@ from dsv3.rope import rotate
 
 
 def statements(**changes):
-    keys = ["the softmax runs over tokens, for each head by itself",
-            "compressing the queries makes the cache smaller",
-            "the cached latent has been through its norm",
-            "the rotated key is made from the latent",
-            "decoding makes every head's keys before it attends",
-            "YaRN slows all pairs down equally",
-            "a prompt of 10 tokens is rotated as if YaRN were on"]
+    keys = [
+        "the softmax runs over tokens, for each head by itself",
+        "compressing the queries makes the cache smaller",
+        "the cached latent has been through its norm",
+        "the rotated key is made from the latent",
+        "decoding makes every head's keys before it attends",
+        "YaRN slows all pairs down equally",
+        "a prompt of 10 tokens is rotated as if YaRN were on",
+    ]
     answers = dict(zip(keys, [True, False, True, False, False, False, True]))
     for number, value in changes.items():
         answers[keys[int(number[1:])]] = value
@@ -69,8 +71,14 @@ def content_alone(q_nope, q_rope, cache, w_uk, w_uv, scale):
 
 def scale_for_each(q_nope, q_rope, cache, w_uk, w_uv, scale):
     d_h, d_r = q_nope.shape[1], q_rope.shape[1]
-    return mixed(q_nope, q_rope, cache, w_uk, w_uv,
-                 lambda a, b: (a / math.sqrt(d_h) + b / math.sqrt(d_r)).softmax(1))
+    return mixed(
+        q_nope,
+        q_rope,
+        cache,
+        w_uk,
+        w_uv,
+        lambda a, b: (a / math.sqrt(d_h) + b / math.sqrt(d_r)).softmax(1),
+    )
 
 
 def heads_compete(q_nope, q_rope, cache, w_uk, w_uv, scale):
@@ -84,6 +92,7 @@ def speeds(dim, theta):
 def ends(dim, theta, original, fast, slow):
     def at(turns):
         return dim * math.log(original / turns / (2 * math.pi)) / (2 * math.log(theta))
+
     return max(math.floor(at(fast)), 0), min(math.ceil(at(slow)), dim - 1)
 
 
@@ -110,20 +119,37 @@ def long_context(dim, theta, factor, original, fast=32, slow=1):
 
 
 PLANTED = {
-    "cache_bytes": [(2 * 576, "one layer"), (512 * 60 * 2, "rotated key is missing"),
-                    (60 * 2 * (512 + 128 * 64), "for each head"), (576 * 60, "two bytes")],
-    "true_or_false": [(statements(_1=True), "queries are not cached"),
-                      (statements(_3=True), "W^KR multiplies h_t"),
-                      (statements(_6=False), "decided by the config"),
-                      (statements(_0=False), "no head is weighed")],
-    "latents": [(latent_as_it_comes, "pass its norm"), (everything_normed, "not normalised"),
-                (layer_norm, "does not take the mean off"),
-                (key_without_position, "after its rotation")],
+    "cache_bytes": [
+        (2 * 576, "one layer"),
+        (512 * 60 * 2, "rotated key is missing"),
+        (60 * 2 * (512 + 128 * 64), "for each head"),
+        (576 * 60, "two bytes"),
+    ],
+    "true_or_false": [
+        (statements(_1=True), "queries are not cached"),
+        (statements(_3=True), "W^KR multiplies h_t"),
+        (statements(_6=False), "decided by the config"),
+        (statements(_0=False), "no head is weighed"),
+    ],
+    "latents": [
+        (latent_as_it_comes, "pass its norm"),
+        (everything_normed, "not normalised"),
+        (layer_norm, "does not take the mean off"),
+        (key_without_position, "after its rotation"),
+    ],
     "directions": [(105, "W^UK itself"), (9, "90%"), (13, "the values"), (18, "the latents")],
-    "decode": [(expanding, "times the FLOPs"), (unscaled, "not scaled"),
-               (content_alone, "rotated part is missing"), (scale_for_each, "one scale"),
-               (heads_compete, "over tokens")],
-    "yarn": [(all_slower, "position interpolation"), (fast_pairs_slowed, "wrong way round"),
-             (runs_on, "between 0 and 1"), (long_context, "original length")],
+    "decode": [
+        (expanding, "times the FLOPs"),
+        (unscaled, "not scaled"),
+        (content_alone, "rotated part is missing"),
+        (scale_for_each, "one scale"),
+        (heads_compete, "over tokens"),
+    ],
+    "yarn": [
+        (all_slower, "position interpolation"),
+        (fast_pairs_slowed, "wrong way round"),
+        (runs_on, "between 0 and 1"),
+        (long_context, "original length"),
+    ],
     "tensor_parallel": [(2.25, "single GPU"), (144, "g / 8"), (9 / 32, "share the latent out")],
 }

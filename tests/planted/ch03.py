@@ -40,6 +40,7 @@ def by_rank(rank):
         for row in range(n):
             result[row, best[row]] = True
         return result.repeat_interleave(experts // groups, 1)
+
     return mask
 
 
@@ -110,12 +111,14 @@ PLANTED = {
     ],
     "balance_claims": [
         (CLAIMS | {"V3 is trained without any auxiliary loss": True}, "0.0001"),
-        (CLAIMS | {"subtracting 3 from all biases of a layer changes nothing": False},
-         "the order of s + b stays"),
+        (
+            CLAIMS | {"subtracting 3 from all biases of a layer changes nothing": False},
+            "the order of s + b stays",
+        ),
         (CLAIMS | {"the bias rule can make MaxVio of every batch 0": True}, "0.26"),
     ],
     "free_nodes": [
-        (8 * (1 - 0.875 ** 6), "the same expert twice"),
+        (8 * (1 - 0.875**6), "the same expert twice"),
         (6, "can share a node"),
         (5.2947, "V3's number"),
     ],

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsv3.errors import DSV3Error
+from dsv3.generation.tokenizer import Tokenizer
 from dsv3.model import Transformer
 from dsv3.moe import Router
-from dsv3.generation.tokenizer import Tokenizer
 from dsv3.viz.routing_scene import Routing, routing_scene
 from dsv3.viz.scene import Scene
 from dsv3.viz.widgets.panel import Panel, control
@@ -30,8 +30,13 @@ class Replay(Router):
 
 
 @torch.inference_mode()
-def reroute(router: Router, scores: Float[Tensor, "n experts"], strength: float = 1.0,
-            groups: int | None = None, top_k: int | None = None) -> Routing:
+def reroute(
+    router: Router,
+    scores: Float[Tensor, "n experts"],
+    strength: float = 1.0,
+    groups: int | None = None,
+    top_k: int | None = None,
+) -> Routing:
     """What the router chooses for these scores with its bias multiplied by ``strength``,
     ``groups`` groups allowed and ``top_k`` experts a token (None: as trained).
 
@@ -53,10 +58,12 @@ def router_scores(model: Transformer, ids: list[int]) -> dict[int, Float[Tensor,
     def watch(layer: int):
         def hook(router, inputs):
             kept[layer] = router.scores(inputs[0]).cpu()
+
         return hook
 
-    hooks = [router.register_forward_pre_hook(watch(layer))
-             for layer, router in routers(model).items()]
+    hooks = [
+        router.register_forward_pre_hook(watch(layer)) for layer, router in routers(model).items()
+    ]
     try:
         model(torch.tensor([ids], device=model.device), last_only=True)
     finally:
@@ -67,8 +74,11 @@ def router_scores(model: Transformer, ids: list[int]) -> dict[int, Float[Tensor,
 
 def routers(model: Transformer) -> dict[int, Router]:
     """Layer -> its router, of the layers that have experts."""
-    return {number: layer.ffn.gate for number, layer in enumerate(model.layers)
-            if model.config.is_moe(number)}
+    return {
+        number: layer.ffn.gate
+        for number, layer in enumerate(model.layers)
+        if model.config.is_moe(number)
+    }
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
@@ -92,51 +102,88 @@ class RoutingExplorer(Panel):
     """
 
     title = "Routing explorer"
-    hint = ("Click a token to choose it, point at a bar to read its numbers; or Tab into the "
-            "picture, use the arrow keys, and choose with Enter.")
+    hint = (
+        "Click a token to choose it, point at a bar to read its numbers; or Tab into the "
+        "picture, use the arrow keys, and choose with Enter."
+    )
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, text: str):
         self.model, self.tokenizer = model, tokenizer
         self.routers = routers(model)
         if not self.routers:
-            raise DSV3Error("this model has no layer with experts", where="first_k_dense_replace",
-                            found=model.config.first_k_dense_replace,
-                            expected=f"below {model.config.num_hidden_layers} layers")
+            raise DSV3Error(
+                "this model has no layer with experts",
+                where="first_k_dense_replace",
+                found=model.config.first_k_dense_replace,
+                expected=f"below {model.config.num_hidden_layers} layers",
+            )
         self._refusal = ""
         self._read(text)
         c = model.config
-        self.text = control(ipywidgets.Text, "Text, then Enter", value=text,
-                            continuous_update=False)
+        self.text = control(
+            ipywidgets.Text, "Text, then Enter", value=text, continuous_update=False
+        )
         layers = [(f"layer {layer}", layer) for layer in self.routers]
-        self.layer = control(ipywidgets.SelectionSlider, "Layer", options=layers,
-                             value=layers[len(layers) // 2][1])
-        self.token = control(ipywidgets.IntSlider, "Token", value=len(self.ids) - 1,
-                             max=len(self.ids) - 1)
-        self.strength = control(ipywidgets.FloatSlider, "Bias strength", value=1.0, min=-4.0,
-                                max=4.0, step=0.25, readout_format="+.2f",
-                                disabled=not c.gate_bias)
-        self.groups = control(ipywidgets.IntSlider, "Groups allowed", value=c.topk_group, min=1,
-                              max=c.n_group, disabled=c.n_group == 1)
-        self.top_k = control(ipywidgets.IntSlider, "Experts (top-k)", value=c.num_experts_per_tok,
-                             min=1, max=c.n_routed_experts)
-        super().__init__([self.text, self.layer, self.token, self.strength, self.groups,
-                          self.top_k])
+        self.layer = control(
+            ipywidgets.SelectionSlider, "Layer", options=layers, value=layers[len(layers) // 2][1]
+        )
+        self.token = control(
+            ipywidgets.IntSlider, "Token", value=len(self.ids) - 1, max=len(self.ids) - 1
+        )
+        self.strength = control(
+            ipywidgets.FloatSlider,
+            "Bias strength",
+            value=1.0,
+            min=-4.0,
+            max=4.0,
+            step=0.25,
+            readout_format="+.2f",
+            disabled=not c.gate_bias,
+        )
+        self.groups = control(
+            ipywidgets.IntSlider,
+            "Groups allowed",
+            value=c.topk_group,
+            min=1,
+            max=c.n_group,
+            disabled=c.n_group == 1,
+        )
+        self.top_k = control(
+            ipywidgets.IntSlider,
+            "Experts (top-k)",
+            value=c.num_experts_per_tok,
+            min=1,
+            max=c.n_routed_experts,
+        )
+        super().__init__(
+            [self.text, self.layer, self.token, self.strength, self.groups, self.top_k]
+        )
         self.drawing.on_choose(self._choose)
 
     def routing(self) -> Routing:
         """The layer's choices for all tokens, at the controls' values."""
-        return reroute(self.routers[self.layer.value], self._scores[self.layer.value],
-                       self.strength.value, self.groups.value, self._possible_k())
+        return reroute(
+            self.routers[self.layer.value],
+            self._scores[self.layer.value],
+            self.strength.value,
+            self.groups.value,
+            self._possible_k(),
+        )
 
     def scene(self) -> Scene:
         return routing_scene(self.routing(), self.token.value, self.texts, self.layer.value)
 
     def message(self) -> str:
         wanted, possible = self.top_k.value, self._possible_k()
-        too_many = "" if wanted == possible else (
-            f"{wanted} experts asked for, {possible} shown: "
-            f"{self.groups.value} open group{'s hold' if self.groups.value > 1 else ' holds'} "
-            f"no more.")
+        too_many = (
+            ""
+            if wanted == possible
+            else (
+                f"{wanted} experts asked for, {possible} shown: "
+                f"{self.groups.value} open group{'s hold' if self.groups.value > 1 else ' holds'} "
+                f"no more."
+            )
+        )
         return " ".join(filter(None, [self._refusal, too_many]))
 
     def _possible_k(self) -> int:
@@ -149,8 +196,12 @@ class RoutingExplorer(Panel):
             raise DSV3Error("there is no text", where="text", fix="Type a few words")
         ids, most = self.tokenizer.encode(text), self.model.config.max_position_embeddings
         if len(ids) > most:
-            raise DSV3Error("the text is longer than the model's context", where="text",
-                            found=f"{len(ids)} tokens", expected=f"at most {most}")
+            raise DSV3Error(
+                "the text is longer than the model's context",
+                where="text",
+                found=f"{len(ids)} tokens",
+                expected=f"at most {most}",
+            )
         self._scores = router_scores(self.model, ids)
         self.ids, self.texts = ids, [token_text(self.tokenizer, id) for id in ids]
 
@@ -163,7 +214,9 @@ class RoutingExplorer(Panel):
             try:
                 self._read(self.text.value)
             except DSV3Error as error:
-                self._refusal = f"{str(error).rstrip('.')}. The picture still shows the text before."
+                self._refusal = (
+                    f"{str(error).rstrip('.')}. The picture still shows the text before."
+                )
             else:
                 self.token.max = len(self.ids) - 1
         self.refresh()

@@ -22,15 +22,25 @@ class KVCacheCalculator(Panel):
     def __init__(self):
         self.rows = cache_rows()
         slider = ipywidgets.SelectionSlider
-        self.tokens = control(slider, "Tokens a text", value=32_768,
-                              options=[(f"{tokens:,}", tokens) for tokens in TOKENS])
-        self.texts = control(slider, "Texts at a time", value=1,
-                             options=[(f"{texts:,}", texts) for texts in TEXTS])
+        self.tokens = control(
+            slider,
+            "Tokens a text",
+            value=32_768,
+            options=[(f"{tokens:,}", tokens) for tokens in TOKENS],
+        )
+        self.texts = control(
+            slider, "Texts at a time", value=1, options=[(f"{texts:,}", texts) for texts in TEXTS]
+        )
         self.itemsize = control(slider, "Bytes a value", value=2, options=ITEMSIZES.items())
-        self.memory = control(slider, "Memory for it", value=80 * 10**9,
-                              options=[(size(memory), memory) for memory in MEMORY])
+        self.memory = control(
+            slider,
+            "Memory for it",
+            value=80 * 10**9,
+            options=[(size(memory), memory) for memory in MEMORY],
+        )
         super().__init__([self.tokens, self.texts, self.itemsize, self.memory])
 
     def scene(self) -> Scene:
-        return cache_scene(self.tokens.value, self.texts.value, self.itemsize.value,
-                           self.memory.value, self.rows)
+        return cache_scene(
+            self.tokens.value, self.texts.value, self.itemsize.value, self.memory.value, self.rows
+        )

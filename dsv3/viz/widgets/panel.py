@@ -16,8 +16,10 @@ _LAYOUT = {"width": "440px"}
 # A box of ipywidgets scrolls inside when it is a pixel too small.
 _OPEN = {"overflow": "visible"}
 # Said where nothing moves, of a picture that could.
-AT_REST = ("A still picture. To move it: choose this cell, then in the menu Run > Run All Above "
-           "Selected Cell, and run it.")
+AT_REST = (
+    "A still picture. To move it: choose this cell, then in the menu Run > Run All Above "
+    "Selected Cell, and run it."
+)
 
 
 class Panel(ipywidgets.VBox):
