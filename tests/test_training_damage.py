@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import training_cases
 from safetensors.torch import load_file, save_file
-from training_cases import RECIPE, TINY, little_text, write_texts
+from training_cases import RECIPE, TINY, little_text, stop_at
 
 from dsv3 import data
 from dsv3.checkpoint.folder import claim
@@ -22,19 +23,7 @@ from dsv3.training.state import digest, latest_state, remove_old
 FILES = ("state.json", "state.safetensors", "SHA256SUMS")
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(autouse=True)
-def little(monkeypatch, as_in_use):
-    """Runs as they are in use, on little text."""
-    little_text(monkeypatch.setattr)
-
-
-class Stop(Exception):
-    pass
+texts, little = training_cases.texts, training_cases.little
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +32,7 @@ def stopped(texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped") / "out"
     with pytest.MonkeyPatch.context() as patch:
         little_text(patch.setattr)
-        run = Run(TINY, folder, RECIPE, **texts)
-        values = run._step_values
-
-        def die():
-            if run.step == 2:
-                raise Stop
-            return values()
-
-        run._step_values = die
-        with pytest.raises(Stop):
-            run.go()
+        stop_at(Run(TINY, folder, RECIPE, **texts), 2)
         return folder, standing(Run(TINY, folder, RECIPE, **texts))
 
 
@@ -66,16 +45,15 @@ def folder(stopped, tmp_path):
 def standing(run: Run) -> dict:
     """Everything that the next step follows from."""
     found = {
-        "step": run.step,
-        "tokens": run.tokens,
+        "position": run.position,
         "random": torch.get_rng_state().tolist(),
-        "recipe": run.recipe,
-        "position": run.stream.position,
+        "plan": run.plan,
+        "text": run.stream.position,
         "tokenizer": run.corpus.tokenizer.to_str(),
         "log": run.log.bytes,
     }
-    for name, weight in run.model.named_parameters():
-        for key, value in {"": weight, **run.optimizer.state.get(weight, {})}.items():
+    for name, weight in run.learner.model.named_parameters():
+        for key, value in {"": weight, **run.learner.optimizer.state.get(weight, {})}.items():
             found[name, key] = (value.dtype, value.detach().flatten().tolist())
     return found
 
@@ -169,7 +147,7 @@ def test_the_way_out_is_looked_for_and_leads_on(folder, texts):
         folder, texts, "a JSON list"
     )
     shutil.rmtree(newest)
-    assert Run(TINY, folder, RECIPE, **texts).step == 1
+    assert Run(TINY, folder, RECIPE, **texts).position.step == 1
 
 
 def test_no_way_is_named_that_leads_to_the_next_damage(folder, texts):
@@ -177,7 +155,7 @@ def test_no_way_is_named_that_leads_to_the_next_damage(folder, texts):
         (path / "state.safetensors").write_bytes(b"")
     assert "No whole checkpoint is left" in refused(folder, texts, "cannot be read")
     shutil.rmtree(folder / "checkpoints")
-    assert Run(TINY, folder, RECIPE, **texts).step == 0
+    assert Run(TINY, folder, RECIPE, **texts).position.step == 0
 
 
 def test_another_recipe_is_told_by_its_options(folder, texts):

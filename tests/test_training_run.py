@@ -7,8 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import training_cases
 from ranks import run_ranks
-from training_cases import POSITIONS, RECIPE, ROUTERS, TINY, little_text, window, write_texts
+from training_cases import (
+    POSITIONS,
+    RECIPE,
+    ROUTERS,
+    TINY,
+    little_text,
+    stop_at,
+    window,
+    write_texts,
+)
 
 from dsv3.checkpoint.loading import load_model
 from dsv3.config import ModelConfig
@@ -18,21 +28,12 @@ from dsv3.parallel.tensor import TensorGroup
 from dsv3.training import LOG_FILE, Recipe, Run, minutes, train
 from dsv3.training import run as run_module
 from dsv3.training.optimizer import make_optimizer
+from dsv3.training.phases import total_tokens
 from dsv3.training.state import latest_state, load_state, save_state
 
 CLOCKS = ("seconds", "cpu_seconds", "tokens_per_second")
+texts, little = training_cases.texts, training_cases.little
 UNSEEN = ModelConfig.from_dict(TINY.to_dict())  # equal to TINY, another object
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(autouse=True)
-def little(monkeypatch, as_in_use):
-    """Runs as they are in use, on little text."""
-    little_text(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +59,13 @@ def steps_of(folder) -> list[dict]:
 def assert_same_end(run: Run, other: Run) -> None:
     """Weights, moments, random state, log and exported files are equal, bit for bit."""
     for (name, a), (_, b) in zip(
-        run.model.named_parameters(), other.model.named_parameters(), strict=True
+        run.learner.model.named_parameters(), other.learner.model.named_parameters(), strict=True
     ):
         assert torch.equal(a, b), name
-        ours, theirs = run.optimizer.state.get(a, {}), other.optimizer.state.get(b, {})
+        ours, theirs = (
+            run.learner.optimizer.state.get(a, {}),
+            other.learner.optimizer.state.get(b, {}),
+        )
         assert set(ours) == set(theirs)
         for key, moment in ours.items():
             assert moment.dtype == theirs[key].dtype
@@ -75,31 +79,11 @@ def assert_same_end(run: Run, other: Run) -> None:
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
-class Killed(Exception):
-    pass
-
-
-def stop_at(run: Run, step: int, saved: int = 1000) -> None:
-    """Go on until so many steps are made; the last checkpoint is of step ``saved`` at most."""
-    save = run.save
-    run.save = lambda: save() if run.step <= saved else None
-    draw_values = run._step_values
-
-    def dying():
-        if run.step == step:
-            raise Killed
-        return draw_values()
-
-    run._step_values = dying
-    with pytest.raises(Killed):
-        run.go()
-
-
 def test_first_weights_are_those_of_seed_and_recipe(texts, tmp_path):
     recipe = replace(RECIPE, seed=7, embedding_std=0.25)
     run = Run(TINY, tmp_path, recipe, **texts)
     plain = Transformer(TINY).init_weights(7)
-    for name, value in run.model.named_parameters():
+    for name, value in run.learner.model.named_parameters():
         if name == "embed.weight":
             assert float(value.detach().std()) == pytest.approx(0.25, rel=0.05)
         else:
@@ -173,9 +157,9 @@ def test_validation_is_in_the_log(whole):
 def snapshot(run: Run) -> dict[str, torch.Tensor]:
     """Copies of weights and moments."""
     result = {}
-    for name, weight in run.model.named_parameters():
+    for name, weight in run.learner.model.named_parameters():
         result[name] = weight.detach().clone()
-        for key, moment in run.optimizer.state.get(weight, {}).items():
+        for key, moment in run.learner.optimizer.state.get(weight, {}).items():
             result[f"{name} {key}"] = moment.clone()
     return result
 
@@ -183,22 +167,25 @@ def snapshot(run: Run) -> dict[str, torch.Tensor]:
 def test_yarn_appears_at_the_boundary_and_all_else_goes_on(texts, tmp_path, monkeypatch):
     seen = []
 
-    def watched(run, enter=Run._enter_phase):
-        before = run.model and (run.model.config, snapshot(run))
-        enter(run)
-        assert all(router in [*run.model.modules()] for router in run.watch.routers.values())
+    def watched(run, phase, enter=Run._enter):
+        before = run.learner and (run.learner.model.config, snapshot(run))
+        enter(run, phase)
+        assert all(
+            router in [*run.learner.model.modules()]
+            for router in run.learner.watch.routers.values()
+        )
         seen.append(
             (
-                run.tokens,
-                run.phase_start,
+                run.position.tokens,
+                run.position.phase_start,
                 run.stream.length,
                 before,
-                run.model.config,
+                run.learner.model.config,
                 snapshot(run),
             )
         )
 
-    monkeypatch.setattr(Run, "_enter_phase", watched)
+    monkeypatch.setattr(Run, "_enter", watched)
     train(TINY, tmp_path, RECIPE, progress=False, **texts)
     short = TINY.but(rope_scaling=None, max_position_embeddings=32)
     first, second = seen
@@ -228,7 +215,7 @@ def test_without_a_second_phase(texts, tmp_path, config, tokens):
     run = Run(config, tmp_path, replace(RECIPE, extension_tokens=tokens), **texts)
     run.go()
     assert [line["tokens"] for line in steps_of(tmp_path)] == POSITIONS[:6]
-    assert run.model.config == config == ModelConfig.from_pretrained(tmp_path)
+    assert run.learner.model.config == config == ModelConfig.from_pretrained(tmp_path)
 
 
 @pytest.fixture
@@ -284,7 +271,7 @@ def test_resumed_run_is_bit_equal(whole, texts, tmp_path, saved, killed):
     broken = Run(TINY, tmp_path, RECIPE, **texts)
     stop_at(broken, killed, saved)
     # What a kill would leave: a line and a folder after the checkpoint, whole and half-written.
-    broken.step = killed + 1
+    broken.position = replace(broken.position, step=killed + 1)
     broken._log(loss=0.0)
     with open(tmp_path / LOG_FILE, "a", encoding="utf-8") as file:
         file.write('{"step": 4, "tok')
@@ -294,8 +281,8 @@ def test_resumed_run_is_bit_equal(whole, texts, tmp_path, saved, killed):
     torch.randn(3)
 
     again = Run(TINY, tmp_path, RECIPE, **texts)
-    assert again.step == saved
-    assert (again.model.config.rope_scaling is None) == (saved < 6)
+    assert again.position.step == saved
+    assert (again.learner.model.config.rope_scaling is None) == (saved < 6)
     assert again.go() == whole.figures
     assert_same_end(again, whole)
 
@@ -307,8 +294,8 @@ def test_resumed_run_with_bfloat16_moments_in_fp8_is_bit_equal(texts, tmp_path):
     for stop in (2, 7):
         stop_at(runs[1], stop)
         runs[1] = Run(TINY, tmp_path / "broken", recipe, **texts)
-        assert runs[1].step == stop
-    moments = next(iter(runs[1].optimizer.state.values()))
+        assert runs[1].position.step == stop
+    moments = next(iter(runs[1].learner.optimizer.state.values()))
     assert moments["exp_avg"].dtype == torch.bfloat16 != moments["step"].dtype
     runs[1].go()
     assert_same_end(*runs)
@@ -323,7 +310,7 @@ def test_a_finished_run_is_left_as_it_is(whole, texts, tmp_path, capsys):
     (once.checkpoints / "step-000010.partial").mkdir()
     again = Run(TINY, tmp_path, RECIPE, **texts)
     assert len(list(once.checkpoints.iterdir())) == 2
-    assert again.step == 9 and again.go() == whole.figures
+    assert again.position.step == 9 and again.go() == whole.figures
     assert_same_end(again, whole)
     Run(TINY, tmp_path, RECIPE, progress=True, **texts).go()
     assert "this run has ended, after 544 tokens" in capsys.readouterr().err
@@ -379,7 +366,10 @@ def test_another_text_in_the_same_folder_is_refused(texts, tmp_path):
 
 def test_options_survive_the_way_through_json(texts, tmp_path):
     stop_at(Run(TINY, tmp_path, RECIPE, **texts), 1)
-    assert Run(UNSEEN, tmp_path, replace(RECIPE, shares=dict(RECIPE.shares)), **texts).step == 1
+    assert (
+        Run(UNSEEN, tmp_path, replace(RECIPE, shares=dict(RECIPE.shares)), **texts).position.step
+        == 1
+    )
 
 
 # Time -------------------------------------------------------------------------------------------
@@ -398,11 +388,13 @@ def test_minutes_shorten_the_run_and_are_remembered(texts, tmp_path):
     run = Run(TINY, tmp_path, LONG, max_minutes=1e-9, **texts)
     run.go()
     assert [line["step"] for line in steps_of(tmp_path)] == [1, 2]
-    assert (run.recipe.tokens, run.recipe.extension_tokens) == (32, 1)
-    assert run.model.config == TINY and run.last_windows == 1
+    assert (run.plan.recipe.tokens, run.plan.recipe.extension_tokens) == (32, 1)
+    assert run.learner.model.config == TINY and run.plan.last_windows == 1
     again = Run(TINY, tmp_path, LONG, max_minutes=1.0, **texts)
-    assert again.recipe == run.recipe and again.tokens > again.total
-    assert again.last_windows == 1
+    assert again.plan.recipe == run.plan.recipe and again.position.tokens > total_tokens(
+        again.phases
+    )
+    assert again.plan.last_windows == 1
     with pytest.raises(
         DSV3Error, match="another recipe.*tokens was 32, is now 100000.*give --max-minutes again"
     ):
@@ -446,9 +438,9 @@ def test_minutes_hold_for_a_run_killed_before_they_were_known(texts, tmp_path, f
     recipe = replace(LONG, save_minutes=0.0)
     stop_at(Run(TINY, tmp_path, recipe, max_minutes=10, **texts), 2)
     run = Run(TINY, tmp_path, recipe, max_minutes=1e-9, **texts)
-    assert run.step == 2 and run.recipe.tokens == 100_000
+    assert run.position.step == 2 and run.plan.recipe.tokens == 100_000
     run.go()
-    assert run.step == 4
+    assert run.position.step == 4
 
 
 def test_a_shortened_run_resumes_bit_equal(texts, tmp_path, few_timed_steps, monkeypatch):
@@ -462,17 +454,17 @@ def test_a_shortened_run_resumes_bit_equal(texts, tmp_path, few_timed_steps, mon
         if name == "broken":
             stop_at(run, 3)
             run = Run(TINY, tmp_path / name, recipe, max_minutes=100, **texts)
-            assert run.step == 3
+            assert run.position.step == 3
         run.go()
         runs.append(run)
-    assert runs[0].recipe.tokens == 400
+    assert runs[0].plan.recipe.tokens == 400
     assert_same_end(*runs)
 
 
 def test_time_enough_leaves_the_length(texts, tmp_path, few_timed_steps):
     run = Run(TINY, tmp_path, RECIPE, max_minutes=1e9, **texts)
     stop_at(run, 4)
-    assert run.recipe == RECIPE and run.last_windows is None
+    assert run.plan.recipe == RECIPE and run.plan.last_windows is None
 
 
 def test_minutes_come_too_late_for_a_run_in_its_last_phase(whole, texts, tmp_path, monkeypatch):
@@ -489,9 +481,9 @@ def test_non_finite_loss_stops_and_names_the_last_good_checkpoint(texts, tmp_pat
     draw = run.stream.draw
 
     def poison(count):
-        if run.step == 3:
+        if run.position.step == 3:
             with torch.no_grad():
-                run.model.layers[1].ffn.experts.w2.fill_(float("nan"))
+                run.learner.model.layers[1].ffn.experts.w2.fill_(float("nan"))
         return draw(count)
 
     run.stream.draw = poison
@@ -519,7 +511,7 @@ def test_checkpoints_hold_no_pickle_and_old_ones_go(whole):
 def test_full_disk_leaves_the_last_checkpoint(texts, tmp_path, monkeypatch):
     run = Run(TINY, tmp_path, RECIPE, **texts)
     good = run.save()
-    run.step = 1
+    run.position = replace(run.position, step=1)
 
     def full(tensors, path):
         path.write_bytes(b"half")
@@ -552,7 +544,7 @@ def test_broken_checkpoint_is_one_clear_line(texts, tmp_path, file, content):
     for part in path.iterdir():
         part.unlink()
     path.rmdir()
-    assert Run(TINY, tmp_path, RECIPE, **texts).step == 1
+    assert Run(TINY, tmp_path, RECIPE, **texts).position.step == 1
 
 
 def test_a_log_that_cannot_be_written_is_named(texts, tmp_path):
@@ -615,7 +607,10 @@ def test_fewer_windows_than_ranks_are_refused(texts, tmp_path, name):
 def test_exported_model_loads_in_fp8_and_is_near_the_trained_one(whole):
     text = window()[:, :16]
     with torch.no_grad():
-        trained, loaded = whole.model(text), load_model(whole.out_dir, precision="fp8")(text)
+        trained, loaded = (
+            whole.learner.model(text),
+            load_model(whole.out_dir, precision="fp8")(text),
+        )
         # FP8 weights and activations: about 3% a matrix.
         assert 0 < (trained - loaded).norm() < 0.1 * trained.norm()
         plain = load_model(whole.out_dir, precision="fp32")(text)
@@ -664,7 +659,11 @@ def run_one_rank(group, out_dir, texts):
     sys.addaudithook(audit)
     run = Run(TINY, out_dir, SHARED, group=group, progress=True, **texts)
     figures = run.go()
-    return figures, {n: v.detach().numpy() for n, v in run.model.named_parameters()}, written
+    return (
+        figures,
+        {n: v.detach().numpy() for n, v in run.learner.model.named_parameters()},
+        written,
+    )
 
 
 def test_two_ranks_share_a_run_that_only_the_first_writes(texts, tmp_path, capfd):
@@ -682,4 +681,4 @@ def test_two_ranks_share_a_run_that_only_the_first_writes(texts, tmp_path, capfd
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
     assert load_model(tmp_path / "two").config == TINY
     again = Run(TINY, tmp_path / "two", SHARED, **texts)  # by one process, why not
-    assert again.step == one.step
+    assert again.position.step == one.position.step

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from dsv3 import data
 from dsv3.config import ModelConfig, QuantizationConfig, YarnScaling
 from dsv3.data import arithmetic, stream
-from dsv3.training import Recipe
+from dsv3.training import Recipe, Run
+from dsv3.training import run as run_module
 
 # Every mechanism is there, YaRN included; only the sizes are small.
 TINY = ModelConfig(
@@ -98,3 +100,37 @@ def little_text(setattr=setattr) -> None:
     setattr(arithmetic, "TRAIN_CHARACTERS", 6000)
     setattr(arithmetic, "HELD_OUT_CHARACTERS", 1500)
     setattr(stream, "_SHUFFLED", 1024)
+
+
+# Fixtures: a module of tests that trains names them (``texts = training_cases.texts``).
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> dict[str, Path]:
+    """Where the little text lies, as the options of a run."""
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(autouse=True)
+def little(monkeypatch, as_in_use) -> None:
+    """Runs as they are in use, on little text."""
+    little_text(monkeypatch.setattr)
+
+
+class Killed(Exception):
+    """The end of a run that ``stop_at`` has stopped."""
+
+
+def stop_at(run: Run, step: int, saved: int = 1000) -> None:
+    """Go on until so many steps are made; the last checkpoint is of step ``saved`` at most."""
+    save, values = run.save, run_module.step_values
+
+    def dying(phase, recipe, position):
+        if position.step == step:
+            raise Killed
+        return values(phase, recipe, position)
+
+    run.save = lambda: save() if run.position.step <= saved else None
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_module, "step_values", dying)
+        run.go()

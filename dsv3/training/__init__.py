@@ -2,8 +2,9 @@
 
 ``schedules`` (what changes when), ``objective`` and ``balance`` (what is minimised, and what keeps
 the experts busy), ``optimizer``, ``step`` (one update), ``evaluation``, ``corpus`` (what is read),
-``state`` (checkpoints), ``log``, ``minutes`` (a run that fits a time) and ``run``, which puts them
-together.
+``phases`` (short windows, then long ones), ``position`` and ``learner`` (where a run stands, and
+what a step changes), ``state`` and ``resuming`` (checkpoints, and going on from them), ``log``,
+``terminal``, ``minutes`` (a run that fits a time) and ``run``, the loop that puts them together.
 """
 
 from dsv3.training.log import LOG_FILE

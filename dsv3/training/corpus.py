@@ -8,7 +8,7 @@ otherwise mean another piece of text. So each checkpoint holds its digest.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -86,10 +86,22 @@ class Corpus:
                     expected=f"{length}, one window, or more",
                 )
 
-    def windows(self, name: str, length: int, overlap: int, most: int | None) -> torch.Tensor:
-        """Held-out windows of a domain, all or about ``most`` of them, evenly spaced."""
-        windows = data.in_order(self.held_out[name], length + overlap, overlap)
-        return windows if most is None else windows[:: max(len(windows) // most, 1)]
+    def windows(self, length: int, overlap: int, most: int | None) -> dict[str, torch.Tensor]:
+        """Held-out windows by domain, all or about ``most`` of each, evenly spaced."""
+        windows = {
+            name: data.in_order(ids, length + overlap, overlap)
+            for name, ids in self.held_out.items()
+        }
+        return {
+            name: some if most is None else some[:: max(len(some) // most, 1)]
+            for name, some in windows.items()
+        }
+
+    def stream(self, shares: Mapping[str, float], **options) -> data.Stream:
+        """Training text of a mixture; options: of ``data.Stream``."""
+        with_functions = "functions" in shares
+        domains = data.with_functions(self.domains) if with_functions else self.domains
+        return data.Stream(self.tokenizer, domains, shares, **options)
 
 
 def _has_digest(file: Path, known: str) -> bool:

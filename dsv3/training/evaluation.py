@@ -1,15 +1,16 @@
-"""What a model is worth on text it has never seen."""
+"""What a model is worth on text it has never seen, and which experts it sends that text to."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from dsv3.model import Transformer
+from dsv3.training.balance import RouterWatch
 from dsv3.training.objective import cross_entropy, mtp_logits
 
 
@@ -49,3 +50,20 @@ def evaluate(
     if depths:
         result |= {"mtp_loss": ahead / count, "draft_agreement": agreed / drafted}
     return result
+
+
+def evaluate_domains(
+    model: Transformer,
+    windows: Mapping[str, Int[Tensor, "n w"]],
+    token_bytes: Int[Tensor, "vocab"],
+    watch: RouterWatch,
+    on_windows: Callable[[int], object] = lambda count: None,
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[int]]]]:
+    """(figures by domain, tokens of each expert by domain and router); see ``evaluate``."""
+    figures, loads = {}, {}
+    for name, some in windows.items():
+        watch.reset()
+        some = some.to(token_bytes.device)
+        figures[name] = evaluate(model, some, token_bytes, on_windows=on_windows)
+        loads[name] = {router: load.int().tolist() for router, load in watch.load.items()}
+    return figures, loads

@@ -9,6 +9,7 @@ everything: what came before the first step, the steps, validation and export.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from dsv3.training.recipe import Recipe
 
@@ -18,6 +19,19 @@ _VALIDATION_SHARE = 0.15
 _EXPORT_SECONDS = 3.0
 _KEPT_BACK = 0.05  # of what is left: checkpoints, validation on the way
 _FORWARD_SPEED = 2.5  # of a forward pass, in steps: a step is a forward pass and two backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will do: its recipe, and what --max-minutes has decided about it.
+
+    fitted: whether --max-minutes has fixed the length; a run is fitted once. last_windows: windows
+    of each domain that the last validation reads; None: all.
+    """
+
+    recipe: Recipe
+    fitted: bool = False
+    last_windows: int | None = None
 
 
 def knows_its_speed(step: int, seconds: float, minutes: float) -> bool:

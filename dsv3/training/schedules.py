@@ -56,6 +56,18 @@ class LearningRate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fall:
+    """From ``peak`` on a straight line to a tenth of it, ``until`` tokens."""
+
+    peak: float
+    until: float
+
+    def at(self, step: int, tokens: float) -> float:
+        """The rate before which ``tokens`` were read; asked as ``LearningRate`` is."""
+        return self.peak * (1 - 0.9 * (tokens / self.until))
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchRamp:
     """Sequences in a step: from ``first`` to ``last`` on a straight line, ``until`` tokens."""
 
@@ -87,7 +99,7 @@ class Schedules:
     """All of a run's schedules. total: tokens of the whole run."""
 
     total: float
-    learning_rate: LearningRate
+    learning_rate: LearningRate | Fall
     batch: BatchRamp
     mtp_weight: Switch
     bias_speed: Switch

@@ -13,15 +13,14 @@ import torch
 
 from dsv3 import machine
 from dsv3.training.recipe import Recipe
-from dsv3.training.run import CHECKPOINTS
-from dsv3.training.state import latest_state, read_facts
+from dsv3.training.resuming import CHECKPOINTS, Stored
 
 
 def usual_precision(out_dir: str | Path, device: torch.device) -> tuple[str, str]:
     """(precision, why it is that one in one line)."""
-    path = latest_state(Path(out_dir) / CHECKPOINTS)
-    if path:
-        kept = Recipe.from_dict(read_facts(path)["recipe"]).precision
+    stored = Stored.newest(Path(out_dir) / CHECKPOINTS)
+    if stored:
+        kept = Recipe.from_dict(stored.facts["recipe"]).precision
         return kept, f"precision {kept}: this run began with it"
     usual = Recipe().precision
     if device.type != "cpu":
