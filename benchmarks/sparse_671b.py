@@ -55,7 +55,7 @@ def load_layer(folder: Path, layer: int, group: TensorGroup) -> tuple[Block, int
     """One layer of the main model as one rank holds it, and the bytes read for it."""
     config, reader, specs = open_checkpoint(folder)
     prefix = f"layers.{layer}."
-    block = Block(config, layer, Precision.of("fp8", config, group.device), group)
+    block = Block(config, layer, Precision.of("fp8", config), group)
     with reader:
         for spec in specs:
             part = spec.slice_for(group.rank, group.size, config.n_routed_experts)

@@ -27,6 +27,8 @@ The core computes from the stored values in both forms and rounds nothing on the
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -35,16 +37,7 @@ from torch import Tensor, nn
 from dsv3.config import ModelConfig
 from dsv3.costs import break_even_queries
 from dsv3.fp8 import QuantizedTensor
-from dsv3.fp8.training import fp8_linear
-from dsv3.layers import (
-    ColumnParallelLinear,
-    Linear,
-    RMSNorm,
-    RowParallelLinear,
-    as_plain,
-    put,
-    quantize_once,
-)
+from dsv3.layers import ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear, take_stored
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 from dsv3.rope import rotate, softmax_scale
@@ -67,14 +60,9 @@ class LatentUpProjection(nn.Module):
         super().__init__()
         self.config, self.precision, self.heads = config, precision, heads
         rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
-        self.weight = nn.Parameter(
-            torch.empty(rows, config.kv_lora_rank, dtype=self.held, device=device)
-        )
-
-    @property
-    def held(self) -> torch.dtype:
-        """The dtype of the weight."""
-        return self.precision.weights if self.precision.has_masters else self.precision.core
+        weight = torch.empty(rows, config.kv_lora_rank, device=device)
+        self.weight = nn.Parameter(weight.to(precision.latent_weights(weight.device)))
+        self.register_load_state_dict_pre_hook(partial(take_stored, precision.plain))
 
     def forward(
         self, seen: Float[Tensor, "b t latent"]
@@ -86,10 +74,7 @@ class LatentUpProjection(nn.Module):
         """
         c = self.config
         latent, k_rope = seen.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        if self.precision.fp8:
-            kv = fp8_linear(latent, self.weight, self.precision.fp8)
-        else:
-            kv = F.linear(latent, self.weight.to(latent.dtype))  # eq. 2, 5
+        kv = self.precision.from_latent(latent, self.weight)  # eq. 2, 5
         kv = kv.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         k_rope = k_rope[:, None].expand(-1, self.heads, -1, -1)
@@ -98,11 +83,9 @@ class LatentUpProjection(nn.Module):
 
     def per_head(self) -> tuple[Float[Tensor, "heads d_h d_c"], Float[Tensor, "heads d_v d_c"]]:
         """W^UK and W^UV, as views where they are held in the core's dtype."""
-        both = self.weight.to(self.precision.core).view(self.heads, -1, self.weight.shape[-1])
+        both = self.weight.to(self.precision.core(self.weight.device))
+        both = both.view(self.heads, -1, self.weight.shape[-1])
         return both[:, : self.config.qk_nope_head_dim], both[:, self.config.qk_nope_head_dim :]
-
-    def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
-        put(self.weight, as_plain(name, value, scale), name)
 
 
 class MLA(nn.Module):
@@ -138,7 +121,7 @@ class MLA(nn.Module):
         layer: int = 0,
     ) -> Float[Tensor, "b s d"]:
         """h of the new tokens -> u; their latents go to the cache."""
-        h = quantize_once(h, self.precision)
+        h = self.precision.operand(h)
         q_nope, q_rope = self.queries(h, step)
         new = self.latents(h, step)
         seen = new if cache is None else cache.append(layer, new, step)
@@ -183,7 +166,7 @@ class MLA(nn.Module):
         step: Step,
     ) -> Float[Tensor, "b s heads d_v"]:
         """Keys and values of every head, then attention (eq. 10)."""
-        k, v = self.wkv_b(seen.to(self.precision.core))  # (b, heads, t, d_qk)
+        k, v = self.wkv_b(seen.to(self.precision.core(seen.device)))  # (b, heads, t, d_qk)
         q = torch.cat([q_nope, q_rope], -1).to(k.dtype).transpose(1, 2)  # eq. 9
         causal = step.mask is None and q.shape[2] > 1
         o = F.scaled_dot_product_attention(

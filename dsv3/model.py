@@ -10,8 +10,6 @@ inference code (``embed``, ``layers.0.attn.wq_a``, ``layers.3.ffn.experts.7.w2``
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ from dsv3.cache import LatentCache, Step, check_is_cache
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.layers import Embedding, Head, RMSNorm
-from dsv3.moe import Experts, Router
+from dsv3.moe import Router
 from dsv3.mtp import MTPModule
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
@@ -56,9 +54,7 @@ class Transformer(nn.Module):
         self.config, self.eos_ids = config, config.eos_ids
         self.group, device = placement.agree(group, device)
         self.precision = (
-            precision
-            if isinstance(precision, Precision)
-            else Precision.of(precision, config, device)
+            precision if isinstance(precision, Precision) else Precision.of(precision, config)
         )
         if self.precision.trains and self.group.size > 1:
             raise DSV3Error(
@@ -269,49 +265,6 @@ class Transformer(nn.Module):
             self.config, layers, batch_size, max_seq_len, self.precision.dtype, self.device
         )
 
-    # Weights ------------------------------------------------------------------------------------
-
-    def weight_names(self) -> Iterator[str]:
-        """Names of the weights this rank holds, as in a converted checkpoint (without scales)."""
-        for name, _ in self.named_parameters():
-            if name.endswith("scale"):
-                continue
-            head, dot, leaf = name.rpartition(".experts.")
-            if not dot:
-                yield name
-                continue
-            experts = self.get_submodule(head + ".experts")
-            for expert in range(experts.first, experts.first + experts.count):
-                for matrix in ("w1", "w3") if leaf == "w13" else ("w2",):
-                    yield f"{head}.experts.{expert}.{matrix}.weight"
-
-    def load_weight(
-        self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None
-    ) -> None:
-        """Put this rank's slice of weight ``name`` in its place.
-
-        value: E4M3 with its grid of scales, or any float dtype. Raises DSV3Error for an unknown
-        name, a wrong shape, a missing scale.
-        """
-        self._module_of(name).load(name, value, scale)
-
-    def weight(self, name: str) -> Float[Tensor, "..."]:
-        """Weight ``name`` as it lies in memory (a view)."""
-        module = self._module_of(name)
-        if isinstance(module, Experts):
-            expert, matrix, _ = name.split(".")[-3:]
-            return module.slot(int(expert), matrix)[0]
-        return getattr(module, name.rpartition(".")[2])
-
-    def _module_of(self, name: str) -> nn.Module:
-        path = name.split(".")[:-1]
-        if "experts" in path:
-            path = path[: path.index("experts") + 1]
-        try:
-            return self.get_submodule(".".join(path))
-        except AttributeError:
-            raise DSV3Error("no such weight in this model", where=name) from None
-
     def init_weights(self, seed: int = 0, embedding_std: float | None = None) -> Transformer:
         """Random weights as before training: normal matrices, unit norms, zero biases.
 
@@ -324,8 +277,6 @@ class Transformer(nn.Module):
                 for name, parameter in module.named_parameters(recurse=False):
                     if isinstance(module, RMSNorm):
                         parameter.fill_(1.0)
-                    elif isinstance(module, Router) and name == "bias":
-                        parameter.zero_()
                     else:
                         wider = embedding_std and isinstance(module, Embedding)
                         parameter.normal_(
@@ -333,6 +284,8 @@ class Transformer(nn.Module):
                             embedding_std if wider else self.config.initializer_range,
                             generator=random,
                         )
+                if isinstance(module, Router) and module.bias is not None:
+                    module.bias.zero_()
         return self
 
 

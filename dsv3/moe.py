@@ -15,28 +15,37 @@ not by 0, since a strongly negative bias makes 0 the winner.
 Three things stand in the released code and not in the equations: groups are ranked by *biased*
 scores; a router without a bias ranks them by their single best expert; and the weights are
 multiplied by ``routed_scaling_factor`` (2.5).
+
+The bias balances a batch (``dsv3.training.balance`` steps it); one sequence may still crowd a few
+experts. So in training a complementary loss remains, with a weight so small (alpha = 1e-4) that it
+only guards against extremes:
+
+    L_Bal = alpha * sum_i f_i P_i                                                      (17)
+    f_i = N_r / (K_r T) * sum_t 1(s_i,t is among the K_r largest of s_t)               (18)
+    s'_i,t = s_i,t / sum_j s_j,t                                                       (19)
+    P_i = (1 / T) * sum_t s'_i,t                                                       (20)
+
+T counts the tokens of ONE sequence. With all experts equal, f_i = 1 and P_i = 1 / N_r, and the
+loss is alpha; when all tokens crowd the same K_r experts it nears alpha * N_r / K_r. f_i counts
+and has no gradient; the gradient comes through P_i. Paper and code disagree here: eq. 18 ranks the
+scores without bias and without node limit, while Megatron and torchtitan count the experts that
+were actually selected. This is eq. 18.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float8e4m3fn, Float32, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dsv3 import fp8
 from dsv3.config import ModelConfig
-from dsv3.errors import DSV3Error
 from dsv3.fp8 import QuantizedTensor
-from dsv3.fp8.training import fp8_linear
-from dsv3.layers import SwiGLU, as_plain, as_quantized, put, quantize_once, quantized_storage
+from dsv3.layers import SwiGLU
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
-
-# A grouped product wants rows that start at multiples of so many bytes.
-_ROW_BYTES = 16
-# Rows an expert's share is rounded up to, see ``spread``.
-_ROWS = 64
 
 
 class Router(nn.Module):
@@ -46,28 +55,29 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.precision = config, precision
         wide = dict(dtype=torch.float32, device=device)
-        self.weight = nn.Parameter(  # e_i, (N_r, d)
-            torch.empty(config.n_routed_experts, config.hidden_size, **wide)
-        )
-        if config.gate_bias:  # b_i; no gradient moves it
-            self.bias = nn.Parameter(
-                torch.empty(config.n_routed_experts, **wide), requires_grad=False
-            )
-        else:
-            self.bias = None
+        shape = (config.n_routed_experts, config.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, **wide))  # e_i, (N_r, d)
+        bias = torch.empty(config.n_routed_experts, **wide) if config.gate_bias else None
+        self.register_buffer("bias", bias)  # b_i; no gradient moves it
 
-    def forward(self, u: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-        """Of n tokens, the weights (unrounded) and the numbers of their k = K_r experts."""
+    def forward(
+        self, u: Float[Tensor, "*lead d"]
+    ) -> tuple[Float[Tensor, "*lead k"], Int[Tensor, "*lead k"], Float[Tensor, ""] | None]:
+        """Of each token, the weights (unrounded) and the numbers of its k = K_r experts; and, where
+        a gradient is asked for, the balance loss of these sequences (eq. 17 without alpha)."""
         scores = self.scores(u)
         chosen = self.choose(scores)
         weights = scores.gather(-1, chosen)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # eq. 13
-        return weights * self.config.routed_scaling_factor, chosen
+        balance = None
+        if scores.requires_grad:
+            balance = sequence_balance(scores, self.config.num_experts_per_tok)
+        return weights * self.config.routed_scaling_factor, chosen, balance
 
-    def scores(self, u: Float[Tensor, "n d"]) -> Float[Tensor, "n experts"]:
+    def scores(self, u: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead experts"]:
         """Affinities s_i,t of each token to all N_r experts (eq. 15)."""
-        sums = self.precision.sums
+        sums = self.precision.sums(u.device)
         logits = F.linear(u.to(sums), self.weight.to(sums))
         return (
             logits.sigmoid()
@@ -75,7 +85,7 @@ class Router(nn.Module):
             else logits.softmax(-1)
         )
 
-    def choose(self, scores: Float[Tensor, "n experts"]) -> Int[Tensor, "n k"]:
+    def choose(self, scores: Float[Tensor, "*lead experts"]) -> Int[Tensor, "*lead k"]:
         """The K_r best experts of the M best groups, by biased score (eq. 16)."""
         c = self.config
         biased = scores if self.bias is None else scores + self.bias  # eq. 14, 16
@@ -87,8 +97,8 @@ class Router(nn.Module):
         return biased.topk(c.num_experts_per_tok, dim=-1).indices
 
     def open_groups(
-        self, biased: Float[Tensor, "n experts"]
-    ) -> tuple[Float[Tensor, "n groups"], Bool[Tensor, "n groups"]]:
+        self, biased: Float[Tensor, "*lead experts"]
+    ) -> tuple[Float[Tensor, "*lead groups"], Bool[Tensor, "*lead groups"]]:
         """What each group counts as, its two best biased scores together (without a bias: its
         best score), and whether it is one of the M best (TR 2.1.2)."""
         grouped = biased.unflatten(-1, (self.config.n_group, -1))  # (n, G, N_r/G)
@@ -99,23 +109,23 @@ class Router(nn.Module):
         best = strength.topk(self.config.topk_group, dim=-1).indices
         return strength, torch.zeros_like(strength, dtype=torch.bool).scatter(-1, best, True)
 
-    def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
-        if name.endswith("bias") and self.bias is None:
-            raise DSV3Error(
-                "the checkpoint has a router bias, the config has none",
-                where=name,
-                fix='Set "gate_bias": true in config.json',
-            )
-        target = self.bias if name.endswith("bias") else self.weight
-        if not value.isfinite().all():
-            raise DSV3Error("router values must be finite", where=name, found="NaN or infinity")
-        put(target, value, name)
+
+def sequence_balance(scores: Float[Tensor, "*lead t experts"], k: int) -> Float[Tensor, ""]:
+    """sum_i f_i P_i (eq. 17-20 without alpha), the mean over sequences; 1 when balanced.
+
+    scores: affinities s_i,t (eq. 15) of the t tokens of each sequence, without bias. k: K_r.
+    """
+    chosen = torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1.0)
+    f = chosen.mean(-2) * (scores.shape[-1] / k)  # eq. 18
+    p = (scores / scores.sum(-1, keepdim=True)).mean(-2)  # eq. 19, 20
+    return (f * p).sum(-1).mean()  # eq. 17
 
 
 class Experts(nn.Module):
     """This rank's routed experts, stacked: w13 (E, 2, inner, d) and w2 (E, d, inner).
 
-    Each expert is a SwiGLU; w1 and w3 lie side by side so that one product serves both.
+    Each expert is a SwiGLU; w1 and w3 lie side by side so that one product serves both. A
+    state_dict names them one by one, as checkpoints do: "7.w1.weight" is expert 7's.
     """
 
     def __init__(self, config: ModelConfig, precision: Precision, group: TensorGroup, device=None):
@@ -125,14 +135,12 @@ class Experts(nn.Module):
         self.count = group.split(self.total, "n_routed_experts")
         self.first = group.rank * self.count
         d, inner = config.hidden_size, config.moe_intermediate_size
-        shapes = (self.count, 2, inner, d), (self.count, d, inner)
-        if precision.quantized:
-            self.w13, self.w13_scale = quantized_storage(shapes[0], device)
-            self.w2, self.w2_scale = quantized_storage(shapes[1], device)
-        else:
-            self.w13, self.w2 = (
-                nn.Parameter(torch.empty(s, dtype=precision.weights, device=device)) for s in shapes
-            )
+        self.w13, w13_scale = precision.room((self.count, 2, inner, d), device)
+        self.w2, w2_scale = precision.room((self.count, d, inner), device)
+        self.register_buffer("w13_scale", w13_scale)
+        self.register_buffer("w2_scale", w2_scale)
+        self.register_state_dict_post_hook(_name_experts)
+        self.register_load_state_dict_pre_hook(_take_experts)
 
     def forward(
         self, u: Float[Tensor, "n d"], weights: Float[Tensor, "n k"], chosen: Int[Tensor, "n k"]
@@ -149,144 +157,82 @@ class Experts(nn.Module):
         local, order = local.sort(stable=True)
         ends = torch.searchsorted(local, torch.arange(self.count, device=u.device), right=True)
         token = order // chosen.shape[1]
-        run = self.grouped if self.can_group(chosen) else self.one_by_one
-        y = run(u, token, ends)
+        y = self.swiglu(self.precision.operand(u).index_select(0, token), ends)
         if self.count < self.total:  # and what stands in their rows is junk
             y = y.masked_fill((local == self.count)[:, None], 0.0)
         y = y * weights.flatten()[order, None]
         return torch.zeros_like(u, dtype=y.dtype).index_add(0, token, y)
 
-    def can_group(self, chosen: Int[Tensor, "n k"]) -> bool:
-        """Whether one grouped product serves all experts: plain weights, aligned rows, and, on a
-        CPU, where it visits every expert, enough choices to go round."""
-        if self.precision.quantized or self.precision.fp8:
-            return False
-        if chosen.numel() < self.count and not chosen.is_cuda:
-            return False
-        width = self.precision.dtype.itemsize
-        return all(size * width % _ROW_BYTES == 0 for size in self.w2.shape[1:])
-
-    def grouped(
-        self, u: Float[Tensor, "n d"], token: Int[Tensor, "choices"], ends: Int[Tensor, "experts"]
-    ) -> Float[Tensor, "choices d"]:
-        """Outputs by two grouped products; rows past the last end are junk.
-
-        token: of each choice, sorted by expert. ends: where each of my experts' choices end.
-        """
-        ends = ends.to(torch.int32)
-        x, slot = u.index_select(0, token), None
-        if not x.is_cuda and x.dtype == torch.bfloat16 and len(x) >= self.count * _ROWS:
-            slot, ends = spread(ends, len(x))
-            x = x.new_zeros(len(x) + self.count * _ROWS, x.shape[1]).index_copy(0, slot, x)
-        w13, w2 = self.w13.to(u.dtype).flatten(1, 2), self.w2.to(u.dtype)
-        both = F.grouped_mm(x, w13.transpose(1, 2), offs=ends)
-        gate, up = both.chunk(2, dim=-1)
-        y = F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=ends)
-        return (y if slot is None else y.index_select(0, slot)).float()
-
-    def one_by_one(
-        self, u: Float[Tensor, "n d"], token: Int[Tensor, "choices"], ends: Int[Tensor, "experts"]
-    ) -> Float[Tensor, "choices d"]:
-        """The same outputs, expert after expert: the plain form, and the one for FP8 weights."""
-        if self.precision.quantized:
-            x, run = quantize_once(u, self.precision)[token], self.expert
-        else:  # taken apart once: the gradient of w13[e] alone would be a stack full of zeros
-            x, w13, w2 = u.index_select(0, token), self.w13.unbind(), self.w2.unbind()
-
-            def run(expert, rows):
-                return self.swiglu(rows, w13[expert].flatten(0, 1), w2[expert])
-
-        parts, start = [], 0
-        for expert, end in enumerate(ends.tolist()):
-            if end > start:
-                parts.append(run(expert, x[start:end]))
-            start = end
-        others = len(token) - start
-        parts.append(
-            torch.zeros(others, self.w2.shape[1], dtype=torch.float32, device=token.device)
-        )
-        return torch.cat(parts)
-
-    def expert(self, index: int, x: Float[Tensor, "n d"] | QuantizedTensor) -> Float[Tensor, "n d"]:
-        """One expert's SwiGLU of its n tokens: unrounded when x is quantised."""
-        if not self.precision.quantized:
-            return self.swiglu(x, self.w13[index].flatten(0, 1), self.w2[index])
-        gate, up = (
-            self.product(x, self.w13, self.w13_scale, (index, half)).to(self.precision.dtype)
-            for half in (0, 1)
-        )
-        inner = quantize_once(F.silu(gate) * up, self.precision)
-        return self.product(inner, self.w2, self.w2_scale, (index,))
-
     def swiglu(
-        self,
-        x: Float[Tensor, "n d"],
-        w13: Float[Tensor, "twice_inner d"],
-        w2: Float[Tensor, "d inner"],
-    ) -> Float[Tensor, "n d"]:
-        """SwiGLU by weights that are not stored in FP8; in FP8 training, quantised for this."""
+        self, x: Float[Tensor, "choices d"] | QuantizedTensor, ends: Int[Tensor, "experts"]
+    ) -> Float[Tensor, "choices d"]:
+        """w2( silu(w1 x) * w3 x ) of rows sorted by expert, each by its own expert, unrounded.
 
-        def product(x, weight):
-            if self.precision.fp8:
-                return fp8_linear(x, weight, self.precision.fp8)
-            return F.linear(x, weight.to(x.dtype))
+        ends: where each of my experts' rows end; what follows the last is junk.
+        """
+        p = self.precision
+        gate, up = p.each(x, p.matrix(self.w13, self.w13_scale), ends).chunk(2, dim=-1)
+        return p.each_wide(F.silu(gate) * up, p.matrix(self.w2, self.w2_scale), ends)
 
-        gate, up = product(x, w13).chunk(2, dim=-1)
-        return product(F.silu(gate) * up, w2).float()
-
-    def product(
-        self,
-        x: QuantizedTensor,
-        data: Float8e4m3fn[Tensor, "... out in"],
-        scale: Float32[Tensor, "... out_blocks in_blocks"],
-        index: tuple[int, ...],
-    ) -> Float[Tensor, "n out"]:
-        """x times one matrix of a stack."""
-        weight = QuantizedTensor(
-            data[index], scale[index], (fp8.BLOCK, fp8.BLOCK), self.precision.scale_format
-        )
-        return fp8.matmul(x, weight, self.precision.sums)
-
-    def slot(
-        self, expert: int, matrix: str
-    ) -> tuple[Float[Tensor, "out in"], Float32[Tensor, "out_blocks in_blocks"] | None]:
-        """Where w1, w2 or w3 of expert number ``expert`` (0 .. N_r - 1) lives: data and scale."""
-        index = expert - self.first
-        name, place = {
-            "w1": ("w13", (index, 0)),
-            "w3": ("w13", (index, 1)),
-            "w2": ("w2", (index,)),
-        }[matrix]
-        scale = getattr(self, name + "_scale")[place] if self.precision.quantized else None
-        return getattr(self, name)[place], scale
-
-    def load(self, name: str, value: Float[Tensor, "..."], scale: Tensor | None = None) -> None:
-        """name ends in "experts.E.w1.weight" or the like."""
-        expert, matrix, _ = name.split(".")[-3:]
-        data, grid = self.slot(int(expert), matrix)
-        if grid is None:
-            put(data, as_plain(name, value, scale), name)
-        else:
-            stored = as_quantized(name, value, scale, self.precision)
-            put(data.view(torch.uint8), stored.data.view(torch.uint8), name)
-            put(grid, stored.scale, name + "_scale_inv")
+    def places(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Of each matrix of an expert: its name, its stack, its place there."""
+        for index in range(self.count):
+            for matrix, stack, place in (
+                ("w1", "w13", (index, 0)),
+                ("w3", "w13", (index, 1)),
+                ("w2", "w2", (index,)),
+            ):
+                yield f"{self.first + index}.{matrix}.", stack, place
 
 
-def spread(
-    ends: Int[Tensor, "experts"], rows: int
-) -> tuple[Int[Tensor, "{rows}"], Int[Tensor, "experts"]]:
-    """Places for rows sorted by expert such that each expert's share is a multiple of 64 rows.
+def _name_experts(experts: Experts, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """After state_dict(): views of single matrices in the place of the stacks."""
+    stacks = {
+        name: state.pop(prefix + name)
+        for name in ("w13", "w2", "w13_scale", "w2_scale")
+        if prefix + name in state
+    }
+    for name, stack, place in experts.places():
+        state[f"{prefix}{name}weight"] = stacks[stack][place]
+        if stack + "_scale" in stacks:
+            state[f"{prefix}{name}scale"] = stacks[stack + "_scale"][place]
 
-    A bfloat16 product on a CPU is compiled for its shape, which takes longer than the product.
-    Rounded up, the few shapes there are come again and again. Rows that belong to nobody (behind
-    the last end) go behind the last share. Returns the place of each row, and the new ends.
+
+@torch.no_grad()
+def _take_experts(
+    experts: Experts,
+    state: dict[str, Tensor],
+    prefix: str,
+    metadata,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Before load_state_dict(): each matrix to its place in the stacks, in the precision's form.
+
+    One by one, so that a layer's experts need not lie in memory twice.
     """
-    starts = F.pad(ends, (1, 0))
-    shares = (starts.diff() + _ROWS - 1) // _ROWS * _ROWS
-    new_ends = shares.cumsum(0, dtype=ends.dtype)
-    moved = F.pad(new_ends, (1, 0)) - starts
-    row = torch.arange(rows, device=ends.device)
-    return row + moved[torch.searchsorted(ends, row, right=True)], new_ends
+    stacks = dict(experts.named_parameters(recurse=False)) | dict(experts.named_buffers())
+    for name, stack, place in experts.places():
+        key = f"{prefix}{name}weight"
+        if key not in state:
+            missing.append(key)
+            continue
+        stored = experts.precision.taken(
+            key, state.pop(key), state.pop(f"{prefix}{name}scale", None)
+        )
+        for room, value in zip((stacks[stack], stacks.get(stack + "_scale")), stored, strict=True):
+            if value is None:
+                continue
+            if room[place].shape != value.shape:
+                errors.append(
+                    f"size mismatch for {key}: copying {list(value.shape)} to "
+                    f"{list(room[place].shape)}"
+                )
+            else:
+                room[place].copy_(value)
+    state.update({prefix + name: stack.detach() for name, stack in stacks.items()})
 
 
 class MoE(nn.Module):
@@ -308,7 +254,7 @@ class MoE(nn.Module):
 
     def forward(self, u: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
         """Both sums share one all-reduce and one rounding."""
-        flat = u.flatten(0, 1)
-        weights, chosen = self.gate(flat)
+        weights, chosen, _ = self.gate(u)
+        flat, weights, chosen = (x.flatten(0, 1) for x in (u, weights, chosen))
         out = self.experts(flat, weights, chosen) + self.shared_experts.partial_sum(flat)  # eq. 12
         return self.group.all_reduce(out).to(u.dtype).view(u.shape)

@@ -38,7 +38,7 @@ class MTPModule(Block):
         d = config.hidden_size
         self.enorm = RMSNorm(d, config.rms_norm_eps, device)
         self.hnorm = RMSNorm(d, config.rms_norm_eps, device)
-        self.eh_proj = Linear(2 * d, d, precision, quantizable=False, device=device)  # M_k
+        self.eh_proj = Linear(2 * d, d, precision.plain, device=device)  # M_k
         self.norm = RMSNorm(d, config.rms_norm_eps, device)
 
     def forward(

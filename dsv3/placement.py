@@ -113,10 +113,9 @@ def follow(model, device: torch.device) -> None:
     for module in model.modules():
         if hasattr(module, "group"):
             module.group = group
-        if hasattr(module, "precision"):
-            module.precision = module.precision.on(device)
         if isinstance(module, LatentUpProjection):
-            module.weight.data = module.weight.data.to(module.held)
+            wanted = module.precision.latent_weights(device)
+            module.weight.data = module.weight.data.to(wanted)
 
 
 def _first(error: Exception) -> str:

@@ -11,27 +11,35 @@ fp8      E4M3, a scale per 128x128   operands E4M3, activations scaled per 1x128
 In every mode the norms, the router and the attention core compute wider than the weights are
 kept; in fp8 the embedding, the head and MTP's eh_proj stay bfloat16, as released (TR 3.3).
 
-Sums are taken in ``sums`` and rounded once, when they are whole. That is float32, and float64 for
-fp8 on a CPU, for this reason: two orders of one float32 sum differ in the last bit. Rounded to
-bfloat16, one value in 30,000 then lands on the other side; rounded to E4M3 after that, the step
-is 6 to 12 percent, and a handful of such steps move all logits by about one percent. The text
-would depend on how a prompt was cut into chunks, on its neighbours in the batch, on drafting and
-on the number of ranks. With float64 sums it does not. (A GPU is no way out: Hopper's tensor cores
-add FP8 products with about 14 bits, and only what they hand over every 128 products is float32.)
+A precision is an object with a few operations: make room for a matrix, take one from a file,
+multiply. ``Precision`` does so with plain numbers, ``Fp8`` with stored codes, ``Training`` with
+float32 master weights and ``Fp8Training`` in FP8 products that have gradients. A layer calls the
+operations and never asks which of them it has.
+
+Sums are rounded once, when they are whole. They are taken in float32, and in float64 for fp8 on a
+CPU, for this reason: two orders of one float32 sum differ in the last bit. Rounded to bfloat16, one
+value in 30,000 then lands on the other side; rounded to E4M3 after that, the step is 6 to 12
+percent, and a handful of such steps move all logits by about one percent. The text would depend on
+how a prompt was cut into chunks, on its neighbours in the batch, on drafting and on the number of
+ranks. With float64 sums it does not. (A GPU is no way out: Hopper's tensor cores add FP8 products
+with about 14 bits, and only what they hand over every 128 products is float32.)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
+from dsv3 import fp8
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
-from dsv3.fp8.training import Fp8Recipe
+from dsv3.fp8 import Fp8Recipe, QuantizedTensor, fp8_linear
+from dsv3.grouped import can_group, grouped, one_by_one
 
 # Rows of a bfloat16 weight that are widened at a time: small enough to stay in a core's cache.
 _WIDEN_ROWS = 1024
@@ -39,89 +47,280 @@ _WIDEN_ROWS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """name: "fp32", "bf16" or "fp8"; dtype: activations; weights: unquantised weights in memory;
-    sums: router, logits and partial sums, before they are rounded; core: attention between the
-    projections; quantized: whether linear weights stay in FP8 blocks; scale_format: of those
-    blocks and of activations; trains: whether the weights are to be trained; fp8: how a model in
-    training multiplies in FP8, if it does; recompute: whether training keeps less for the backward
-    pass (``dsv3.recompute``).
+    """Plain numbers, in use: "fp32" and "bf16", and what fp8 does not keep in FP8.
+
+    name: "fp32", "bf16" or "fp8"; dtype: of activations; weights: of matrices in memory; exact:
+    whether sums are float64 on a CPU; recompute: whether training computes cheap results again in
+    the backward pass instead of keeping them (``dsv3.recompute``).
+
+    ``matrix`` below is what ``matrix()`` gives: here the weight, in fp8 codes with their scales.
+    saved: what FP8 training keeps of a product's input, see ``dsv3.fp8.training``.
     """
 
     name: str
     dtype: torch.dtype
     weights: torch.dtype
-    sums: torch.dtype = torch.float32
-    core: torch.dtype = torch.float32
-    quantized: bool = False
-    scale_format: str = "float32"
-    trains: bool = False
-    fp8: Fp8Recipe | None = None
+    exact: bool = False
     recompute: bool = False
 
-    @classmethod
-    def of(cls, name: str, config: ModelConfig, device: torch.device) -> Precision:
-        """The precision called ``name`` for using a model of this config on this device."""
+    quantized: ClassVar[bool] = False  # weights lie in memory as codes and scales
+    trains: ClassVar[bool] = False
+
+    @staticmethod
+    def of(name: str, config: ModelConfig) -> Precision:
+        """The precision called ``name`` for using a model of this config."""
         if name == "fp32":
-            return cls(name=name, dtype=torch.float32, weights=torch.float32)
+            return Precision(name=name, dtype=torch.float32, weights=torch.float32)
         if name == "bf16":
-            return cls(name=name, dtype=torch.bfloat16, weights=torch.bfloat16)
+            return Precision(name=name, dtype=torch.bfloat16, weights=torch.bfloat16)
         if name == "fp8":
-            return cls(
+            return Fp8(
                 name=name,
                 dtype=torch.bfloat16,
                 weights=torch.bfloat16,
-                quantized=True,
+                exact=True,
                 scale_format=config.scale_fmt,
-            ).on(device)
-        raise _unknown(name)
-
-    def on(self, device: torch.device) -> Precision:
-        """The same precision where the model lives on ``device``."""
-        if not self.quantized:
-            return self
-        sums = torch.float64 if device.type == "cpu" else torch.float32
-        return replace(self, sums=sums, core=sums)
-
-    @classmethod
-    def training(
-        cls, name: str, fp8: Fp8Recipe = Fp8Recipe(), recompute: bool = False
-    ) -> Precision:
-        """The precision called ``name`` for training: float32 master weights in every mode.
-
-        A step of AdamW changes a weight by about 1e-3 of itself or less; bfloat16 holds steps of
-        4e-3, so most updates would be rounded away (TR 3.3.3). In bf16 and fp8 a product takes a
-        rounded copy of the weights, and activations and the attention core are bfloat16.
-        """
-        if name == "fp32":
-            return cls(
-                name=name,
-                dtype=torch.float32,
-                weights=torch.float32,
-                trains=True,
-                recompute=recompute,
-            )
-        if name in ("bf16", "fp8"):
-            return cls(
-                name=name,
-                dtype=torch.bfloat16,
-                weights=torch.float32,
-                core=torch.bfloat16,
-                trains=True,
-                fp8=fp8 if name == "fp8" else None,
-                recompute=recompute,
             )
         raise _unknown(name)
+
+    @staticmethod
+    def training(name: str, recipe: Fp8Recipe = Fp8Recipe(), recompute: bool = False) -> Training:
+        """The precision called ``name`` for training. recompute: keep less for the backward pass
+        (``dsv3.recompute``)."""
+        kind = {"fp32": Training, "bf16": Training, "fp8": Fp8Training}.get(name)
+        if kind is None:
+            raise _unknown(name)
+        dtype = torch.float32 if name == "fp32" else torch.bfloat16
+        options = {"recipe": recipe} if kind is Fp8Training else {}
+        return kind(name=name, dtype=dtype, weights=torch.float32, recompute=recompute, **options)
+
+    def sums(self, device: torch.device) -> torch.dtype:
+        """In which sums that go on are kept there: of the router, logits, parts of ranks."""
+        return torch.float64 if self.exact and device.type == "cpu" else torch.float32
+
+    def core(self, device: torch.device) -> torch.dtype:
+        """In which attention computes there, between the projections."""
+        return self.sums(device)
 
     @property
-    def has_masters(self) -> bool:
-        """Whether weights are kept wider than they are multiplied."""
-        return self.weights.itemsize > self.dtype.itemsize
+    def plain(self) -> Precision:
+        """How matrices are multiplied that are never FP8: embedding, head, eh_proj."""
+        return self
+
+    # A matrix in memory -------------------------------------------------------------------------
+
+    def room(self, shape: tuple[int, ...], device) -> tuple[nn.Parameter, Tensor | None]:
+        """Room for matrices of ``shape``, not filled: the numbers, and their scales if any."""
+        return nn.Parameter(torch.empty(shape, dtype=self.weights, device=device)), None
+
+    def matrix(self, weight: Tensor, scale: Tensor | None) -> Tensor | QuantizedTensor:
+        """What lies in that room, as the products below take it."""
+        return weight
+
+    def taken(
+        self, name: str, weight: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A stored matrix, in plain numbers or in FP8 blocks, in the form that is kept here.
+
+        Raises DSV3Error for codes without their scales; ``name`` is for that message.
+        """
+        if weight.dtype != torch.float8_e4m3fn:
+            return weight, None
+        return stored_blocks(name, weight, scale).dequantize(), None
+
+    # Products -----------------------------------------------------------------------------------
+
+    def operand(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"] | QuantizedTensor:
+        """x as products take it, made once where several read the same x."""
+        return x
+
+    def rounded(
+        self, x: Float[Tensor, "*lead in"], matrix: Tensor | QuantizedTensor, saved: str = "e4m3"
+    ) -> Float[Tensor, "*lead out"]:
+        """x W^T in the activations' dtype."""
+        return F.linear(x, matrix.to(x.dtype))
+
+    def wide(
+        self, x: Float[Tensor, "*lead in"], matrix: Tensor | QuantizedTensor, saved: str = "e4m3"
+    ) -> Float[Tensor, "*lead out"]:
+        """The same product in ``sums``, not rounded: for sums that go on, and for logits."""
+        return wide_linear(x, matrix, self.sums(x.device))
+
+    def each(
+        self,
+        x: Float[Tensor, "choices in"],
+        stack: Tensor | QuantizedTensor,
+        ends: Int[Tensor, "experts"],
+    ) -> Float[Tensor, "choices out"]:
+        """Every expert's rows of x times its own matrix, rounded as ``rounded`` does.
+
+        stack: (experts, out, in), or (experts, parts, out, in) for several at once, whose outputs
+        then stand side by side. ends: where each expert's rows end; rows past the last are junk.
+        """
+        stack = stack.flatten(1, -2)
+        if can_group(x, stack):
+            return grouped(x, stack.to(x.dtype), ends)
+        return one_by_one(self.rounded, x, stack.unbind(), ends)
+
+    def each_wide(
+        self,
+        x: Float[Tensor, "choices in"],
+        stack: Tensor | QuantizedTensor,
+        ends: Int[Tensor, "experts"],
+    ) -> Float[Tensor, "choices out"]:
+        """The same for sums that go on: with no fewer bits than float32."""
+        return self.each(x, stack, ends).float()
+
+    # The latent's way up (wkv_b) ----------------------------------------------------------------
+
+    def latent_weights(self, device: torch.device) -> torch.dtype:
+        """Of wkv_b in memory. The core reads it, so it is kept as wide as the core computes; its
+        latent comes unquantised in every form of the core, since absorption could not quantise it.
+        """
+        return self.core(device)
+
+    def from_latent(
+        self, latent: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"]
+    ) -> Float[Tensor, "*lead out"]:
+        """Keys and values from the latent, in the latent's dtype."""
+        return F.linear(latent, weight.to(latent.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8(Precision):
+    """Weights stay E4M3 in blocks; activations are quantised on the way into each product.
+
+    scale_format: of the blocks and of activations, "float32" or "ue8m0".
+    """
+
+    scale_format: str
+    quantized: ClassVar[bool] = True
+
+    @property
+    def plain(self) -> Precision:
+        return Precision(**{f.name: getattr(self, f.name) for f in fields(Precision)})
+
+    def room(self, shape: tuple[int, ...], device) -> tuple[nn.Parameter, Tensor | None]:
+        codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        grid = fp8.scale_shape(shape, fp8.WEIGHT_BLOCK)
+        return (
+            nn.Parameter(codes, requires_grad=False),
+            torch.empty(grid, dtype=torch.float32, device=device),
+        )
+
+    def matrix(self, weight: Tensor, scale: Tensor | None) -> QuantizedTensor:
+        return QuantizedTensor(weight, scale, scale_format=self.scale_format)
+
+    def taken(
+        self, name: str, weight: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Codes are kept bit for bit, plain numbers are quantised."""
+        if weight.dtype == torch.float8_e4m3fn:
+            blocks = stored_blocks(name, weight, scale)
+        else:
+            blocks = fp8.quantize_weight(weight.float(), self.scale_format)
+        return blocks.data, blocks.scale
+
+    def operand(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> QuantizedTensor:
+        if isinstance(x, QuantizedTensor):
+            return x
+        return fp8.quantize_activation(x, self.scale_format)
+
+    def rounded(
+        self,
+        x: Float[Tensor, "*lead in"] | QuantizedTensor,
+        matrix: QuantizedTensor,
+        saved: str = "e4m3",
+    ) -> Float[Tensor, "*lead out"]:
+        return self.wide(x, matrix).to(self.dtype)
+
+    def wide(
+        self,
+        x: Float[Tensor, "*lead in"] | QuantizedTensor,
+        matrix: QuantizedTensor,
+        saved: str = "e4m3",
+    ) -> Float[Tensor, "*lead out"]:
+        sums = self.sums(x.device)
+        if len(matrix.shape) == 2:
+            return fp8.matmul(self.operand(x), matrix, sums)
+        return torch.cat([fp8.matmul(self.operand(x), part, sums) for part in matrix], -1)
+
+    def each(
+        self, x: QuantizedTensor, stack: QuantizedTensor, ends: Int[Tensor, "experts"]
+    ) -> Float[Tensor, "choices out"]:
+        return one_by_one(self.rounded, x, stack, ends)
+
+    def each_wide(
+        self, x: Float[Tensor, "choices in"], stack: QuantizedTensor, ends: Int[Tensor, "experts"]
+    ) -> Float[Tensor, "choices out"]:
+        return one_by_one(self.wide, self.operand(x), stack, ends)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Precision):
+    """Float32 master weights in every mode, of which a product takes a rounded copy.
+
+    A step of AdamW changes a weight by about 1e-3 of itself or less; bfloat16 holds steps of 4e-3,
+    so most updates would be rounded away (TR 3.3.3). In bf16 and fp8, activations and the attention
+    core are bfloat16. No rank's part is missing from a sum here, so none need go on unrounded.
+    """
+
+    trains: ClassVar[bool] = True
+
+    def core(self, device: torch.device) -> torch.dtype:
+        return self.dtype
+
+    def latent_weights(self, device: torch.device) -> torch.dtype:
+        return self.weights
+
+    def wide(
+        self, x: Float[Tensor, "*lead in"], matrix: Tensor, saved: str = "e4m3"
+    ) -> Float[Tensor, "*lead out"]:
+        return self.rounded(x, matrix, saved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Training(Training):
+    """Products whose three forms, forward and both gradients, take FP8 operands (TR 3.3.1).
+
+    recipe: what is quantised how.
+    """
+
+    recipe: Fp8Recipe = Fp8Recipe()
+
+    @property
+    def plain(self) -> Training:
+        return Training(**{f.name: getattr(self, f.name) for f in fields(Training)})
+
+    def rounded(
+        self, x: Float[Tensor, "*lead in"], matrix: Tensor, saved: str = "e4m3"
+    ) -> Float[Tensor, "*lead out"]:
+        return fp8_linear(x, matrix, self.recipe, saved)
+
+    def each(
+        self, x: Float[Tensor, "choices in"], stack: Tensor, ends: Int[Tensor, "experts"]
+    ) -> Float[Tensor, "choices out"]:
+        return one_by_one(self.rounded, x, stack.flatten(1, -2).unbind(), ends)
+
+    def from_latent(
+        self, latent: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"]
+    ) -> Float[Tensor, "*lead out"]:
+        return fp8_linear(latent, weight, self.recipe)
 
 
 def _unknown(name: str) -> DSV3Error:
     return DSV3Error(
         "unknown precision", where="precision", found=name, expected="fp32, bf16 or fp8"
     )
+
+
+def stored_blocks(name: str, weight: Tensor, scale: Tensor | None) -> QuantizedTensor:
+    """An FP8 weight of a file with its grid of scales; DSV3Error when that is not there."""
+    if scale is None:
+        raise DSV3Error(
+            "FP8 weight without its scale", where=name, expected="its grid of scales beside it"
+        )
+    return QuantizedTensor(weight, fp8.decode_scale(scale))
 
 
 def wide_linear(

@@ -11,6 +11,7 @@ import torch
 # the hook rewrites these modules when they are imported, so it must come before any of dsv3.
 SHAPED = [
     "dsv3.rope",
+    "dsv3.grouped",
     "dsv3.precision",
     "dsv3.layers",
     "dsv3.attention",

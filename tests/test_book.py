@@ -218,7 +218,7 @@ def test_every_misreading_is_answered_shown_and_tested(row):
 
 
 def router() -> tuple[Router, torch.Tensor]:
-    gate = Router(SMALL, Precision.of("fp32", SMALL, torch.device("cpu")))
+    gate = Router(SMALL, Precision.of("fp32", SMALL))
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         gate.weight.normal_(0, 0.2, generator=random)

@@ -44,10 +44,10 @@ def test_every_weight_arrives(tmp_path, changes):
     tensors = write_checkpoint(tmp_path, config)
     model = load_model(tmp_path, "fp32")
     names = {spec.name: spec.hf_name for spec in layout(config, scales=False, mtp_copies=False)}
-    loaded = set(model.weight_names())
+    loaded = set(model.state_dict())
     assert loaded == set(names) or config.tie_word_embeddings and loaded <= {*names, "head.weight"}
     for name, hf_name in names.items():
-        assert torch.equal(model.weight(name), dequantized(tensors, hf_name)), name
+        assert torch.equal(model.state_dict()[name], dequantized(tensors, hf_name)), name
 
 
 def test_fp8_codes_and_scales_stay_as_stored(tmp_path):
@@ -66,7 +66,7 @@ def test_power_of_two_scales_in_three_dtypes(tmp_path, dtype):
     model = load_model(tmp_path, "fp32")
     name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
     assert tensors[name + "_scale_inv"].dtype == dtype
-    assert torch.equal(model.weight("layers.0.attn.wkv_a.weight"), dequantized(tensors, name))
+    assert torch.equal(model.state_dict()["layers.0.attn.wkv_a.weight"], dequantized(tensors, name))
 
 
 @pytest.mark.parametrize("copies, shards", [(True, 1), (False, 3)])
@@ -75,7 +75,7 @@ def test_mtp_copies_and_index_are_optional(tmp_path, copies, shards):
     tensors = write_checkpoint(tmp_path, config, copies=copies, shards=shards)
     model = load_model(tmp_path, "fp32")
     eh_proj = tensors["model.layers.2.eh_proj.weight"].float()
-    assert torch.equal(model.weight("mtp.0.eh_proj.weight"), eh_proj)
+    assert torch.equal(model.state_dict()["mtp.0.eh_proj.weight"], eh_proj)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -97,9 +97,10 @@ def test_ranks_together_hold_the_model_and_read_their_own_slices(tmp_path, monke
         ranks.append(load_model(tmp_path, "fp32", group=TensorGroup(rank, size)))
         read.append(sum(file.bytes_read for file in files))
     kinds = released_shapes(config)
+    states, everything = [model.state_dict() for model in ranks], whole.state_dict()
     for spec in layout(config, scales=False, mtp_copies=False):
-        parts = [m.weight(spec.name) for m in ranks if spec.name in set(m.weight_names())]
-        expected = whole.weight(spec.name)
+        parts = [held[spec.name] for held in states if spec.name in held]
+        expected = everything[spec.name]
         if "mlp.experts." in spec.hf_name:
             assert len(parts) == 1 and torch.equal(parts[0], expected)
         elif kinds[spec.hf_name][1] == tuple(parts[0].shape):
@@ -148,11 +149,11 @@ def test_save_then_load(tmp_path):
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {n: f.name for f in files for n in load_file(f)}
     loaded = load_model(tmp_path / "many", "fp32")
-    for name in loaded.weight_names():
+    for name, weight in loaded.state_dict().items():
         hf_name = next(s.hf_name for s in layout(config) if s.name == name)
-        assert torch.equal(loaded.weight(name), dequantized(one, hf_name)), name
-    weight = model.weight("layers.1.attn.wkv_a.weight")
-    error = (loaded.weight("layers.1.attn.wkv_a.weight") - weight).norm() / weight.norm()
+        assert torch.equal(weight, dequantized(one, hf_name)), name
+    weight = model.state_dict()["layers.1.attn.wkv_a.weight"]
+    error = (loaded.state_dict()["layers.1.attn.wkv_a.weight"] - weight).norm() / weight.norm()
     assert 0.01 < error < 0.04  # FP8 was there, and no more than FP8
 
 
@@ -161,8 +162,9 @@ def test_save_unquantised_is_exact_in_bf16(tmp_path):
     model = Transformer(config, "bf16").init_weights(1)
     save_model(model, tmp_path)
     loaded = load_model(tmp_path, "bf16")
-    for name in loaded.weight_names():  # what the model keeps in float32 is rounded once
-        assert torch.equal(loaded.weight(name).float(), model.weight(name).bfloat16().float())
+    before = model.state_dict()
+    for name, weight in loaded.state_dict().items():  # what is kept in float32 is rounded once
+        assert torch.equal(weight.float(), before[name].bfloat16().float())
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 

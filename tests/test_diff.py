@@ -47,9 +47,8 @@ def save_random(folder, config: ModelConfig = CONFIG, change=lambda model: None)
     model = Transformer(config).init_weights(0)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name in model.weight_names():
+        for name, weight in model.state_dict().items():
             if "norm" in name or name.endswith("gate.bias"):
-                weight = model.weight(name)
                 weight.add_(torch.randn(weight.shape, generator=random), alpha=0.2)
         change(model)
     save_model(model, folder)
@@ -147,7 +146,7 @@ FAULTS = [
 def test_a_fault_is_named_where_it_was_planted(folder, theirs, name, break_it, part):
     ours = load_model(folder, "fp32")
     with torch.no_grad():
-        break_it(ours.weight(name))
+        break_it(ours.state_dict()[name])
     report = compare(ours, theirs, TOKENS)
     assert report.first is not None and report.first.part == part
     marked = [line for line in str(report).splitlines() if line.endswith("<- departs first")]

@@ -11,6 +11,7 @@ FLOORS = [
     ["families", "backward", "files", "machine", "shipped"],
     ["config", "kernels"],
     ["costs", "rope", "fp8", "parallel"],
+    ["grouped"],
     ["cache", "precision", "recompute"],
     ["layers"],
     ["attention", "mla", "moe"],

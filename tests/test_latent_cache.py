@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def test_absorbed_equals_expanded_in_float64():
     # fact 11; eq. 2, 4, 5, 9, 10
     config = ModelConfig.mini().but(qk_nope_head_dim=48, v_head_dim=80, kv_lora_rank=96)
-    precision = replace(Precision.of("fp32", config, CPU), core=torch.float64)
+    precision = replace(Precision.of("fp32", config), exact=True)
     attention = MLA(config, precision, TensorGroup.single())
     draw = torch.Generator().manual_seed(0)
     for weight in attention.parameters():

@@ -67,7 +67,7 @@ def random_pair(config: ModelConfig = CONFIG) -> tuple[torch.nn.Module, MLA]:
             torch.nn.init.normal_(value, 1.0, 0.2)
         else:
             torch.nn.init.normal_(value, 0.0, 1.5 / math.sqrt(value.shape[-1]))
-    ours = MLA(config, Precision.of("fp32", config, CPU), TensorGroup.single())
+    ours = MLA(config, Precision.of("fp32", config), TensorGroup.single())
     ours.load_state_dict(
         {
             NAMES[name.split(".")[0]] + ".weight": value

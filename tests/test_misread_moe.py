@@ -10,17 +10,17 @@ from __future__ import annotations
 import pytest
 import torch
 from test_oracle import BOUND, CASES, gap, random_pair, tokens
-from test_training_balance import by_definition, config, random_scores
+from test_training_balance import by_definition, random_scores
 from training_cases import ROUTERS, TINY, window
 
-from dsv3 import ModelConfig, load_model, load_tokenizer
+from dsv3 import ModelConfig, load_model, load_tokenizer, moe
 from dsv3.book import held_out, mutated
 from dsv3.checkpoint.layout import layout
 from dsv3.config import QuantizationConfig
 from dsv3.model import Transformer
-from dsv3.moe import Experts, MoE, Router
-from dsv3.training import balance, objective
-from dsv3.training.balance import RouterWatch, sequence_balance, update_bias
+from dsv3.moe import Experts, MoE, Router, sequence_balance
+from dsv3.training import objective
+from dsv3.training.balance import RouterWatch, update_bias
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.routing import expert_counts, specialisation
 from dsv3.training.step import StepValues, train_step
@@ -79,7 +79,7 @@ def test_misread_mask_zero(departs):
 @pytest.mark.parametrize(
     "function, old, new",
     [
-        (Experts.grouped, "F.silu(gate)", "F.gelu(gate)"),
+        (Experts.swiglu, "F.silu(gate)", "F.gelu(gate)"),
         (Router.scores, "logits.sigmoid()", "logits.softmax(-1)"),
         (
             MoE.forward,
@@ -135,13 +135,13 @@ def test_misread_no_auxiliary_loss():
     """Without it, or over the batch instead of the sequence, eq. 17-20 would not come out."""
     scores = random_scores(3, 10, 16)
     wanted = pytest.approx(by_definition(scores, 4), rel=1e-5)
-    assert float(sequence_balance(scores, config(16, 4))) == wanted
+    assert float(sequence_balance(scores, 4)) == wanted
     for old, new in (
         ("(f * p).sum(-1).mean()", "0.0 * (f * p).sum()"),
-        ("chosen.mean(1)", "chosen.mean((0, 1))"),
+        ("chosen.mean(-2)", "chosen.mean((0, -2))"),
     ):
         with mutated(sequence_balance, old, new):
-            assert float(balance.sequence_balance(scores, config(16, 4))) != wanted
+            assert float(moe.sequence_balance(scores, 4)) != wanted
 
 
 def test_misread_memory_of_experts():
@@ -149,14 +149,18 @@ def test_misread_memory_of_experts():
     large = ModelConfig.deepseek_v3()
     assert sum(t.nbytes for t in layout(large)) == 688_574_839_360  # fact 6
     small = TINY.but(quantization_config=QuantizationConfig())
-    made = sum(parameter.numel() for parameter in Transformer(small).parameters())
+
+    def held(config) -> int:
+        return sum(value.numel() for value in Transformer(config).state_dict().values())
+
+    made = held(small)
 
     def listed() -> int:
         return sum(t.numel for t in layout(small, mtp_copies=False) if not t.scale_of)
 
     assert made == listed()
     few = small.but(n_routed_experts=small.num_experts_per_tok, n_group=1, topk_group=1)
-    assert sum(p.numel() for p in Transformer(few).parameters()) < made
+    assert held(few) < made
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ def forward(precision: str, recompute: bool):
                 module.register_forward_hook(remember)
     watch = RouterWatch(model)
     text = torch.randint(CONFIG.vocab_size, (2, 50), generator=torch.Generator().manual_seed(1))
-    loss = objective(*losses(model, text), 0.3) + 1e-2 * watch.sequence_loss(2)
+    loss = objective(*losses(model, text), 0.3) + 1e-2 * watch.sequence_loss()
     return loss, model, watch, [not reference.expired() for reference in held]
 
 

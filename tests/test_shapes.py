@@ -33,7 +33,7 @@ def rotations(*shape: int) -> torch.Tensor:
 
 def router(u: torch.Tensor):
     config = ModelConfig.mini()
-    return Router(config, Precision.of("fp32", config, CPU))(u)
+    return Router(config, Precision.of("fp32", config))(u)
 
 
 WRONG = {

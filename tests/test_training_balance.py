@@ -6,9 +6,9 @@ from torch import nn
 from training_cases import ROUTERS, TINY, window
 
 from dsv3.model import Transformer
-from dsv3.moe import Router
+from dsv3.moe import Router, sequence_balance
 from dsv3.precision import Precision
-from dsv3.training.balance import RouterWatch, max_violation, sequence_balance, update_bias
+from dsv3.training.balance import RouterWatch, max_violation, update_bias
 from dsv3.training.objective import losses
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.step import StepValues, train_step
@@ -119,7 +119,7 @@ def test_watch_keeps_no_scores_of_held_out_text_or_from_before_reset(model):
         losses(model, window())
     losses(model, window())
     # Scores of three forward passes would not go together with two routers.
-    assert watch.sequence_loss(4).requires_grad
+    assert watch.sequence_loss().requires_grad
 
 
 def test_watch_adds_up_all_routers(model):
@@ -133,14 +133,14 @@ def test_watch_adds_up_all_routers(model):
     by_hand = sum(
         by_definition(scores[name][0].detach().view(4, 16, 8), CHOSEN) for name in ROUTERS
     )
-    assert float(watch.sequence_loss(4).detach()) == pytest.approx(by_hand, rel=1e-5)
+    assert float(watch.sequence_loss().detach()) == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_a_dense_model_has_no_sequence_loss():
     model = Transformer(TINY.but(first_k_dense_replace=3)).init_weights(0)
     watch = RouterWatch(model)
     losses(model, window())
-    assert not watch.routers and watch.sequence_loss(4) == 0
+    assert not watch.routers and watch.sequence_loss() == 0
 
 
 # The sequence-wise loss -------------------------------------------------------------------------
@@ -180,14 +180,12 @@ def config(experts: int, k: int):
 def test_loss_is_eq_17_to_20(experts, k):
     # eq. 17-20
     scores = random_scores(3, 10, experts)
-    assert float(sequence_balance(scores, config(experts, k))) == pytest.approx(
-        by_definition(scores, k), rel=1e-5
-    )
+    assert float(sequence_balance(scores, k)) == pytest.approx(by_definition(scores, k), rel=1e-5)
 
 
 @pytest.mark.parametrize("experts, k", [(8, 2), (16, 4), (256, 8)])
 def test_loss_is_one_when_balanced(experts, k):
-    assert float(sequence_balance(balanced(experts, k), config(experts, k))) == pytest.approx(1)
+    assert float(sequence_balance(balanced(experts, k), k)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("experts, k", [(8, 2), (16, 4), (256, 8)])
@@ -197,7 +195,7 @@ def test_loss_nears_its_bound_on_collapse(experts, k):
         scores = torch.full((2, 12, experts), others)
         scores[..., :k] = torch.linspace(0.5, 0.9, k)
         share = 0.7 * k / (0.7 * k + others * (experts - k))
-        loss = float(sequence_balance(scores, config(experts, k)))
+        loss = float(sequence_balance(scores, k))
         assert loss == pytest.approx(experts / k * share, rel=1e-5)
     assert loss == pytest.approx(experts / k, rel=1e-4)
 
@@ -210,13 +208,13 @@ def test_report_setting_random_against_collapsed():
     """
     # fact 29
     random = torch.randn(4, 4096, 256, generator=torch.Generator().manual_seed(0)).sigmoid()
-    assert 1e-4 * float(sequence_balance(random, config(256, 8))) == pytest.approx(1e-4, rel=0.02)
+    assert 1e-4 * float(sequence_balance(random, 8)) == pytest.approx(1e-4, rel=0.02)
     favourites, others = 0.99, 0.0105
     collapsed = torch.full((1, 512, 256), others)
     collapsed[..., 100:108] = favourites
     expected = 1e-4 * 32 * 8 * favourites / (8 * favourites + 248 * others)
     assert expected == pytest.approx(2.4e-3, rel=0.01)
-    assert 1e-4 * float(sequence_balance(collapsed, config(256, 8))) == pytest.approx(expected)
+    assert 1e-4 * float(sequence_balance(collapsed, 8)) == pytest.approx(expected)
 
 
 def test_loss_is_per_sequence_and_not_per_batch():
@@ -225,10 +223,10 @@ def test_loss_is_per_sequence_and_not_per_batch():
     domains = torch.full((4, 20, 8), 0.01)
     for domain in range(4):
         domains[domain, :, 2 * domain : 2 * domain + 2] = 0.9
-    per_batch = sequence_balance(domains.reshape(1, 80, 8), TINY)
-    mixed = sequence_balance(domains.transpose(0, 1).reshape(4, 20, 8), TINY)
+    per_batch = sequence_balance(domains.reshape(1, 80, 8), TINY.num_experts_per_tok)
+    mixed = sequence_balance(domains.transpose(0, 1).reshape(4, 20, 8), TINY.num_experts_per_tok)
     assert float(per_batch) == pytest.approx(1) == float(mixed)
-    assert float(sequence_balance(domains, TINY)) > 3.8
+    assert float(sequence_balance(domains, TINY.num_experts_per_tok)) > 3.8
 
 
 def test_the_watch_cuts_micro_batches_into_sequences(model):
@@ -239,9 +237,9 @@ def test_the_watch_cuts_micro_batches_into_sequences(model):
         for router in watch.routers.values():
             router.weight.mul_(100)  # some affinities near 0, some near 1
     losses(model, text)
-    apart = float(watch.sequence_loss(4).detach())
-    losses(model, text)
-    together = float(watch.sequence_loss(1).detach())
+    apart = float(watch.sequence_loss().detach())
+    losses(model, text.reshape(1, -1))
+    together = float(watch.sequence_loss().detach())
     assert apart > 1.3 * together
 
 
@@ -252,14 +250,14 @@ def test_bias_changes_the_choice_and_not_the_loss(model):
             watch.routers[ROUTERS[1]].bias[3] = push  # the last layer: nothing comes after it
         watch.reset()
         losses(model, window())
-        values.append((float(watch.sequence_loss(4).detach()), watch.load[ROUTERS[1]][3]))
+        values.append((float(watch.sequence_loss().detach()), watch.load[ROUTERS[1]][3]))
     assert values[0][0] == values[1][0]
     assert values[0][1] < 4 * 16 == values[1][1]  # all tokens went there
 
 
 def test_gradient_comes_through_p_and_reaches_the_router():
     scores = random_scores(2, 10).double().requires_grad_()
-    sequence_balance(scores, TINY).backward()
+    sequence_balance(scores, TINY.num_experts_per_tok).backward()
     # By hand: d loss / d s_i,t = (f_i - sum_j f_j s'_j,t) / (sum_j s_j,t T b), f held constant.
     s = scores.detach()
     kth = s.sort(dim=-1, descending=True).values[..., CHOSEN - 1 : CHOSEN]
@@ -272,7 +270,7 @@ def test_gradient_comes_through_p_and_reaches_the_router():
 def test_gradient_reaches_the_router_weights_and_no_bias(model):
     watch = RouterWatch(model)
     losses(model, window())
-    watch.sequence_loss(4).backward()
+    watch.sequence_loss().backward()
     for name in ROUTERS:
         assert watch.routers[name].weight.grad.abs().max() > 0
         assert watch.routers[name].bias.grad is None
@@ -288,7 +286,7 @@ def test_small_steps_down_the_loss_spread_the_tokens():
         weight[:2] += 0.1
     optimizer, values = torch.optim.SGD([weight], lr=0.5), []
     for _ in range(60):
-        loss = sequence_balance((tokens @ weight.T).sigmoid(), TINY)
+        loss = sequence_balance((tokens @ weight.T).sigmoid(), TINY.num_experts_per_tok)
         values.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()

@@ -54,7 +54,7 @@ def test_gradient_is_that_of_the_three_losses():
     model = Transformer(TINY, Precision.training("fp32")).init_weights(0)
     watch = RouterWatch(model)
     main, [ahead] = losses(model, text)
-    balance = watch.sequence_loss(4)
+    balance = watch.sequence_loss()
     (main + 0.7 * ahead + 0.05 * balance).backward()
     assert found["loss"] == pytest.approx(float(main.detach()))
     assert found["mtp_loss"] == pytest.approx(float(ahead.detach()))

@@ -59,7 +59,7 @@ def router(**changes) -> Router:
     config = ModelConfig.mini().but(
         n_routed_experts=12, n_group=4, num_experts_per_tok=3, **changes
     )
-    made = Router(config, Precision.of("fp32", config, torch.device("cpu")))
+    made = Router(config, Precision.of("fp32", config))
     torch.manual_seed(1)
     torch.nn.init.normal_(made.weight, std=0.2)
     if made.bias is not None:
@@ -241,7 +241,7 @@ def test_a_router_without_bias_or_groups():
     gate, scores = router(gate_bias=False), torch.rand(4, 12)
     assert torch.equal(reroute(gate, scores, 3.0).chosen, gate.choose(scores))
     config = ModelConfig.mini().but(n_group=1, topk_group=1)
-    gate = Router(config, Precision.of("fp32", config, torch.device("cpu")))
+    gate = Router(config, Precision.of("fp32", config))
     gate.bias.data.zero_()
     routing = reroute(gate, torch.rand(4, 16))
     assert routing.open.shape == (4, 1) and routing.open.all()
@@ -377,7 +377,7 @@ def test_a_model_without_experts_is_refused(shipped):
 def test_the_picture_holds_the_released_sizes():
     """256 experts in 8 groups: columns of three pixels, numbers under the pointer."""
     config = ModelConfig.deepseek_v3().but(hidden_size=32)
-    gate = Router(config, Precision.of("fp32", config, torch.device("cpu")))
+    gate = Router(config, Precision.of("fp32", config))
     torch.nn.init.normal_(gate.weight, std=0.2)
     torch.nn.init.normal_(gate.bias, std=0.1)
     routing = reroute(gate, gate.scores(torch.randn(30, 32)).detach())

@@ -37,7 +37,9 @@ def attention_maps(model: Transformer, tokens: Tensor) -> Tensor:
     maps = []
     for layer, h in zip(model.layers, attention_inputs(model, tokens)):
         q = torch.cat(layer.attn.queries(h[None], step), -1).transpose(1, 2)
-        k, _ = layer.attn.wkv_b(layer.attn.latents(h[None], step).to(model.precision.core))
+        k, _ = layer.attn.wkv_b(
+            layer.attn.latents(h[None], step).to(model.precision.core(model.device))
+        )
         scores = q.to(k.dtype) @ k.transpose(-1, -2) * layer.attn.scale
         maps.append(scores.masked_fill(ahead, -math.inf).softmax(-1)[0].float())  # eq. 10
     return torch.stack(maps)

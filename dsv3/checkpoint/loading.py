@@ -12,7 +12,10 @@ scale, a wrong shape or dtype, NaN codes, a scale or a router bias that is not f
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,11 +25,22 @@ from dsv3.checkpoint.layout import TensorSpec, check_sharding, layout
 from dsv3.checkpoint.reader import CheckpointReader, converted_ranks
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error, Notice
-from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale
+from dsv3.fp8 import QuantizedTensor, decode_scale
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.placement import agree
 from dsv3.shipped import model_folder
+
+
+class Piece(NamedTuple):
+    """What one rank reads of one stored tensor.
+
+    name: in the model; stored: in the files; ranges: rows and columns, none for all of it.
+    """
+
+    name: str
+    stored: str
+    ranges: tuple[range, ...] = ()
 
 
 def load_model(
@@ -49,39 +63,39 @@ def load_model(
     folder = model_folder(folder)
     group, device = agree(group, device)
     ranks = converted_ranks(folder)
-    if ranks:
-        config, reader, specs, pick = _open_converted(folder, group, ranks)
-    else:
-        config, reader, specs, pick = _open_released(folder, group)
+    config, reader, specs = (
+        _open_converted(folder, group, ranks) if ranks else open_checkpoint(folder)
+    )
     with reader:
-        check_sharding(
-            config, group.size, blocks=precision == "fp8" or config.quantization_config is not None
-        )
+        blocks = precision == "fp8" or config.quantization_config is not None
+        check_sharding(config, group.size, blocks=blocks)
         own = GenerationConfig.beside(folder, config.vocab_size).eos_ids
         model = Transformer(config, precision, group, device)
         model.eos_ids = config.eos_ids if own is None else own
-        for spec in specs:
-            if spec.scale_of or spec.copy_of:
-                continue
-            value = pick(spec)
-            if value is not None:
-                scale = pick(spec.scale) if spec.scale else None
-                check_values(spec.name, value, scale)
-                model.load_weight(spec.name, value, scale)
+        pieces = (
+            [Piece(spec.name, spec.name) for spec in specs]
+            if ranks
+            else rank_pieces(specs, config, group)
+        )
+        for part, state in by_part(reader, pieces):
+            model.get_submodule(part).load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 
-def _open_released(folder: Path, group: TensorGroup):
-    config, reader, specs = open_checkpoint(folder)
-
-    def pick(spec: TensorSpec) -> torch.Tensor | None:
+def rank_pieces(
+    specs: list[TensorSpec], config: ModelConfig, group: TensorGroup
+) -> Iterator[Piece]:
+    """This rank's part of each released tensor; the MTP modules' copies are left out."""
+    for spec in specs:
         part = spec.slice_for(group.rank, group.size, config.n_routed_experts)
-        return None if part is None else reader.read(spec.hf_name, *part)
+        if part is not None and not spec.copy_of:
+            yield Piece(spec.name, spec.hf_name, part)
 
-    return config, reader, specs, pick
 
-
-def _open_converted(folder: Path, group: TensorGroup, ranks: int):
+def _open_converted(
+    folder: Path, group: TensorGroup, ranks: int
+) -> tuple[ModelConfig, CheckpointReader, list[TensorSpec]]:
+    """Like ``open_checkpoint``, of this rank's files; names there are the model's own."""
     if ranks != group.size:
         raise DSV3Error(
             "converted for another number of ranks",
@@ -103,31 +117,48 @@ def _open_converted(folder: Path, group: TensorGroup, ranks: int):
             config = config.but(num_nextn_predict_layers=0)
     reader = CheckpointReader(folder, files)
     try:
-        specs = check_tensors(
-            reader,
-            {
-                spec.name: (spec, tuple(len(r) for r in part))
-                for spec in layout(config, mtp_copies=False)
-                if (part := spec.slice_for(group.rank, ranks, config.n_routed_experts)) is not None
-            },
+        slices = (
+            (spec, spec.slice_for(group.rank, ranks, config.n_routed_experts))
+            for spec in layout(config, mtp_copies=False)
         )
+        expected = {
+            spec.name: (spec, tuple(map(len, part))) for spec, part in slices if part is not None
+        }
+        specs = check_tensors(reader, expected)
     except BaseException:
         reader.close()
         raise
+    return config, reader, specs
 
-    def pick(spec: TensorSpec) -> torch.Tensor | None:
-        return reader.read(spec.name) if spec.name in reader else None
 
-    return config, reader, specs, pick
+def by_part(
+    reader: CheckpointReader, pieces: Iterable[Piece]
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Parts of the model ("embed", "layers.3", "mtp.0") with the tensors of each, as read."""
+    for part, some in groupby(pieces, key=lambda piece: _part(piece.name)):
+        state = {
+            piece.name.removeprefix(part + "."): reader.read(piece.stored, *piece.ranges)
+            for piece in some
+        }
+        for name, value in state.items():
+            if not name.endswith("scale"):
+                scale = state.get(name.removesuffix("weight") + "scale")
+                check_values(f"{part}.{name}", value, scale)
+        yield part, state
+
+
+def _part(name: str) -> str:
+    first, second, *_ = name.split(".")
+    return f"{first}.{second}" if first in ("layers", "mtp") else first
 
 
 def check_values(name: str, value: torch.Tensor, scale: torch.Tensor | None = None) -> None:
     """Raise DSV3Error for values that no quantiser and no training leaves behind."""
     if scale is not None:
-        QuantizedTensor(value, decode_scale(scale), (BLOCK, BLOCK)).check(name)
-    elif name.endswith(("gate.bias", "e_score_correction_bias")) and not value.isfinite().all():
+        QuantizedTensor(value, decode_scale(scale)).check(name)
+    elif name.endswith(("gate.weight", "gate.bias")) and not value.isfinite().all():
         raise DSV3Error(
-            "the router bias is not finite",
+            f"the router {name.rpartition('.')[2]} is not finite",
             where=name,
             found=f"{int((~value.isfinite()).sum())} NaN or infinite values",
             fix="The file is damaged or its training had diverged",

@@ -75,9 +75,10 @@ def write_model(
         )
     files = {name: [(s.hf_name, s.dtype, s.shape) for s in specs] for name, specs in shards.items()}
     remove(folder / CONFIG_FILE)  # from here on the folder is unfinished
+    weights = model.state_dict()
     for file_name, specs in shards.items():
         with StreamWriter(folder / file_name, files[file_name]) as out:
-            for name, value in _stored_forms(model, specs):
+            for name, value in _stored_forms(weights, specs, model.config.scale_fmt):
                 out.write(name, value)
     if len(shards) > 1:
         write_text(folder / INDEX_FILE, index_text(files))
@@ -89,14 +90,14 @@ def write_model(
 
 
 def _stored_forms(
-    model: Transformer, specs: list[TensorSpec]
+    weights: dict[str, torch.Tensor], specs: list[TensorSpec], scale_format: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for spec in specs:
         if spec.scale_of:
             continue  # comes with its weight
-        value = model.weight(spec.name).detach().cpu()
+        value = weights[spec.name].cpu()
         if spec.scale:
-            stored = quantize_weight(value.float(), model.config.scale_fmt)
+            stored = quantize_weight(value.float(), scale_format)
             yield spec.hf_name, stored.data
             yield spec.scale.hf_name, stored.scale
         else:

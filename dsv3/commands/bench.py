@@ -88,12 +88,11 @@ def make_pair(dtype: torch.dtype, device: torch.device):
     fields = CONFIG.to_dict() | {"num_mtp_layers": 0}
     theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**fields)).eval()
     ours = Transformer(CONFIG, "fp32" if dtype == torch.float32 else "bf16", device=device)
-    source = Transformer(CONFIG).init_weights(0)
+    weights = Transformer(CONFIG).init_weights(0).state_dict()
+    ours.load_state_dict(weights)
     state = theirs.state_dict()
     with torch.no_grad():
-        for name in source.weight_names():
-            value = source.weight(name)
-            ours.load_weight(name, value)
+        for name, value in weights.items():
             target, part = their_name(name)
             place = state[target] if part is None else expert_part(state[target], *part)
             place.copy_(value)

@@ -161,13 +161,16 @@ def our_outputs(model: nn.Module, tokens: torch.Tensor) -> Outputs:
     modules = {
         part: model.get_submodule(part) for part in parts(model.config) if not part.endswith("head")
     }
-    return {**record(modules, model.config.n_routed_experts, run), **logits}
+    return {**record(modules, model.config.n_routed_experts, slice(2), run), **logits}
 
 
 @torch.inference_mode()
-def record(modules: dict[str, nn.Module], experts: int, run: Callable[[], None]) -> Outputs:
+def record(
+    modules: dict[str, nn.Module], experts: int, choice: slice, run: Callable[[], None]
+) -> Outputs:
     """What each module gives when ``run`` calls it for the first time (the embedding is used again
-    by the MTP modules). A router's weights are spread out as (tokens, experts), 0 for the experts
+    by the MTP modules). choice: where a router's output has weights and numbers of the chosen
+    experts. The weights are spread out as (tokens, experts), 0 for the experts
     that were not chosen, since the order of the chosen ones means nothing."""
     outputs: Outputs = {}
 
@@ -176,7 +179,7 @@ def record(modules: dict[str, nn.Module], experts: int, run: Callable[[], None])
             if part in outputs:
                 return
             if part.endswith(".gate"):
-                *_, weights, chosen = output
+                weights, chosen = (tensor.flatten(0, -2) for tensor in output[choice])
                 output = weights.new_zeros(len(weights), experts).scatter(-1, chosen, weights)
             outputs[part] = output[0] if isinstance(output, tuple) else output
 
@@ -284,7 +287,7 @@ class TheirModel:
         modules = {
             part: self.module(part) for part in parts(self.config) if not part.endswith("head")
         }
-        return {**record(modules, self.config.n_routed_experts, run), **logits}
+        return {**record(modules, self.config.n_routed_experts, slice(-2, None), run), **logits}
 
     def new_mtp_cache(self):
         """An empty cache for the MTP modules."""

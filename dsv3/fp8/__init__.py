@@ -5,10 +5,12 @@ from dsv3.fp8.formats import decode_e4m3, decode_scale, encode_e4m3, encode_scal
 from dsv3.fp8.product import linear, matmul
 from dsv3.fp8.quantize import (
     BLOCK,
+    WEIGHT_BLOCK,
     QuantizedTensor,
     quantize_activation,
     quantize_columns,
     quantize_weight,
+    scale_shape,
 )
 from dsv3.fp8.training import Fp8Recipe, fp8_linear
 
@@ -16,6 +18,7 @@ __all__ = [
     "BLOCK",
     "Fp8Recipe",
     "QuantizedTensor",
+    "WEIGHT_BLOCK",
     "decode_e4m3",
     "decode_scale",
     "encode_e4m3",
@@ -26,4 +29,5 @@ __all__ = [
     "quantize_activation",
     "quantize_columns",
     "quantize_weight",
+    "scale_shape",
 ]

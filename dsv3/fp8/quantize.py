@@ -108,10 +108,14 @@ class QuantizedTensor:
     def device(self) -> torch.device:
         return self.data.device
 
-    def __getitem__(self, index: int | slice | Int[Tensor, "n"]) -> QuantizedTensor:
-        """One matrix of a stack (experts, rows, cols): a view, nothing is copied. Or some rows of
-        activations, copied."""
+    def __getitem__(self, index: int | slice) -> QuantizedTensor:
+        """One matrix of a stack (experts, rows, cols), or a run of rows of activations: a view."""
         return QuantizedTensor(self.data[index], self.scale[index], self.block, self.scale_format)
+
+    def index_select(self, dim: int, index: Int[Tensor, "n"]) -> QuantizedTensor:
+        """Rows of activations by number, copied, as of a Tensor."""
+        at = (slice(None),) * dim + (index,)
+        return QuantizedTensor(self.data[at], self.scale[at], self.block, self.scale_format)
 
     def __len__(self) -> int:
         return len(self.data)

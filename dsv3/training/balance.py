@@ -4,20 +4,8 @@
 than the mean, b_i -= gamma for one that got more. The loss sends the bias no gradient, so
 balancing does not bend the model's aim as a strong auxiliary loss does.
 
-*Sequence-wise loss.* The bias balances the batch; one sequence may still crowd a few experts. So
-a complementary loss remains, with a weight so small (1e-4) that it only guards against extremes:
-
-    L_Bal = alpha * sum_i f_i P_i                                                 (17)
-    f_i = N_r / (K_r T) * sum_t 1(s_i,t is among the K_r largest of s_t)          (18)
-    s'_i,t = s_i,t / sum_j s_j,t                                                  (19)
-    P_i = (1 / T) * sum_t s'_i,t                                                  (20)
-
-T counts the tokens of ONE sequence. With all experts equal, f_i = 1 and P_i = 1 / N_r, and the
-loss is alpha; when all tokens crowd the same K_r experts it nears alpha * N_r / K_r. f_i counts
-and has no gradient; the gradient comes through P_i.
-
-Paper and code disagree here: eq. 18 ranks the scores without bias and without node limit, while
-Megatron and torchtitan count the experts that were actually selected. This is eq. 18.
+*Sequence-wise loss.* The router returns it with its choices (eq. 17-20, ``dsv3.moe``); here it is
+collected over all routers of a pass.
 """
 
 from __future__ import annotations
@@ -31,7 +19,7 @@ from dsv3.recompute import in_backward
 
 
 class RouterWatch:
-    """Counts the tokens of each expert since ``reset``, and keeps scores for eq. 17.
+    """Counts the tokens of each expert since ``reset``, and keeps the routers' losses (eq. 17).
 
     load: router name -> (N_r,) float32. Names are those of the modules, "layers.3.ffn.gate".
     """
@@ -48,48 +36,33 @@ class RouterWatch:
 
     def _watch(self, name: str):
         def hook(router, inputs, outputs):
-            scores = router.scores(inputs[0]) if torch.is_grad_enabled() else None
+            _, chosen, balance = outputs
             if in_backward():
                 return  # the same tokens again, recomputed step by step
-            self.load[name] += torch.bincount(outputs[1].flatten(), minlength=len(self.load[name]))
-            if scores is not None:
-                self._scores.append(scores)
+            self.load[name] += torch.bincount(chosen.flatten(), minlength=len(self.load[name]))
+            if balance is not None:
+                self._balances.append(balance)
 
         return hook
 
     def reset(self) -> None:
-        """Forget loads and scores."""
+        """Forget loads and losses."""
         device = next(iter(self.routers.values())).weight.device if self.routers else None
         self.load = {
             name: torch.zeros(router.config.n_routed_experts, device=device)
             for name, router in self.routers.items()
         }
-        self._scores: list[Tensor] = []
+        self._balances: list[Tensor] = []
 
-    def sequence_loss(self, sequences: int) -> Float[Tensor, ""] | float:
+    def sequence_loss(self) -> Float[Tensor, ""] | float:
         """L_Bal / alpha of the forward pass since the last call: the sum over all routers."""
-        scores, self._scores = self._scores, []
-        return sum(
-            sequence_balance(s.unflatten(0, (sequences, -1)), router.config)
-            for s, router in zip(scores, self.routers.values(), strict=True)
-        )
+        balances, self._balances = self._balances, []
+        return sum(balances)
 
     def close(self) -> None:
         """Stop watching."""
         for hook in self._hooks:
             hook.remove()
-
-
-def sequence_balance(scores: Float[Tensor, "b t experts"], config) -> Float[Tensor, ""]:
-    """sum_i f_i P_i (eq. 17-20 without alpha), the mean over b sequences; 1 when balanced.
-
-    scores: affinities s_i,t (eq. 15), without bias.
-    """
-    experts, k = scores.shape[-1], config.num_experts_per_tok
-    chosen = torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1.0)
-    f = chosen.mean(1) * (experts / k)  # eq. 18
-    p = (scores / scores.sum(-1, keepdim=True)).mean(1)  # eq. 19, 20
-    return (f * p).sum(-1).mean()  # eq. 17
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def expert_counts(
 
     def watch(name: str):
         def hook(router, inputs, outputs):
-            chosen = outputs[1].unflatten(0, (-1, length)).flatten(1)  # (b, s K_r)
+            chosen = outputs[1].flatten(1)  # (b, s K_r)
             zero = chosen.new_zeros(len(chosen), router.config.n_routed_experts)
             counts[name].append(zero.scatter_add(1, chosen, torch.ones_like(chosen)).cpu())
 

@@ -50,7 +50,7 @@ def train_step(
     sums = torch.zeros(3, device=batch.device)
     for part in mine.split(max(values.micro_batch // tokens, 1)):
         main, extra = losses(model, part)
-        balance = watch.sequence_loss(len(part))
+        balance = watch.sequence_loss()
         share = len(part) / len(batch)
         total = objective(main, extra, values.mtp_weight) + values.sequence_weight * balance
         (total * share).backward()

@@ -44,7 +44,7 @@ def reroute(
     """
     c = router.config
     replay = Replay(router, strength, groups or c.topk_group, top_k or c.num_experts_per_tok)
-    weights, chosen = replay(scores)
+    weights, chosen, _ = replay(scores)
     bias = torch.zeros_like(scores[0]) if replay.bias is None else replay.bias
     sums, is_open = replay.open_groups(scores + bias)
     return Routing(scores, bias, sums, is_open, chosen, weights)
@@ -57,7 +57,7 @@ def router_scores(model: Transformer, ids: list[int]) -> dict[int, Float[Tensor,
 
     def watch(layer: int):
         def hook(router, inputs):
-            kept[layer] = router.scores(inputs[0]).cpu()
+            kept[layer] = router.scores(inputs[0][0]).cpu()
 
         return hook
 
