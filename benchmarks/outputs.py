@@ -238,7 +238,14 @@ def by_name(tensors: dict) -> dict[str, str]:
     return out
 
 
-def after_steps(inputs: Path, precision: str, count: int, recompute=False, moments="fp32") -> dict:
+def after_steps(
+    inputs: Path,
+    precision: str,
+    count: int,
+    recompute: bool = False,
+    moments: str = "fp32",
+    sequence_weight: float = 1e-2,
+) -> dict[str, str]:
     """Losses of each step, and what model and optimizer hold after the last."""
     import torch
 
@@ -247,7 +254,8 @@ def after_steps(inputs: Path, precision: str, count: int, recompute=False, momen
 
     config = ModelConfig.from_dict(json.loads((inputs / "train.json").read_text()))
     model = Transformer(config, Precision.training(precision, recompute=recompute)).init_weights(3)
-    step, optimizer = training_step(model, moments, micro_batch=64)
+    values = dict(sequence_weight=sequence_weight, micro_batch=64)
+    step, optimizer = training_step(model, moments, **values)
     random = torch.Generator().manual_seed(11)
     told = [step(torch.randint(config.vocab_size, (4, 34), generator=random)) for _ in range(count)]
     out = {
@@ -266,17 +274,18 @@ def after_steps(inputs: Path, precision: str, count: int, recompute=False, momen
 
 def steps(inputs: Path, work: Path, quick: bool) -> Iterator[tuple[str, Callable]]:
     for precision in PRECISIONS:
-        for recompute in (False, True):
+        for what, options in {
+            "": {},
+            ", recompute": dict(recompute=True),
+            ", no balance loss": dict(sequence_weight=0.0),
+            ", no balance loss, recompute": dict(sequence_weight=0.0, recompute=True),
+            ", moments in bf16": dict(moments="bf16"),
+        }.items():
             for count in (1,) if quick else (1, 3):
                 yield (
-                    f"{count} training step{'s' * (count > 1)}, {precision}"
-                    f"{', recompute' * recompute}",
-                    lambda: after_steps(inputs, precision, count, recompute),
+                    f"{count} training step{'s' * (count > 1)}, {precision}{what}",
+                    lambda: after_steps(inputs, precision, count, **options),
                 )
-        yield (
-            f"3 training steps, {precision}, moments in bf16",
-            lambda: after_steps(inputs, precision, 3, moments="bf16"),
-        )
 
 
 def train_in(inputs: Path, folder: Path) -> dict:

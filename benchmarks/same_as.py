@@ -13,7 +13,8 @@ code is 1 when anything differs.
 * tokens: greedy, sampled and speculative, with log-probabilities, through ``generate`` and the
   command line.
 * ranks: logits and tokens on two ranks.
-* steps: one training step and three, in fp32, bf16 and fp8, with and without recompute, and with
+* steps: one training step and three, in fp32, bf16 and fp8, with and without recompute, with and
+  without the balance loss (whose gradient reaches the router by a path of its own), and with
   moments in bf16: losses, norm of the gradient, all weights, biases and moments.
 * run: a short ``train`` of two phases, its log and exported files; one that the old tree has begun
   and that was killed, resumed by each; and ``dsv3 train`` of the small model.

@@ -96,12 +96,12 @@ def some_tokens(config, rows: int, length: int):
     return torch.randint(config.vocab_size, (rows, length), generator=random)
 
 
-def training_step(model, moments: str = "fp32", micro_batch: int = 4096) -> tuple[Callable, object]:
-    """A function that makes one update from a batch, and its optimizer."""
+def training_step(model, moments: str = "fp32", **values) -> tuple[Callable, object]:
+    """A function that makes one update from a batch, and its optimizer. values: of StepValues."""
     step = importlib.import_module("dsv3.training.step")
     make_optimizer = importlib.import_module("dsv3.training.optimizer").make_optimizer
     optimizer = make_optimizer(model, moments=moments)
-    values = step.StepValues(learning_rate=1e-3, sequence_weight=1e-2, micro_batch=micro_batch)
+    values = step.StepValues(learning_rate=1e-3, **values)
     more = {}
     if "watch" in inspect.signature(step.train_step).parameters:
         more["watch"] = importlib.import_module("dsv3.training.balance").RouterWatch(model)
