@@ -48,7 +48,7 @@ def save_state(folder: Path, step: int, facts: dict, model: nn.Module, optimizer
 
     facts: what else the next step needs, as JSON. Raises DSV3Error when it cannot be written.
     """
-    tensors = {f"model.{name}": value for name, value in model.named_parameters()}
+    tensors = {f"model.{name}": value for name, value in _weights(model).items()}
     for name, value in model.named_parameters():
         for key, moment in optimizer.state.get(value, {}).items():
             tensors[f"optimizer.{key}.{name}"] = moment
@@ -169,7 +169,7 @@ def load_state(path: Path, model: nn.Module, optimizer: AdamW) -> None:
     except RuntimeError as error:
         raise _damaged(path, _TENSORS, f"random.torch: {error}") from None
     with torch.no_grad():
-        for name, value in model.named_parameters():
+        for name, value in _weights(model).items():
             value.copy_(tensors[f"model.{name}"])
             moments = {
                 key: tensors[f"optimizer.{key}.{name}"].to(value.device)
@@ -178,6 +178,12 @@ def load_state(path: Path, model: nn.Module, optimizer: AdamW) -> None:
             }
             if moments:
                 optimizer.state[value] = moments
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """All that training changes, by its place in memory (experts in their stacks): parameters, and
+    the router biases among the buffers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def digest(path: Path) -> str:
@@ -190,7 +196,7 @@ def _expected(model: nn.Module, optimizer: AdamW, step: int) -> dict[str, tuple]
     """dtype and shape of every tensor of a checkpoint. Each step updates every trained weight, so
     behind the first one all of them have moments."""
     expected: dict[str, tuple] = {"random.torch": ("U8", tuple(torch.get_rng_state().shape))}
-    for name, value in model.named_parameters():
+    for name, value in _weights(model).items():
         shape = tuple(value.shape)
         expected[f"model.{name}"] = (DTYPE_NAMES[value.dtype], shape)
         if value.requires_grad and step:
