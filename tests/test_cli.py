@@ -788,6 +788,16 @@ def test_every_command_is_listed_and_explains_itself(here):
         assert "usage: dsv3 " + command in here(command, "--help")[0]
 
 
+def test_the_parser_loads_nothing_heavy():
+    """--help is instant, and doctor runs where torch is missing or broken."""
+    code = "import sys; from dsv3.cli import build_parser; build_parser(); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    heavy = {"torch", "numpy", "transformers", "safetensors", "tokenizers", "jinja2", "tqdm"}
+    assert heavy.isdisjoint(done.stdout.split())
+
+
 def test_unknown_command(here):
     assert "invalid choice: 'swim'" in one_line(here("swim", code=2)[1])
 

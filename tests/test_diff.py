@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
+from dsv3.checkpoint import comparison
+from dsv3.checkpoint.comparison import TheirModel, compare
 from dsv3.checkpoint.loading import load_model
 from dsv3.checkpoint.saving import save_model
-from dsv3.commands import diff as diff_module
-from dsv3.commands.diff import TheirModel, compare, diff
+from dsv3.cli import main
 from dsv3.config import ModelConfig, QuantizationConfig, YarnScaling
 from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES
@@ -112,7 +113,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_sound_checkpoint_agrees_in_every_part(tmp_path, capsys, case):
     save_random(tmp_path, CASES[case])
-    assert diff(tmp_path) == 0
+    assert main(["diff", str(tmp_path)]) == 0
     theirs = TheirModel.from_folder(tmp_path).main
     assert type(theirs).__name__ == FAMILIES[CASES[case].model_type].architecture
     shown = capsys.readouterr().out
@@ -160,15 +161,15 @@ def test_exit_status_and_last_line(folder, capsys, monkeypatch):
             model.layers[1].attn.wo.weight.mul_(1.1)
         return model
 
-    monkeypatch.setattr(diff_module, "load_model", faulty)
-    assert diff(folder) == 1
+    monkeypatch.setattr(comparison, "load_model", faulty)
+    assert main(["diff", str(folder)]) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("layers.1.attn is the first")
 
 
 def test_without_transformers(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(DSV3Error, match="without transformers.*pip install"):
-        diff(folder)
+        comparison.diff(folder)
 
 
 @pytest.mark.parametrize(
@@ -178,4 +179,4 @@ def test_without_transformers(folder, monkeypatch):
 def test_a_router_that_transformers_does_not_have(tmp_path, changes, field):
     save_random(tmp_path, CONFIG.but(**changes))
     with pytest.raises(DSV3Error, match=field):
-        diff(tmp_path)
+        comparison.diff(tmp_path)

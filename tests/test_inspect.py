@@ -11,11 +11,12 @@ from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.inspect import (
     activated_parameters,
     cache_bytes_per_token,
-    inspect,
+    contents,
     memory_per_rank,
     report,
-    table,
 )
+from dsv3.cli import main
+from dsv3.commands.inspect import table
 from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
@@ -97,7 +98,7 @@ def test_671b_per_rank(v3):
 
 
 def test_671b_memory_and_what_fits(v3):
-    text = table(v3, ModelConfig.deepseek_v3())
+    text = table(contents(preset="deepseek-v3", ranks=16))
     rows = {int(m[1]): m[0].split() for m in re.finditer(r"^ +(\d+) +[\d.]+ .*$", text, re.M)}
     assert set(rows) == {1, 2, 4, 8, 16}
     assert rows[8][3] == "-" and rows[8][5] != "-"  # eight 80 GB cards are too small, H200 fit
@@ -153,12 +154,25 @@ def test_dtypes_are_those_of_the_file(tmp_path):
 
 
 def test_prints_json_or_a_table(capsys):
-    inspect(preset="mini", ranks=2, as_json=True)
+    assert main(["inspect", "--preset", "mini", "--tp", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == report(preset="mini", ranks=2)
-    inspect(preset="mini")
+    assert main(["inspect", "--preset", "mini"]) == 0
     assert "activated per token" in capsys.readouterr().out
-    inspect(preset="glm-4.7-flash")
+    assert main(["inspect", "--preset", "glm-4.7-flash"]) == 0
     assert "glm4_moe_lite, the name of GLM-4.7-Flash" in capsys.readouterr().out
+
+
+def test_the_table_believes_the_files(tmp_path):
+    """A weight that an FP8 checkpoint keeps in plain numbers counts with its own bytes."""
+    config = tiny_config()
+    tensors = write_checkpoint(tmp_path, config)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    plain = {**tensors, name: tensors[name].bfloat16()}
+    scales = plain.pop(f"{name}_scale_inv")
+    write_checkpoint(tmp_path / "mixed", config, plain)
+    whole, mixed = (next(contents(path).fits()) for path in (tmp_path, tmp_path / "mixed"))
+    assert mixed.stored - whole.stored == tensors[name].numel() - scales.nbytes
+    assert mixed.memory == whole.memory  # it is quantised when it is loaded
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ have a shape and no memory.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,7 +25,6 @@ from dsv3.checkpoint.layout import TensorSpec, check_sharding, layout, valid_siz
 from dsv3.checkpoint.safetensors_io import DTYPES
 from dsv3.config import PRESETS, ModelConfig
 from dsv3.errors import DSV3Error
-from dsv3.families import FAMILIES
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 
@@ -32,24 +33,114 @@ from dsv3.parallel.tensor import TensorGroup
 # their names, 80, 96, 141, 180 and 192, are another unit, close to GiB. A tenth is left for
 # activations and the libraries' own needs.
 GPUS = {"A100, H100": 85.5, "H20": 102.6, "H200": 150.7, "B200": 192.2, "MI300X": 206.1}
-_USABLE = 0.9
+USABLE = 0.9
 
 
-def inspect(
-    model_dir: str | Path | None = None,
-    *,
-    preset: str | None = None,
-    ranks: int | None = None,
-    as_json: bool = False,
-) -> dict:
-    """Print a report on a checkpoint or a preset, as a table or as JSON, and return it.
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint, or one of a preset, consists of.
 
-    See ``report`` for the arguments and the keys.
+    tensors: all that are stored, scales and the MTP layer's copies included, each with its dtype in
+    the files; ranks: over how many it is to be cut.
     """
-    config, tensors = _contents(model_dir, preset)
-    result = _report(config, tensors, ranks)
-    print(json.dumps(result, indent=2) if as_json else table(result, config))
-    return result
+
+    config: ModelConfig
+    tensors: list[tuple[TensorSpec, str]]
+    ranks: int
+
+    @property
+    def precision(self) -> str:
+        """In which it is measured in memory: as its weights are stored."""
+        return "fp8" if self.config.quantization_config else "bf16"
+
+    @property
+    def held(self) -> dict[str, int]:
+        """``held_bytes`` of rank 0."""
+        group = TensorGroup(0, self.ranks, device="meta")
+        return held_bytes(Transformer(self.config, self.precision, group))
+
+    def report(self) -> dict:
+        """See the function ``report``."""
+        by_dtype: Counter[str] = Counter()
+        for spec, dtype in self.tensors:
+            by_dtype[dtype] += spec.numel
+        main = self._weights("main")
+        return {
+            "parameters": {
+                "main": sum(spec.numel for spec in main),
+                "activated": _activated(self.config, main),
+                "mtp": sum(spec.numel for spec in self._weights("mtp")),
+                "by_dtype": dict(sorted(by_dtype.items())),
+                "total": by_dtype.total(),
+            },
+            "bytes": sum(n * DTYPES[dtype].itemsize for dtype, n in by_dtype.items()),
+            "tensors": len(self.tensors),
+            "per_rank": self.cut(self.ranks),
+        }
+
+    def cut(self, size: int) -> list[dict]:
+        """{"rank", "tensors", "bytes"} of each of ``size`` ranks, in the files. No copies."""
+        check_sharding(self.config, size)
+        counts = [{"rank": rank, "tensors": 0, "bytes": 0} for rank in range(size)]
+        for spec, dtype in self.tensors:
+            if spec.copy_of:
+                continue
+            nbytes = spec.numel * DTYPES[dtype].itemsize
+            if spec.expert is not None:
+                holders = [counts[spec.expert // (self.config.n_routed_experts // size)]]
+            else:
+                holders = counts
+                nbytes //= 1 if spec.shard_dim is None else size
+            for holder in holders:
+                holder["tensors"] += 1
+                holder["bytes"] += nbytes
+        return counts
+
+    def fits(self) -> Iterator[Fit]:
+        """One line a number of ranks: the powers of two that are possible, and what was asked."""
+        each = cache_bytes_per_token(self.config)
+        for size in valid_sizes(self.config):
+            if size != self.ranks and size & (size - 1):
+                continue
+            memory = memory_per_rank(self.config, size, self.precision)
+            tokens = [(gb * 1e9 * USABLE - memory) / each for gb in GPUS.values()]
+            yield Fit(size, self.cut(size)[0]["bytes"], memory, tokens)
+
+    def _weights(self, part: str) -> list[TensorSpec]:
+        return [
+            spec
+            for spec, _ in self.tensors
+            if spec.part == part and not spec.scale_of and not spec.copy_of
+        ]
+
+
+class Fit(NamedTuple):
+    """Rank 0 of ``ranks``: bytes it reads from the files, and keeps in memory; tokens of cache for
+    which each of ``GPUS`` has room beside them, negative where not even the weights fit."""
+
+    ranks: int
+    stored: int
+    memory: int
+    tokens: list[float]
+
+
+def contents(
+    model_dir: str | Path | None = None, *, preset: str | None = None, ranks: int | None = None
+) -> Contents:
+    """Those of a checkpoint in the released layout, or of a preset; see ``report``."""
+    if (model_dir is None) == (preset is None):
+        raise DSV3Error(
+            "name either a model folder or a preset", found="neither" if preset is None else "both"
+        )
+    if model_dir is None:
+        if preset not in PRESETS:
+            raise DSV3Error("unknown preset", found=preset, expected=" or ".join(PRESETS))
+        config = PRESETS[preset]()
+        return Contents(config, [(spec, spec.dtype) for spec in layout(config)], ranks or 1)
+    config, reader, specs = open_checkpoint(model_dir)
+    with reader:
+        stored = [(spec, reader.entry(spec.hf_name).dtype) for spec in specs]
+    return Contents(config, stored, ranks or 1)
 
 
 def report(
@@ -63,53 +154,23 @@ def report(
     once; total, by_dtype, bytes and tensors are what the files hold, scales and the MTP layer's
     copies included; a rank holds no copies. Raises DSV3Error for a checkpoint that is not whole.
     """
-    return _report(*_contents(model_dir, preset), ranks)
-
-
-def _contents(
-    model_dir: str | Path | None, preset: str | None
-) -> tuple[ModelConfig, list[tuple[TensorSpec, str]]]:
-    """The config and the tensors, each with the dtype it is stored in."""
-    if (model_dir is None) == (preset is None):
-        raise DSV3Error(
-            "name either a model folder or a preset", found="neither" if preset is None else "both"
-        )
-    if model_dir is None:
-        if preset not in PRESETS:
-            raise DSV3Error("unknown preset", found=preset, expected=" or ".join(PRESETS))
-        config = PRESETS[preset]()
-        return config, [(spec, spec.dtype) for spec in layout(config)]
-    config, reader, specs = open_checkpoint(model_dir)
-    with reader:
-        return config, [(spec, reader.entry(spec.hf_name).dtype) for spec in specs]
-
-
-def _report(config: ModelConfig, tensors: list[tuple[TensorSpec, str]], ranks: int | None) -> dict:
-    by_dtype: Counter[str] = Counter()
-    for spec, dtype in tensors:
-        by_dtype[dtype] += spec.numel
-    return {
-        "parameters": {
-            "main": _count(tensors, "main"),
-            "activated": activated_parameters(config),
-            "mtp": _count(tensors, "mtp"),
-            "by_dtype": dict(sorted(by_dtype.items())),
-            "total": by_dtype.total(),
-        },
-        "bytes": sum(n * DTYPES[dtype].itemsize for dtype, n in by_dtype.items()),
-        "tensors": len(tensors),
-        "per_rank": _per_rank(config, tensors, ranks or 1),
-    }
+    return contents(model_dir, preset=preset, ranks=ranks).report()
 
 
 def activated_parameters(config: ModelConfig, *, embedding: bool = True) -> int:
     """Main-model weights that work for one token; without the embedding, which is a look-up."""
-    total = idle = 0
-    for spec in layout(config, scales=False, mtp=False):
-        total += spec.numel
-        if spec.expert is not None and spec.expert >= config.num_experts_per_tok:
-            idle += spec.numel  # all experts have the same size
-    return total - idle - (0 if embedding else config.vocab_size * config.hidden_size)
+    total = _activated(config, layout(config, scales=False, mtp=False))
+    return total - (0 if embedding else config.vocab_size * config.hidden_size)
+
+
+def _activated(config: ModelConfig, weights: list[TensorSpec]) -> int:
+    """Those of ``weights`` that work for one token: of the routed experts, which all have the same
+    size, as many as a token has."""
+    return sum(
+        spec.numel
+        for spec in weights
+        if spec.expert is None or spec.expert < config.num_experts_per_tok
+    )
 
 
 def cache_bytes_per_token(config: ModelConfig, item_bytes: int = 2) -> int:
@@ -146,79 +207,3 @@ def held_bytes(model: Transformer) -> dict[str, int]:
         else:
             kinds["other matrices"] += tensor.nbytes
     return dict(kinds.most_common())
-
-
-def table(result: dict, config: ModelConfig) -> str:
-    """A report as text, with what fits on which GPUs."""
-    p = result["parameters"]
-    precision = "fp8" if config.quantization_config else "bf16"
-    family = FAMILIES[config.model_type]
-    lines = [
-        f"{config.model_type}, the name of {family.models}:",
-        f"  {family.adds}",
-        "parameters",
-        f"  main model             {p['main']:>19,}",
-        f"  activated per token    {p['activated']:>19,}",
-        f"    without embedding    {activated_parameters(config, embedding=False):>19,}",
-        f"  MTP                    {p['mtp']:>19,}",
-        "in the files",
-    ]
-    lines += [f"  {dtype + ' values':<23}{n:>19,}" for dtype, n in p["by_dtype"].items()]
-    lines += [
-        f"  all values             {p['total']:>19,}",
-        f"  bytes                  {result['bytes']:>19,}",
-        f"  tensors                {result['tensors']:>19,}",
-        f"cache, bytes per token   {cache_bytes_per_token(config):>19,}",
-        "",
-        f"A rank's weights, and tokens of cache (thousands) that fit beside them in "
-        f"{_USABLE:.0%} of a GPU",
-        "(GB of 10^9 bytes, of GPUs too: more than their names say, which count in GiB)",
-        f"{'ranks':>5} {'files GB':>9} {precision + ' GB':>9}"
-        + "".join(f"{f'{name} {gb}':>16}" for name, gb in GPUS.items()),
-    ]
-    tensors = [(spec, spec.dtype) for spec in layout(config)]
-    asked = len(result["per_rank"])
-    held = held_bytes(Transformer(config, precision, TensorGroup(0, asked, device="meta")))
-    lines[-4:-4] = ["", f"in the memory of GPU 0 of {asked}, {precision}"] + [
-        f"  {kind + ', bytes':<23}{count:>19,}" for kind, count in held.items()
-    ]
-    for size in valid_sizes(config):
-        if size != asked and size & (size - 1):
-            continue  # powers of two are shown, and what was asked for
-        stored = _per_rank(config, tensors, size)[0]["bytes"]
-        memory = memory_per_rank(config, size, precision)
-        cells = []
-        for gb in GPUS.values():
-            room = (gb * 1e9 * _USABLE - memory) / cache_bytes_per_token(config)
-            cells.append(f"{room / 1e3:,.0f}" if room > 0 else "-")
-        lines.append(
-            f"{size:>5} {stored / 1e9:>9.3f} {memory / 1e9:>9.3f}"
-            + "".join(f"{cell:>16}" for cell in cells)
-        )
-    return "\n".join(lines)
-
-
-def _count(tensors: list[tuple[TensorSpec, str]], part: str) -> int:
-    return sum(
-        spec.numel
-        for spec, _ in tensors
-        if spec.part == part and not spec.scale_of and not spec.copy_of
-    )
-
-
-def _per_rank(config: ModelConfig, tensors: list[tuple[TensorSpec, str]], size: int) -> list[dict]:
-    check_sharding(config, size)
-    counts = [{"rank": rank, "tensors": 0, "bytes": 0} for rank in range(size)]
-    for spec, dtype in tensors:
-        if spec.copy_of:
-            continue
-        nbytes = spec.numel * DTYPES[dtype].itemsize
-        if spec.expert is not None:
-            holders = [counts[spec.expert // (config.n_routed_experts // size)]]
-        else:
-            holders = counts
-            nbytes //= 1 if spec.shard_dim is None else size
-        for holder in holders:
-            holder["tensors"] += 1
-            holder["bytes"] += nbytes
-    return counts

@@ -30,7 +30,7 @@ class Talk:
     """One conversation: its messages, and the cache in which the model holds it."""
 
     def __init__(self, job):
-        """job: the ``generate_command.Job`` whose model talks."""
+        """job: the ``answers.Job`` whose model talks."""
         self.job, self.terminal = job, job.terminal
         self.chats = job.tokenizer.chat_template is not None
         self.session = Session(job.model)

@@ -13,10 +13,14 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
 
 from dsv3 import machine
 from dsv3.errors import DSV3Error
+
+HELP = "Check this machine and say what is missing."
+EXAMPLE = None
 
 # What each package is for, its least version, and the extra that brings it ("" for the core).
 PACKAGES = (
@@ -45,7 +49,11 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 Line = tuple[str, str, str]  # (state, thing, remark)
 
 
-def doctor() -> int:
+def add_options(parser: ArgumentParser) -> None:
+    """None: everything is looked at."""
+
+
+def run(_args: Namespace, _: Sequence[str]) -> int:
     """Print the check; 0 when the package can run, 1 when something it needs is missing."""
     lines = list(check())
     for state, thing, remark in lines:

