@@ -20,6 +20,9 @@ from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.rope import inverse_frequencies, rotation_scale, rotations
 
+# Keys that are widened at a time: few enough for their copy to stay in a core's cache.
+_WIDEN_KEYS = 512
+
 
 @dataclass(frozen=True)
 class Step:
@@ -204,6 +207,22 @@ class LatentCache:
                     expected=f"at most {self.max_seq_len}",
                     fix="Make the cache longer (max_seq_len)",
                 )
+
+
+def dot_keys(
+    q: Float[Tensor, "b queries d"], keys: Float[Tensor, "b t d"]
+) -> Float[Tensor, "b queries t"]:
+    """q . k for all keys, in q's dtype; a cache keeps them in a narrower one."""
+    runs = keys.split(_WIDEN_KEYS, dim=1)
+    return torch.cat([q @ run.to(q.dtype).transpose(1, 2) for run in runs], -1)
+
+
+def mix_values(
+    weights: Float[Tensor, "b queries t"], values: Float[Tensor, "b t d"]
+) -> Float[Tensor, "b queries d"]:
+    """Values summed by weight, in the weights' dtype."""
+    runs = zip(weights.split(_WIDEN_KEYS, dim=-1), values.split(_WIDEN_KEYS, dim=1), strict=True)
+    return sum(weight @ run.to(weight.dtype) for weight, run in runs)
 
 
 def check_is_cache(cache: object, name: str = "cache") -> None:

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsv3.cache import LatentCache, Step, dot_keys, mix_values
 from dsv3.config import ModelConfig
 from dsv3.costs import break_even_queries
 from dsv3.fp8 import QuantizedTensor
@@ -44,8 +45,6 @@ from dsv3.rope import rotate, softmax_scale
 
 # The two latent norms keep this epsilon whatever rms_norm_eps says, in the released code too.
 _LATENT_EPS = 1e-6
-# Keys that decoding widens at a time: few enough for their copy to stay in a core's cache.
-_KEYS_AT_ONCE = 512
 
 
 class LatentUpProjection(nn.Module):
@@ -66,20 +65,15 @@ class LatentUpProjection(nn.Module):
 
     def forward(
         self, seen: Float[Tensor, "b t latent"]
-    ) -> tuple[Float[Tensor, "b heads t d_qk"], Float[Tensor, "b heads t d_v_padded"]]:
-        """Keys and values of every head from the latents (eq. 2, 4, 5).
-
-        Values are padded with zeros to the width of the keys: fast attention kernels want that,
-        and it changes nothing.
-        """
+    ) -> tuple[Float[Tensor, "b heads t d_qk"], Float[Tensor, "b heads t d_v"]]:
+        """Keys and values of every head from the latents (eq. 2, 4, 5)."""
         c = self.config
         latent, k_rope = seen.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         kv = self.precision.from_latent(latent, self.weight)  # eq. 2, 5
         kv = kv.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         k_rope = k_rope[:, None].expand(-1, self.heads, -1, -1)
-        k = torch.cat([k_nope, k_rope], -1)  # eq. 4
-        return k, F.pad(v, (0, max(k.shape[-1] - c.v_head_dim, 0)))
+        return torch.cat([k_nope, k_rope], -1), v  # eq. 4
 
     def per_head(self) -> tuple[Float[Tensor, "heads d_h d_c"], Float[Tensor, "heads d_v d_c"]]:
         """W^UK and W^UV, as views where they are held in the core's dtype."""
@@ -165,10 +159,15 @@ class MLA(nn.Module):
         seen: Float[Tensor, "b t latent"],
         step: Step,
     ) -> Float[Tensor, "b s heads d_v"]:
-        """Keys and values of every head, then attention (eq. 10)."""
+        """Keys and values of every head, then attention (eq. 10).
+
+        Values are padded with zeros to the width of the keys: fast attention kernels want that,
+        and it changes nothing.
+        """
         k, v = self.wkv_b(seen.to(self.precision.core(seen.device)))  # (b, heads, t, d_qk)
         q = torch.cat([q_nope, q_rope], -1).to(k.dtype).transpose(1, 2)  # eq. 9
         causal = step.mask is None and q.shape[2] > 1
+        v = F.pad(v, (0, max(k.shape[-1] - v.shape[-1], 0)))
         o = F.scaled_dot_product_attention(
             q, k, v, attn_mask=step.mask, scale=self.scale, is_causal=causal
         )  # eq. 10
@@ -181,23 +180,16 @@ class MLA(nn.Module):
         seen: Float[Tensor, "b t latent"],
         step: Step,
     ) -> Float[Tensor, "b s heads d_v"]:
-        """Attention to the latents themselves."""
+        """Attention to the latents themselves: one key, of which a part is the value too."""
         w_uk, w_uv = self.wkv_b.per_head()
-        b, s = q_nope.shape[:2]
-        parts = seen.split(_KEYS_AT_ONCE, dim=1)
         q_latent = torch.einsum("bshd,hdc->bshc", q_nope.to(w_uk.dtype), w_uk)  # W^UK^T q^C
-        q = torch.cat([q_latent, q_rope.to(w_uk.dtype)], -1).flatten(1, 2)  # (b, s heads, d_c+d_r)
-        q = q * self.scale
-        scores = torch.cat([q @ part.to(q.dtype).transpose(1, 2) for part in parts], -1)
-        scores = scores.view(b, s, self.heads, -1)
+        q = torch.cat([q_latent, q_rope.to(w_uk.dtype)], -1) * self.scale
+        scores = dot_keys(q.flatten(1, 2), seen).unflatten(1, q.shape[1:3])  # (b, s, heads, t)
         mask = step.mask
-        if mask is None and s > 1:
-            mask = scores.new_ones(s, step.total, dtype=torch.bool).tril()[None, None]
+        if mask is None and q.shape[1] > 1:
+            mask = scores.new_ones(q.shape[1], step.total, dtype=torch.bool).tril()[None, None]
         if mask is not None:
             scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
-        weights = scores.softmax(-1).flatten(1, 2)  # eq. 10; (b, s heads, t)
-        o_latent = sum(
-            weight @ part[..., : self.config.kv_lora_rank].to(q.dtype)
-            for weight, part in zip(weights.split(_KEYS_AT_ONCE, dim=-1), parts)
-        )
-        return torch.einsum("bshc,hdc->bshd", o_latent.view(b, s, self.heads, -1), w_uv)
+        weights = scores.softmax(-1).flatten(1, 2)  # eq. 10
+        o_latent = mix_values(weights, seen[..., : self.config.kv_lora_rank])
+        return torch.einsum("bshc,hdc->bshd", o_latent.unflatten(1, q.shape[1:3]), w_uv)

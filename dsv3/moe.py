@@ -148,20 +148,31 @@ class Experts(nn.Module):
         """The weighted sum of my experts' outputs for each token, unrounded.
 
         A partial sum over the ranks. Tokens are sorted by expert, so that an expert meets all of
-        its tokens in one product and nobody waits for a token that chose somebody else.
+        its tokens in one product and nobody waits for a token that chose somebody else. What
+        stands in the rows of other ranks' choices is junk, and counts as zero.
         """
-        local = chosen.flatten()
-        if self.count < self.total:  # the choices of other ranks' experts go last
+        order, mine, ends = self.sort_by_expert(chosen)
+        token = order // chosen.shape[1]
+        y = self.swiglu(self.precision.operand(u).index_select(0, token), ends)
+        if mine is not None:
+            y = y.masked_fill(~mine[:, None], 0.0)
+        y = y * weights.flatten()[order, None]
+        return torch.zeros_like(u, dtype=y.dtype).index_add(0, token, y)
+
+    def sort_by_expert(
+        self, chosen: Int[Tensor, "n k"]
+    ) -> tuple[Int[Tensor, "choices"], Bool[Tensor, "choices"] | None, Int[Tensor, "experts"]]:
+        """All choices in the order of my experts: which choice comes where, whether it is one of
+        mine (None: all are), and where each expert's choices end. Other ranks' come last."""
+        local, mine = chosen.flatten(), None
+        if self.count < self.total:
             local = local - self.first
             local = local.where((local >= 0) & (local < self.count), self.count)
         local, order = local.sort(stable=True)
-        ends = torch.searchsorted(local, torch.arange(self.count, device=u.device), right=True)
-        token = order // chosen.shape[1]
-        y = self.swiglu(self.precision.operand(u).index_select(0, token), ends)
-        if self.count < self.total:  # and what stands in their rows is junk
-            y = y.masked_fill((local == self.count)[:, None], 0.0)
-        y = y * weights.flatten()[order, None]
-        return torch.zeros_like(u, dtype=y.dtype).index_add(0, token, y)
+        if self.count < self.total:
+            mine = local < self.count
+        experts = torch.arange(self.count, device=chosen.device)
+        return order, mine, torch.searchsorted(local, experts, right=True)
 
     def swiglu(
         self, x: Float[Tensor, "choices d"] | QuantizedTensor, ends: Int[Tensor, "experts"]
@@ -183,6 +194,34 @@ class Experts(nn.Module):
                 ("w2", "w2", (index,)),
             ):
                 yield f"{self.first + index}.{matrix}.", stack, place
+
+
+class MoE(nn.Module):
+    """Shared experts for every token, routed experts by choice (eq. 12, without the residual)."""
+
+    def __init__(self, config: ModelConfig, precision: Precision, group: TensorGroup, device=None):
+        super().__init__()
+        self.precision, self.group = precision, group
+        self.gate = Router(config, precision, device)
+        self.experts = Experts(config, precision, group, device)
+        self.shared_experts = SwiGLU(
+            config.hidden_size,
+            config.n_shared_experts * config.moe_intermediate_size,
+            precision,
+            group,
+            what="n_shared_experts * moe_intermediate_size",
+            device=device,
+        )
+
+    def forward(self, u: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
+        """Both sums share one all-reduce and one rounding."""
+        weights, chosen, _ = self.gate(u)  # training hears the balance loss by a hook
+        flat, weights, chosen = (x.flatten(0, 1) for x in (u, weights, chosen))
+        out = self.experts(flat, weights, chosen) + self.shared_experts.partial_sum(flat)  # eq. 12
+        return self.group.all_reduce(out).to(u.dtype).view(u.shape)
+
+
+# A state_dict names experts one by one; in memory they lie in stacks. ----------------------------
 
 
 def _name_experts(experts: Experts, state: dict[str, Tensor], prefix: str, *_) -> None:
@@ -233,28 +272,3 @@ def _take_experts(
             else:
                 room[place].copy_(value)
     state.update({prefix + name: stack.detach() for name, stack in stacks.items()})
-
-
-class MoE(nn.Module):
-    """Shared experts for every token, routed experts by choice (eq. 12, without the residual)."""
-
-    def __init__(self, config: ModelConfig, precision: Precision, group: TensorGroup, device=None):
-        super().__init__()
-        self.precision, self.group = precision, group
-        self.gate = Router(config, precision, device)
-        self.experts = Experts(config, precision, group, device)
-        self.shared_experts = SwiGLU(
-            config.hidden_size,
-            config.n_shared_experts * config.moe_intermediate_size,
-            precision,
-            group,
-            what="n_shared_experts * moe_intermediate_size",
-            device=device,
-        )
-
-    def forward(self, u: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
-        """Both sums share one all-reduce and one rounding."""
-        weights, chosen, _ = self.gate(u)
-        flat, weights, chosen = (x.flatten(0, 1) for x in (u, weights, chosen))
-        out = self.experts(flat, weights, chosen) + self.shared_experts.partial_sum(flat)  # eq. 12
-        return self.group.all_reduce(out).to(u.dtype).view(u.shape)

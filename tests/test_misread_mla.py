@@ -193,8 +193,9 @@ def test_misread_decoupled_rope(oracle):
         with mutated(
             LatentUpProjection.forward,
             "torch.cat([k_nope, k_rope], -1)",
-            "torch.cat([rotate(k_nope, rotations(torch.arange(k_nope.shape[2]), "
-            "inverse_frequencies(c), 1.0).repeat(1, 2)), k_rope], -1)",
+            "torch.cat([rotate(k_nope, torch.polar(*torch.broadcast_tensors(torch.ones(()), "
+            "torch.arange(k_nope.shape[2])[:, None] / 1e4 ** torch.linspace(0, 1, "
+            "k_nope.shape[3] // 2)))), k_rope], -1)",
         ):
             turned = ours.expanded(*q, seen, step)
         assert (turned - absorbed).abs().max() > SEEN * size

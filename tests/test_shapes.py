@@ -18,7 +18,8 @@ from dsv3.cache import Step
 from dsv3.config import ModelConfig
 from dsv3.fp8 import QuantizedTensor
 from dsv3.layers import RMSNorm
-from dsv3.moe import Router
+from dsv3.moe import Experts
+from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 from dsv3.rope import rotate
 
@@ -31,16 +32,17 @@ def rotations(*shape: int) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.complex64)
 
 
-def router(u: torch.Tensor):
+def experts(u: torch.Tensor):
     config = ModelConfig.mini()
-    return Router(config, Precision.of("fp32", config))(u)
+    made = Experts(config, Precision.of("fp32", config), TensorGroup.single())
+    return made(u, torch.ones(2, 4), torch.zeros(2, 4, dtype=torch.int64))
 
 
 WRONG = {
     "sizes that do not go together": lambda: rotate(torch.ones(2, 5, 8), rotations(2, 5, 3)),
     "a dtype": lambda: rotate(torch.ones(2, 5, 8).long(), rotations(2, 5, 4)),
     "a method of a module": lambda: RMSNorm(8)(torch.ones(8).int()),
-    "a dimension too many": lambda: router(torch.ones(1, 2, ModelConfig.mini().hidden_size)),
+    "a dimension too many": lambda: experts(torch.ones(1, 2, ModelConfig.mini().hidden_size)),
     "a field of a dataclass": lambda: QuantizedTensor(torch.ones(128, 128), torch.ones(1, 1)),
     "two fields": lambda: Step(0, 3, rotations(1, 3, 4), torch.ones(1, 1, 2, 3).bool(), None),
 }

@@ -133,12 +133,7 @@ class _Fp8Linear(torch.autograd.Function):
         kept = (xq.data, xq.scale) if saved == "e4m3" else quantize_e5m6(rows)
         ctx.save_for_backward(*kept, wq.data, wq.scale)
         ctx.recipe, ctx.shape = recipe, x.shape
-        if pick_backend(x.device) == "triton":
-            y = matmul(xq, wq)
-        else:
-            dtype = _operand_dtype(x.dtype, recipe.activation_scales, recipe.weight_scales)
-            y = xq.dequantize(dtype) @ wq.dequantize(dtype).T
-        return y.to(x.dtype).view(*x.shape[:-1], len(w))
+        return fprop(xq, wq, x.dtype).view(*x.shape[:-1], len(w))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -148,16 +143,26 @@ class _Fp8Linear(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[0]:
             wq = QuantizedTensor(w_data, w_scale, WEIGHT_BLOCK, ctx.recipe.weight_scales)
-            dx = input_gradient(rows, wq, ctx.recipe).to(dy.dtype).view(ctx.shape)
+            dx = dgrad(rows, wq, ctx.recipe).to(dy.dtype).view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            dw = weight_gradient(rows, dequantize_kept(*kept), ctx.recipe)
+            dw = wgrad(rows, dequantize_kept(*kept), ctx.recipe)
         return dx, dw, None, None
 
 
-def input_gradient(
+def fprop(
+    xq: QuantizedTensor, wq: QuantizedTensor, dtype: torch.dtype
+) -> Float[Tensor, "tokens out"]:
+    """x W^T, rounded to ``dtype``."""
+    if pick_backend(xq.device) == "triton":
+        return matmul(xq, wq).to(dtype)
+    exact = _operand_dtype(dtype, xq.scale_format, wq.scale_format)
+    return (xq.dequantize(exact) @ wq.dequantize(exact).T).to(dtype)
+
+
+def dgrad(
     dy: Float[Tensor, "tokens out"], wq: QuantizedTensor, recipe: Fp8Recipe
 ) -> Float[Tensor, "tokens in"]:
-    """dgrad: dy W. dy is quantised here, W (out, in) is the one that fprop used."""
+    """dy W. dy is quantised here, W (out, in) is the one that fprop used."""
     if pick_backend(dy.device) == "triton":
         return matmul(quantize_gradient(dy, recipe), transpose(wq))
     block = ACTIVATION_BLOCK if recipe.gradients == "tile" else WEIGHT_BLOCK
@@ -165,10 +170,10 @@ def input_gradient(
     return quantized_values(dy, block, recipe.gradient_scales, dtype) @ wq.dequantize(dtype)
 
 
-def weight_gradient(
+def wgrad(
     dy: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"], recipe: Fp8Recipe
 ) -> Float32[Tensor, "out in"]:
-    """wgrad: dy^T x, both quantised here in tiles of 128 x 1.
+    """dy^T x, both quantised here in tiles of 128 x 1.
 
     x holds values that were quantised before, in tiles of 1 x 128. With "ue8m0" scales the second
     time changes only those below 2^-6 of their new scale (TR 3.3.3).
