@@ -99,7 +99,7 @@ def moves(title: str, widget) -> Iterator[Callable[[], None]]:
     for name, value in chain.from_iterable(zip(*turns)):
 
         def move(name=name, value=value):
-            setattr(getattr(widget, name), "value", value)
+            getattr(widget, name).value = value
 
         yield move
 

@@ -38,7 +38,7 @@ class Step:
     total: int
     rotation: Complex64[Tensor, "b s pairs"]
     mask: Bool[Tensor, "b 1 s t"] | None
-    take: tuple[Int[Tensor, "n"], Int[Tensor, "n"], Int[Tensor, "n"]] | None
+    take: tuple[Int[Tensor, " n"], Int[Tensor, " n"], Int[Tensor, " n"]] | None
 
     @classmethod
     def make(

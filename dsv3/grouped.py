@@ -33,7 +33,7 @@ def can_group(x: Float[Tensor, "choices in"], stack: Float[Tensor, "experts out 
 def grouped(
     x: Float[Tensor, "choices in"],
     stack: Float[Tensor, "experts out in"],
-    ends: Int[Tensor, "experts"],
+    ends: Int[Tensor, " experts"],
 ) -> Float[Tensor, "choices out"]:
     """All products in one call; rows past the last end are junk."""
     ends = ends.to(torch.int32)
@@ -50,7 +50,7 @@ def one_by_one(
     product: Callable,
     x: Float[Tensor, "choices in"] | QuantizedTensor,
     matrices: Sequence[Tensor] | QuantizedTensor,
-    ends: Int[Tensor, "experts"],
+    ends: Int[Tensor, " experts"],
 ) -> Float[Tensor, "choices out"]:
     """product(rows, matrix) for expert after expert; rows past the last end come out as zeros.
 
@@ -70,8 +70,8 @@ def one_by_one(
 
 
 def spread(
-    ends: Int[Tensor, "experts"], rows: int
-) -> tuple[Int[Tensor, "{rows}"], Int[Tensor, "experts"]]:
+    ends: Int[Tensor, " experts"], rows: int
+) -> tuple[Int[Tensor, " {rows}"], Int[Tensor, " experts"]]:
     """Places for rows sorted by expert such that each expert's share is a multiple of 64 rows.
 
     A bfloat16 product on a CPU is compiled for its shape, which takes longer than the product.

@@ -108,9 +108,9 @@ class Transformer(nn.Module):
 
         tokens: (b, s) int64, on any device. With a cache they continue each row's text (chunked
         prefill, decoding, another turn); without one they are the whole text. lengths: true new
-        tokens of each row, 0 to s, when rows are padded on the right; what stands behind a row's length is
-        ignored (a row of 0 leaves its cache alone, and its answer means nothing). Returns logits
-        (b, s, vocab_size) float32, or (b, vocab_size) of each row's last true token with
+        tokens of each row, 0 to s, when rows are padded on the right; what stands behind a row's
+        length is ignored (a row of 0 leaves its cache alone, and its answer means nothing). Returns
+        logits (b, s, vocab_size) float32, or (b, vocab_size) of each row's last true token with
         last_only; with return_hidden also the states after the final norm (b, s, d). Raises
         DSV3Error for a wrong shape, a token id out of range, a full cache.
         """
@@ -274,7 +274,7 @@ class Transformer(nn.Module):
         random = torch.Generator(device=self.device).manual_seed(seed)
         with torch.no_grad():
             for module in self.modules():
-                for name, parameter in module.named_parameters(recurse=False):
+                for parameter in module.parameters(recurse=False):
                     if isinstance(module, RMSNorm):
                         parameter.fill_(1.0)
                     else:

@@ -161,7 +161,7 @@ class Experts(nn.Module):
 
     def sort_by_expert(
         self, chosen: Int[Tensor, "n k"]
-    ) -> tuple[Int[Tensor, "choices"], Bool[Tensor, "choices"] | None, Int[Tensor, "experts"]]:
+    ) -> tuple[Int[Tensor, " choices"], Bool[Tensor, " choices"] | None, Int[Tensor, " experts"]]:
         """All choices in the order of my experts: which choice comes where, whether it is one of
         mine (None: all are), and where each expert's choices end. Other ranks' come last."""
         local, mine = chosen.flatten(), None
@@ -175,7 +175,7 @@ class Experts(nn.Module):
         return order, mine, torch.searchsorted(local, experts, right=True)
 
     def swiglu(
-        self, x: Float[Tensor, "choices d"] | QuantizedTensor, ends: Int[Tensor, "experts"]
+        self, x: Float[Tensor, "choices d"] | QuantizedTensor, ends: Int[Tensor, " experts"]
     ) -> Float[Tensor, "choices d"]:
         """w2( silu(w1 x) * w3 x ) of rows sorted by expert, each by its own expert, unrounded.
 

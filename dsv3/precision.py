@@ -150,7 +150,7 @@ class Precision:
         self,
         x: Float[Tensor, "choices in"],
         stack: Tensor | QuantizedTensor,
-        ends: Int[Tensor, "experts"],
+        ends: Int[Tensor, " experts"],
     ) -> Float[Tensor, "choices out"]:
         """Every expert's rows of x times its own matrix, rounded as ``rounded`` does.
 
@@ -166,7 +166,7 @@ class Precision:
         self,
         x: Float[Tensor, "choices in"],
         stack: Tensor | QuantizedTensor,
-        ends: Int[Tensor, "experts"],
+        ends: Int[Tensor, " experts"],
     ) -> Float[Tensor, "choices out"]:
         """The same for sums that go on: with no fewer bits than float32."""
         return self.each(x, stack, ends).float()
@@ -246,12 +246,12 @@ class Fp8(Precision):
         return torch.cat([fp8.matmul(self.operand(x), part, sums) for part in matrix], -1)
 
     def each(
-        self, x: QuantizedTensor, stack: QuantizedTensor, ends: Int[Tensor, "experts"]
+        self, x: QuantizedTensor, stack: QuantizedTensor, ends: Int[Tensor, " experts"]
     ) -> Float[Tensor, "choices out"]:
         return one_by_one(self.rounded, x, stack, ends)
 
     def each_wide(
-        self, x: Float[Tensor, "choices in"], stack: QuantizedTensor, ends: Int[Tensor, "experts"]
+        self, x: Float[Tensor, "choices in"], stack: QuantizedTensor, ends: Int[Tensor, " experts"]
     ) -> Float[Tensor, "choices out"]:
         return one_by_one(self.wide, self.operand(x), stack, ends)
 
@@ -298,7 +298,7 @@ class Fp8Training(Training):
         return fp8_linear(x, matrix, self.recipe, saved)
 
     def each(
-        self, x: Float[Tensor, "choices in"], stack: Tensor, ends: Int[Tensor, "experts"]
+        self, x: Float[Tensor, "choices in"], stack: Tensor, ends: Int[Tensor, " experts"]
     ) -> Float[Tensor, "choices out"]:
         return one_by_one(self.rounded, x, stack.flatten(1, -2).unbind(), ends)
 

@@ -25,12 +25,12 @@ from torch import Tensor
 from dsv3.config import ModelConfig
 
 
-def plain_frequencies(dim: int, theta: float) -> Float32[Tensor, "pairs"]:
+def plain_frequencies(dim: int, theta: float) -> Float32[Tensor, " pairs"]:
     """Angle per position of each pair of a dim-wide head, theta^(-2j / dim), in radians."""
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
-def inverse_frequencies(config: ModelConfig) -> Float32[Tensor, "pairs"]:
+def inverse_frequencies(config: ModelConfig) -> Float32[Tensor, " pairs"]:
     """Angle per position of each pair, theta_j = rope_theta^(-2j / d_h^R), after YaRN.
 
     In radians per position, for the qk_rope_head_dim / 2 pairs of a head.
@@ -99,7 +99,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def rotations(
-    positions: Int[Tensor, "*lead"], frequencies: Float32[Tensor, "pairs"], scale: float
+    positions: Int[Tensor, "*lead"], frequencies: Float32[Tensor, " pairs"], scale: float
 ) -> Complex64[Tensor, "*lead pairs"]:
     """One complex number scale * e^{i m theta_j} per position m and pair j.
 

@@ -1,8 +1,9 @@
 """A tiny checkpoint in the released layout, written with the safetensors library.
 
-Names and shapes are spelled out here once more, by hand, so that a mistake in ``dsv3.checkpoint.layout`` is
-not repeated in its tests. Scales lie in other shards than their weights; wkv_a has 192 rows and
-hidden_size 320 columns, so both edges of the scale grids are ragged.
+Names and shapes are spelled out here once more, by hand, so that a mistake in
+``dsv3.checkpoint.layout`` is not repeated in its tests. Scales lie in other shards than their
+weights; wkv_a has 192 rows and hidden_size 320 columns, so both edges of the scale grids are
+ragged.
 """
 
 import json

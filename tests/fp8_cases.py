@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -32,7 +33,7 @@ def hard_values() -> torch.Tensor:
     """FP32: every finite code, every tie between neighbours, one step to each side of both,
     far beyond the range, infinities, NaN of both signs, the smallest floats, both zeros."""
     finite = [e4m3_value(code) for code in range(127)]
-    ties = [(low + high) / 2 for low, high in zip(finite, finite[1:])]
+    ties = [(low + high) / 2 for low, high in itertools.pairwise(finite)]
     points = torch.tensor(finite + ties + [464.0, 480.0], dtype=torch.float32)
     sides = [torch.nextafter(points, torch.tensor(way)) for way in (0.0, math.inf)]
     beyond = torch.tensor([465.0, 512.0, 1e9, 3.4e38, math.inf, math.nan, 1e-45, 1e-38, 2.0**-11])

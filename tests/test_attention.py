@@ -6,6 +6,7 @@ the cache says it holds is what it holds.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -134,7 +135,7 @@ def test_chunks_and_single_steps_equal_one_pass(kv_heads, cuts):
     x = random(3, 23, 16)
     cache = layer.new_cache(3, 23)
     parts = []
-    for start, end in zip(cuts, cuts[1:]):
+    for start, end in itertools.pairwise(cuts):
         parts.append(layer(x[:, start:end], cache))
         cache.advance(end - start)
     assert gap(torch.cat(parts, 1), layer(x)) < BOUND

@@ -1,4 +1,4 @@
-"""config.json damaged with fixed seeds: what comes out is a config that works, or one clear line."""
+"""config.json damaged with fixed seeds: what comes out is a config that works or one clear line."""
 
 import json
 import math

@@ -15,6 +15,7 @@ from dsv3 import data
 from dsv3.errors import DSV3Error
 from dsv3.generation.tokenizer import load_tokenizer
 
+# Two spaces at the end of a line break it in Markdown: "··" below.
 MARKDOWN = """# King Nobody
 
 ## ACT I
@@ -23,29 +24,29 @@ MARKDOWN = """# King Nobody
 
 _Enter KING, FOOL,\nand others_
 
-**KING**  
+**KING**··
 Who's there\\--speak! __\\[Reads]_
-_\\[Aside]_  
+_\\[Aside]_··
 No more.
 
 *Exit.*
 
-**FOOL**  
+**FOOL**··
 A fool, & c.
 
 
 ### SCENE II. A hall.
 
-**KING**  
+**KING**··
 Well said.
 
 ## ACT II
 
 ### SCENE I. A field.
 
-**FOOL**  
+**FOOL**··
 Ay.
-"""
+""".replace("··", "  ")
 
 CLEAN = """King Nobody
 

@@ -147,7 +147,7 @@ def test_a_tenth_of_the_code_has_a_hole_to_fill_in(tokenizer, domains):
         + re.escape(data.FIM_END)
         + "(.*)"
         + re.escape(data.EOS),
-        re.S,
+        re.DOTALL,
     )
     code = [text for text in found if "Speech" not in text and " = " not in text]
     holes = [text for text in code if data.FIM_BEGIN in text]

@@ -20,7 +20,7 @@ from dsv3.training.balance import RouterWatch, max_violation
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.exam import Line  # noqa: E402
+from benchmarks.exam import Line
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,9 @@ def test_671b_per_rank(v3):
 
 def test_671b_memory_and_what_fits(v3):
     text = table(contents(preset="deepseek-v3", ranks=16))
-    rows = {int(m[1]): m[0].split() for m in re.finditer(r"^ +(\d+) +[\d.]+ .*$", text, re.M)}
+    rows = {
+        int(m[1]): m[0].split() for m in re.finditer(r"^ +(\d+) +[\d.]+ .*$", text, re.MULTILINE)
+    }
     assert set(rows) == {1, 2, 4, 8, 16}
     assert rows[8][3] == "-" and rows[8][5] != "-"  # eight 80 GB cards are too small, H200 fit
     assert rows[16][3] != "-"

@@ -13,7 +13,7 @@ from dsv3.errors import DSV3Error
 
 pytest.importorskip("triton", reason="Triton is not installed (there is none for this platform)")
 
-from dsv3.kernels import act_quant, fp8_gemm, weight_dequant  # noqa: E402
+from dsv3.kernels import act_quant, fp8_gemm, weight_dequant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # FP8 tensor cores add with about 14 bits inside a block of 128; the interpreter is exact.

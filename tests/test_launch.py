@@ -5,6 +5,7 @@ What needs no model is tried on ranks that are small Python programs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -88,14 +89,12 @@ def sockets(pids) -> list[tuple[str, int, str]]:
     """(address, port, state) of the network sockets of processes."""
     found = []
     for pid in pids:
-        try:
+        with contextlib.suppress(psutil.Error):
             found += [
                 (*one.laddr, one.status)
                 for one in psutil.Process(pid).net_connections()
                 if one.laddr
             ]
-        except psutil.Error:
-            pass
     return found
 
 

@@ -7,6 +7,8 @@ at layer ``num_hidden_layers`` of a small one.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from test_diff import CONFIG as BASE
@@ -100,7 +102,7 @@ def test_logits_in_pieces_over_a_cache(folder, main, module, cuts):
     states = main.model(TOKENS).last_hidden_state
     cache, their_cache = ours.new_draft_cache(2, 50), new_cache(module)
     whole = their_logits(main, module, states[:, :-1], TOKENS[:, 1:], new_cache(module), 1)
-    for a, b in zip(cuts, cuts[1:]):
+    for a, b in itertools.pairwise(cuts):
         logits, _ = ours.mtp_logits(hidden[:, a:b], TOKENS[:, a + 1 : b + 1], cache=cache)
         wanted = their_logits(
             main, module, states[:, a:b], TOKENS[:, a + 1 : b + 1], their_cache, a + 1

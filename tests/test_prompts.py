@@ -109,7 +109,7 @@ def test_text_reaches_an_output_of_any_encoding():
     """What an encoding lacks shows as a mark; what goes into a pipe stays as it is."""
     code, output, _ = shell(SAY, PYTHONIOENCODING="ascii")
     assert (code, output) == (0, b"caf? \x1b[2J\ttab\r\n")
-    code, output, errors = shell(SAY, PYTHONIOENCODING="latin-1")
+    code, output, _errors = shell(SAY, PYTHONIOENCODING="latin-1")
     assert (code, output) == (0, b"caf\xe9 \x1b[2J\ttab\r\n")
 
 

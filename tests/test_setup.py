@@ -307,4 +307,4 @@ def test_unknown_names_of_the_package_are_attribute_errors():
     import dsv3
 
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        dsv3.nonsense  # noqa: B018
+        dsv3.nonsense

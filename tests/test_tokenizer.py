@@ -175,7 +175,8 @@ def test_tool_call_without_words(tokenizer):
         "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }}\n  {% endif %}\n"
         "{% endfor %}\n",
         "{{ messages[0] | tojson }} {{ {'ö': '<&>'} | tojson(indent=2) }}",
-        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}"
+        "{% endfor %}",
         "{{ bos_token }}{{ nothing }}{{ extra }}|{{ eos_token }}",
     ],
 )

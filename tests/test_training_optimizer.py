@@ -70,7 +70,7 @@ def test_float32_moments_are_torchs_adamw_bit_for_bit():
 @pytest.mark.parametrize("moments, kept", [("fp32", torch.float64), ("bf16", torch.bfloat16)])
 def test_update_is_the_formula(moments, kept):
     optimizer = AdamW([{"params": weights()}], moments=moments, **OPTIONS)
-    for ours, (w, m, v) in zip(run(optimizer, 3), by_hand(3, kept, torch.float64)):
+    for ours, (w, _m, _v) in zip(run(optimizer, 3), by_hand(3, kept, torch.float64)):
         torch.testing.assert_close(ours.double(), w, rtol=2e-5, atol=1e-7)
 
 

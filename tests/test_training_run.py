@@ -132,7 +132,7 @@ def test_schedules_phases_and_loads_are_in_the_log(whole):
             0 < line[name] < 10 for name in ("loss", "mtp_loss", "sequence_loss", "grad_norm")
         )
         before = line["tokens"]
-    clocks = [json.loads(line) for line in open(whole.out_dir / LOG_FILE)]
+    clocks = [json.loads(line) for line in (whole.out_dir / LOG_FILE).read_text().splitlines()]
     assert all(line["seconds"] >= 0 and line["cpu_seconds"] >= 0 for line in clocks)
     assert all(line["tokens_per_second"] > 0 for line in clocks if "loss" in line)
 

@@ -1,5 +1,6 @@
 """Every schedule of the report (TR 4.2) at its breakpoints, and in a run of another length."""
 
+import itertools
 import json
 import math
 from dataclasses import asdict
@@ -39,8 +40,8 @@ def test_learning_rate_at_its_breakpoints():
 
 def test_learning_rate_falls_without_jumps_until_the_last_part():
     values = [rate(10 * T + i * 4.3 * T / 1000) for i in range(1001)]
-    assert all(after <= before for before, after in zip(values, values[1:]))
-    assert max(before - after for before, after in zip(values, values[1:])) < 4e-7
+    assert all(after <= before for before, after in itertools.pairwise(values))
+    assert max(before - after for before, after in itertools.pairwise(values)) < 4e-7
 
 
 def test_parts_add_up_to_the_whole():

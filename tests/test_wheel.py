@@ -57,7 +57,7 @@ def builds(tmp_path_factory) -> Path:
         "MANIFEST.in",
     ):
         shutil.copy(ROOT / name, source)
-    run(source, "-c", "from setuptools.build_meta import build_sdist; build_sdist(r'%s')" % out)
+    run(source, "-c", f"from setuptools.build_meta import build_sdist; build_sdist(r'{out}')")
     run(
         source,
         "-m",
@@ -101,7 +101,8 @@ def test_the_wheel_holds_the_package_its_model_and_nothing_else(builds):
 
 
 def test_the_source_archive_builds_the_same(builds):
-    names = tarfile.open(next(builds.glob("*.tar.gz"))).getnames()
+    with tarfile.open(next(builds.glob("*.tar.gz"))) as archive:
+        names = archive.getnames()
     below = {name.partition("/")[2] for name in names}
     assert {f"dsv3/assets/dsv3-mini/{name}" for name in MODEL} <= below
     assert {name.split("/")[0] for name in below} <= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -333,7 +334,7 @@ def bpe_encode(answer: Callable) -> Verdict:
         parts = list(piece)
         while len(parts) > 1:
             rank, i = min(
-                (ranks.get(pair, math.inf), i) for i, pair in enumerate(zip(parts, parts[1:]))
+                (ranks.get(pair, math.inf), i) for i, pair in enumerate(itertools.pairwise(parts))
             )
             if rank == math.inf:
                 break
@@ -360,7 +361,9 @@ def bpe_encode(answer: Callable) -> Verdict:
 
     def once(piece, ranks):
         parts = list(piece)
-        pairs = [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]
+        pairs = [
+            (ranks[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in ranks
+        ]
         if pairs:
             i = min(pairs)[1]
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -369,7 +372,7 @@ def bpe_encode(answer: Callable) -> Verdict:
     def last(piece, ranks):
         parts = list(piece)
         while pairs := [
-            (-ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks
+            (-ranks[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in ranks
         ]:
             i = min(pairs)[1]
             parts[i : i + 2] = [parts[i] + parts[i + 1]]

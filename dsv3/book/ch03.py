@@ -183,7 +183,7 @@ def open_experts(answer: Callable) -> Verdict:
         return _open(biased, groups, keep, lambda x: x.topk(2).values.sum(-1))
 
     def interleaved(biased, groups, keep):
-        n, experts = biased.shape
+        _n, experts = biased.shape
         order = torch.arange(experts).view(-1, groups).T.flatten()
         return right(biased[:, order], groups, keep)[:, order.argsort()]
 

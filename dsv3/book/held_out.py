@@ -76,7 +76,7 @@ def write(path: Path = PATH) -> None:
 
 def read(
     tokenizer: Tokenizer, tokens: int, path: Path = PATH
-) -> tuple[Int[Tensor, "n tokens"], Int[Tensor, "n"]]:
+) -> tuple[Int[Tensor, "n tokens"], Int[Tensor, " n"]]:
     """The first ``tokens`` tokens of every window, begin token included, and its domain's number.
 
     Raises DSV3Error when a window is shorter.
@@ -93,7 +93,7 @@ def read(
     return torch.tensor(rows), torch.tensor(labels)
 
 
-def play_labels(path: Path = PATH) -> Int[Tensor, "n"]:
+def play_labels(path: Path = PATH) -> Int[Tensor, " n"]:
     """Number of the play that each window of the plays is from, in their order in ``read``."""
     names = json.loads(path.read_text(encoding="utf-8"))["play"]
     return torch.tensor([HELD_OUT.index(name) for name in names])

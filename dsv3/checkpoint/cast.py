@@ -52,7 +52,8 @@ def cast(
     in_dir: the checkpoint; out_dir: an empty or new folder, or one with this job unfinished.
     to: "bf16" or "fp8". scale_fmt: for "fp8", "float32" or "ue8m0" (powers of two). dry_run:
     make the plan and stop. progress: show the plan and a bar on stderr. Returns the plan, see
-    ``dsv3.checkpoint.jobs.run_job``. Raises DSV3Error for anything wrong with the input or the disk.
+    ``dsv3.checkpoint.jobs.run_job``. Raises DSV3Error for anything wrong with the input or the
+    disk.
     """
     if to not in ("bf16", "fp8"):
         raise DSV3Error("unknown target", where="to", found=to, expected="bf16 or fp8")

@@ -250,7 +250,7 @@ class StreamWriter:
         self._data = len(header)
         self._left = {name: entry.nbytes for name, entry in self.entries.items()}
         try:
-            self._file = open(self.partial, "wb", buffering=0)
+            self._file = open(self.partial, "wb", buffering=0)  # noqa: SIM115 - closed in __exit__
         except OSError as error:
             raise unwritable(self.path, error) from None
         try:

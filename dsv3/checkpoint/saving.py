@@ -47,7 +47,7 @@ def write_model(
     tokenizer_dir: str | Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """``save_model`` for a caller that holds the folder already (``dsv3.checkpoint.folder.claim``)."""
+    """``save_model`` for a caller that holds the folder already (``checkpoint.folder.claim``)."""
     folder = Path(folder)
     if model.group.size > 1:
         raise DSV3Error(
@@ -70,7 +70,7 @@ def write_model(
         raise DSV3Error(
             "the folder holds another checkpoint",
             where=folder,
-            found=sorted(others)[0],
+            found=min(others),
             fix="Name an empty or new folder",
         )
     files = {name: [(s.hf_name, s.dtype, s.shape) for s in specs] for name, specs in shards.items()}

@@ -86,7 +86,7 @@ def _browser() -> Line:
 
 def _python() -> Line:
     version = platform.python_version()
-    if sys.version_info >= (3, 11):
+    if sys.version_info >= (3, 11):  # noqa: UP036 - an older one is what this looks for
         return "ok", f"python {version}", ""
     return "old", f"python {version}", "3.11 or later is needed: make the environment with it"
 

@@ -66,7 +66,8 @@ def _open_closed() -> None:
             # The lowest free number is taken, which is the one that was closed.
             handle = os.open(os.devnull, access)
             os.set_inheritable(handle, True)
-            setattr(sys, name, open(handle, mode, encoding="utf-8", closefd=False))
+            stream = open(handle, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - stays open
+            setattr(sys, name, stream)
 
 
 def _ready(stream, controls: re.Pattern[str]):

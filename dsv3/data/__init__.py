@@ -72,6 +72,7 @@ __all__ = [
     "load_domains",
     "pack",
     "pieces",
+    "plain_functions",
     "read_modules",
     "read_plays",
     "recall_document",
@@ -85,5 +86,6 @@ __all__ = [
     "token_bytes",
     "tokenizer_texts",
     "train_tokenizer",
+    "with_functions",
     "working",
 ]

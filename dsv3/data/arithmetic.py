@@ -171,7 +171,7 @@ def arithmetic_documents(seed: int, held_out: bool = False) -> list[str]:
 
 def _draw(rng: np.random.Generator, kind: str) -> tuple[str, str, tuple[int, int]]:
     """Question, answer, and the pair of numbers whose sum or product the line gives away."""
-    if kind in ("product", "quotient") or kind == "missing" and rng.random() < 0.4:
+    if kind in ("product", "quotient") or (kind == "missing" and rng.random() < 0.4):
         a, b = int(rng.integers(2, 10)), int(rng.integers(2, 10 if rng.random() < 0.7 else 100))
         if rng.random() < 0.5:
             a, b = b, a

@@ -38,11 +38,11 @@ HELD_OUT = ("king-john", "timon-of-athens", "two-gentlemen-of-verona")
 def clean(markdown: str) -> str:
     """Plain play text from the markdown of one play; headings, speakers and directions stay."""
     text = markdown.replace("\r\n", "\n").replace("—", "--")
-    text = re.sub(r"[ \t]+$", "", text, flags=re.M)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\\([^\w\s])", r"\1", text)  # \[ and \-- are escapes
     text = text.replace("& c", "&c")
-    text = re.sub(r"^#+ *(.+)$", r"\n\1\n", text, flags=re.M)  # heading
-    text = re.sub(r"^\*\*(.+?)\*\*$", r"\1:", text, flags=re.M)  # speaker
+    text = re.sub(r"^#+ *(.+)$", r"\n\1\n", text, flags=re.MULTILINE)  # heading
+    text = re.sub(r"^\*\*(.+?)\*\*$", r"\1:", text, flags=re.MULTILINE)  # speaker
     # A direction is set in italics, may run over lines, and may carry brackets already.
     text = re.sub(
         r"(_|\*)+\[?((?:[^_*\n]|\n(?!\n))+?)\]?(_|\*)+",
@@ -87,7 +87,7 @@ def split(plays: dict[str, str]) -> tuple[list[str], list[str]]:
 
 def scenes(play: str) -> list[str]:
     """One play cut before each scene; headings above a scene (title, act) stay with it."""
-    starts = [m.start() for m in re.finditer(r"^(?:ACT [IVX]+\n\n)?SCENE ", play, re.M)]
+    starts = [m.start() for m in re.finditer(r"^(?:ACT [IVX]+\n\n)?SCENE ", play, re.MULTILINE)]
     return [play[start:end] for start, end in pairwise([0, *starts[1:], len(play)])]
 
 

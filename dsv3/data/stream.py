@@ -119,7 +119,7 @@ class Stream:
         self.position += count * self.length
         return torch.stack([self._window(first + i) for i in range(count)])
 
-    def _window(self, number: int) -> Int64[Tensor, "tokens"]:
+    def _window(self, number: int) -> Int64[Tensor, " tokens"]:
         together = max(_SHUFFLED // self.length, 1)
         chunk, place = divmod(number, together)
         order = np.random.default_rng([self._seed, chunk]).permutation(together)

@@ -112,7 +112,7 @@ class QuantizedTensor:
         """One matrix of a stack (experts, rows, cols), or a run of rows of activations: a view."""
         return QuantizedTensor(self.data[index], self.scale[index], self.block, self.scale_format)
 
-    def index_select(self, dim: int, index: Int[Tensor, "n"]) -> QuantizedTensor:
+    def index_select(self, dim: int, index: Int[Tensor, " n"]) -> QuantizedTensor:
         """Rows of activations by number, copied, as of a Tensor."""
         at = (slice(None),) * dim + (index,)
         return QuantizedTensor(self.data[at], self.scale[at], self.block, self.scale_format)

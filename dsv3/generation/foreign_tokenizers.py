@@ -57,8 +57,8 @@ def _from_tiktoken(folder: Path, name: str) -> str:
     return (
         "tiktoken files are not read. There, with transformers and tiktoken: from "
         "transformers.convert_slow_tokenizer import TikTokenConverter; TikTokenConverter("
-        f"{name!r}, pattern=P, extra_special_tokens=T).converted().save('tokenizer.json'). {source} "
-        "says P, pat_str, and T, all special tokens by their ids, reserved ones too"
+        f"{name!r}, pattern=P, extra_special_tokens=T).converted().save('tokenizer.json'). "
+        f"{source} says P, pat_str, and T, all special tokens by their ids, reserved ones too"
     )
 
 

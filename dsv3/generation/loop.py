@@ -311,7 +311,7 @@ def check_beginnings(
                 )
     for row, prompt in enumerate(prompts):
         for name, kept, ids in (("cache", cache, prompt), ("draft_cache", draft_cache, prompt[1:])):
-            if kept is None or name == "draft_cache" and not sampling.speculative:
+            if kept is None or (name == "draft_cache" and not sampling.speculative):
                 continue
             need = len(prompt) + (sampling.max_new_tokens - 1 if sampling.n == 1 else 0)
             if kept.max_seq_len < min(need, context - 1):

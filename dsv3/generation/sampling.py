@@ -191,7 +191,7 @@ def probabilities(
     return torch.zeros_like(p).scatter_(-1, order, ordered)
 
 
-def draw(p: Float[Tensor, "v"], generator: torch.Generator) -> int:
+def draw(p: Float[Tensor, " v"], generator: torch.Generator) -> int:
     """One index from weights p >= 0 (any sum), by inverting their cumulative sum."""
     cumulative = p.double().cumsum(dim=0)
     u = torch.rand((), dtype=torch.float64, device="cpu", generator=generator).to(p.device)

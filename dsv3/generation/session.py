@@ -50,8 +50,8 @@ class Session:
         should_stop=None,
         **options,
     ) -> Stream:
-        """The same, token by token, as ``dsv3.generation.loop.stream``. One answer a turn: n is 1. A turn
-        ends the stream of the turn before, which would go on from another text."""
+        """The same, token by token, as ``generation.loop.stream``. One answer a turn: n is 1. A
+        turn ends the stream of the turn before, which would go on from another text."""
         sampling = (sampling or Sampling()).but(**options)
         if sampling.n > 1:
             raise DSV3Error(

@@ -3,8 +3,8 @@
 It is a Jinja template which turns a list of messages into the exact text the model was trained
 on: for DeepSeek-V3 ``bos + system + <｜User｜> + question + <｜Assistant｜> + answer + eos``. A
 checkpoint is data from elsewhere, so its program runs in Jinja's sandbox, and in a process of its
-own (``dsv3.generation.template_worker``) with limits of time and memory: it can read the messages and nothing
-else, and the worst it can do is to be stopped.
+own (``dsv3.generation.template_worker``) with limits of time and memory: it can read the messages
+and nothing else, and the worst it can do is to be stopped.
 
 A checkpoint may name several templates; "default" is meant, or "tool_use" where tools are given.
 They are in tokenizer_config.json or, in newer checkpoints, in chat_template.jinja and the folder

@@ -1,7 +1,7 @@
 """A process that renders chat templates, and does nothing else.
 
-``dsv3.generation.template`` starts this file by its path, in a bare Python, and speaks with it over pipes:
-one JSON object a line in, one out. It is not imported by the package.
+``dsv3.generation.template`` starts this file by its path, in a bare Python, and speaks with it over
+pipes: one JSON object a line in, one out. It is not imported by the package.
 
 A template is a program from elsewhere. Jinja's sandbox keeps it from files and from Python's
 internals; it does not keep it from ``2 ** 99999999999`` or from three nested loops of 100,000
@@ -23,8 +23,10 @@ sys.path += FOLDERS
 
 import resource  # noqa: E402
 import signal  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from datetime import datetime  # noqa: E402
 from functools import lru_cache  # noqa: E402
+from typing import ClassVar  # noqa: E402
 
 import jinja2  # noqa: E402
 import jinja2.ext  # noqa: E402
@@ -41,7 +43,7 @@ class Refused(jinja2.TemplateError):
 class Generation(jinja2.ext.Extension):
     """``{% generation %}text{% endgeneration %}``: the text, in a scope of its own."""
 
-    tags = {"generation"}
+    tags: ClassVar = {"generation"}
 
     def parse(self, parser):
         line = next(parser.stream).lineno
@@ -121,8 +123,8 @@ def line_of(error: BaseException) -> int | None:
 def answer(compiled, request: dict) -> dict:
     """{"text": ...}, or {"kind": ..., "error": ..., "line": ...}; compiled: text -> template.
 
-    kind: "template" (it fails for plain conversations too), "refused" (by its own words), "sandbox",
-    "render" (it met a value it could not handle), "memory", "size".
+    kind: "template" (it fails for plain conversations too), "refused" (by its own words),
+    "sandbox", "render" (it met a value it could not handle), "memory", "size".
     """
     try:
         template = compiled(request["template"])
@@ -182,10 +184,9 @@ def lower(kind: int, value: int) -> None:
     """Set a limit, where the system has it and the one in force is not lower already."""
     hard = resource.getrlimit(kind)[1]
     if hard == resource.RLIM_INFINITY or hard > value:
-        try:
+        # macOS knows the names of limits that it does not set.
+        with suppress(OSError, ValueError):
             resource.setrlimit(kind, (value, value))
-        except (OSError, ValueError):  # macOS knows the names of limits that it does not set
-            pass
 
 
 def main() -> None:

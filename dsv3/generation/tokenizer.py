@@ -7,8 +7,9 @@ map between them and text. Three things are worth knowing.
 is written as UTF-8, each of the 256 byte values is given a printable stand-in letter, and frequent
 byte sequences are merged. So any text can be encoded, and there is no unknown token. The price:
 one character may be cut over several tokens (an emoji has four bytes). Whoever prints token by
-token must hold back an unfinished character until its last byte has arrived. ``dsv3.generation.stops`` does;
-printing ``decode([id])`` for each id shows replacement marks instead.
+token must hold back an unfinished character until its last byte has arrived, as
+``dsv3.generation.stops`` does; printing ``decode([id])`` for each id shows replacement marks
+instead.
 
 **The beginning-of-sequence token (bos) is part of the input.** The model has never seen a text
 without it, and it was trained to rest attention there. A rendered conversation must be encoded

@@ -93,7 +93,7 @@ def fp8_gemm_kernel(
     sw_at = sw_ptr + (col_tile * COLS // BLOCK) * blocks
 
     acc = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    for block in range(0, blocks):
+    for block in range(blocks):
         left = k - block * BLOCK
         x = tl.load(x_at, mask=(row < m)[:, None] & (depth < left)[None, :], other=0.0)
         w = tl.load(w_at, mask=(col < n)[None, :] & (depth < left)[:, None], other=0.0)

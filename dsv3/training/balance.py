@@ -67,12 +67,12 @@ class RouterWatch:
 
 @torch.no_grad()
 def update_bias(
-    bias: Float[Tensor, "experts"], load: Float[Tensor, "experts"], speed: float
+    bias: Float[Tensor, " experts"], load: Float[Tensor, " experts"], speed: float
 ) -> None:
     """b_i += gamma * sign(mean load - load_i), in place; an expert at the mean stays."""
     bias += speed * torch.sign(load.mean() - load)
 
 
-def max_violation(load: Float[Tensor, "experts"]) -> float:
+def max_violation(load: Float[Tensor, " experts"]) -> float:
     """MaxVio = max load / mean load - 1: 0 when balanced, N_r/K_r - 1 when all go one way."""
     return float(load.max() / load.mean() - 1)

@@ -18,7 +18,7 @@ from dsv3.training.objective import cross_entropy, mtp_logits
 def evaluate(
     model: Transformer,
     windows: Int[Tensor, "n w"],
-    token_bytes: Int[Tensor, "vocab"],
+    token_bytes: Int[Tensor, " vocab"],
     batch_size: int = 8,
     on_windows: Callable[[int], object] = lambda count: None,
 ) -> dict[str, float]:
@@ -55,7 +55,7 @@ def evaluate(
 def evaluate_domains(
     model: Transformer,
     windows: Mapping[str, Int[Tensor, "n w"]],
-    token_bytes: Int[Tensor, "vocab"],
+    token_bytes: Int[Tensor, " vocab"],
     watch: RouterWatch,
     on_windows: Callable[[int], object] = lambda count: None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[int]]]]:

@@ -249,7 +249,7 @@ def draft_acceptance(
 
 def routing_by_domain(
     counts: dict[str, Int[Tensor, "n experts"]],
-    labels: Int[Tensor, "n"],
+    labels: Int[Tensor, " n"],
     shares: Sequence[float],
     permutations: int = 200,
 ) -> dict[str, dict]:

@@ -84,7 +84,7 @@ class Specialisation:
 
 def specialisation(
     counts: Int[Tensor, "n experts"],
-    labels: Int[Tensor, "n"],
+    labels: Int[Tensor, " n"],
     permutations: int = 200,
     seed: int = 0,
 ) -> Specialisation:
@@ -129,7 +129,7 @@ def specialisation(
 
 
 def by_label(
-    counts: Int[Tensor, "n experts"], labels: Int[Tensor, "n"]
+    counts: Int[Tensor, "n experts"], labels: Int[Tensor, " n"]
 ) -> Float64[Tensor, "labels experts"]:
     """Counts summed over the windows of each label."""
     sums = torch.zeros(int(labels.max()) + 1, counts.shape[1], dtype=torch.float64)

@@ -41,7 +41,7 @@ class BalanceRun:
 
     loads: Float32[Tensor, "steps experts"]
     bias: Float32[Tensor, "steps experts"]
-    max_violation: Float32[Tensor, "steps"]
+    max_violation: Float32[Tensor, " steps"]
 
 
 @torch.no_grad()
