@@ -23,6 +23,7 @@ from pathlib import Path
 from two_trees import PRECISIONS, check_tree, make_inputs, some_tokens, training_step
 
 ANSWERS = "answers.jsonl"
+NO_BALANCE = {"sequence_weight": 0.0}
 CLOCKS = ("seconds", "cpu_seconds", "tokens_per_second")
 PROMPTS = ["To be, or not to be", "37 + 45 =", "def add(a, b):\n", "SCENE II. Verona.\n\n[Enter"]
 RECIPE = dict(
@@ -277,8 +278,8 @@ def steps(inputs: Path, work: Path, quick: bool) -> Iterator[tuple[str, Callable
         for what, options in {
             "": {},
             ", recompute": dict(recompute=True),
-            ", no balance loss": dict(sequence_weight=0.0),
-            ", no balance loss, recompute": dict(sequence_weight=0.0, recompute=True),
+            ", no balance loss": NO_BALANCE,
+            ", no balance loss, recompute": dict(NO_BALANCE, recompute=True),
             ", moments in bf16": dict(moments="bf16"),
         }.items():
             for count in (1,) if quick else (1, 3):
@@ -288,7 +289,7 @@ def steps(inputs: Path, work: Path, quick: bool) -> Iterator[tuple[str, Callable
                 )
 
 
-def train_in(inputs: Path, folder: Path) -> dict:
+def train_in(inputs: Path, folder: Path, **changes) -> dict:
     """Log and exported files of a short run that is begun or resumed in ``folder``."""
     from dsv3 import ModelConfig
     from dsv3.data import arithmetic, stream
@@ -303,7 +304,7 @@ def train_in(inputs: Path, folder: Path) -> dict:
         setattr(module, name, small)
     config = ModelConfig.from_dict(json.loads((inputs / "train.json").read_text()))
     texts = {name: inputs / "texts" / name for name in ("plays", "code")}
-    figures = train(config, folder, Recipe(**RECIPE), progress=False, **texts)
+    figures = train(config, folder, Recipe(**RECIPE | changes), progress=False, **texts)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     log = [{key: value for key, value in line.items() if key not in CLOCKS} for line in log]
     return {"log": log, "figures": figures} | of_folder(folder)
@@ -311,8 +312,12 @@ def train_in(inputs: Path, folder: Path) -> dict:
 
 def run(inputs: Path, work: Path, quick: bool) -> Iterator[tuple[str, Callable]]:
     yield "a training run", lambda: train_in(inputs, work / "run")
+    yield "a training run, no balance loss", lambda: train_in(inputs, work / "plain", **NO_BALANCE)
     if not quick:
-        yield "a run of the old tree, resumed", lambda: train_in(inputs, work / "begun")
+        yield (
+            "a run of the old tree, resumed, no balance loss",
+            lambda: train_in(inputs, work / "begun", **NO_BALANCE),
+        )
 
         def by_command():
             texts = [f"--{name}={inputs / 'words' / name}" for name in ("plays", "code")]
@@ -331,7 +336,7 @@ def begin(inputs: Path, work: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(die)
-    train_in(inputs, work / "begun")
+    train_in(inputs, work / "begun", **NO_BALANCE)
 
 
 def compute(parts: list[str], inputs: Path, work: Path, quick: bool) -> None:
