@@ -2,7 +2,8 @@
 
 Everything else in the house reads its sizes here and nowhere else. Field names are those of the
 released file (TR 4.2 gives the numbers), so a reader can lay the two side by side. Files of other
-families, and newer spellings of the same fields, are translated by ``dsv3.families``.
+families, and newer spellings of the same fields, are read by ``dsv3.translation``; what a single
+field may be stands in ``dsv3.fields``.
 
 A config that asks for something the model does not do is refused by the name of the field.
 Silently building another model than the one that was trained is the worst answer.
@@ -16,97 +17,24 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from dsv3.errors import DSV3Error
-from dsv3.families import FAMILIES, NEVER_GUESSED, WRITTEN, quoted, spell, translate
+from dsv3.families import FAMILIES, NEVER_GUESSED, WRITTEN
+from dsv3.fields import (
+    BLOCK,
+    MOST,
+    MOST_EXPERTS,
+    OBJECTS,
+    QuantizationConfig,
+    YarnScaling,
+    bad,
+    is_int,
+    number,
+    whole,
+)
 from dsv3.files import read_json
 from dsv3.shipped import model_folder
+from dsv3.translation import spell, translate
 
 CONFIG_FILE = "config.json"
-
-# The largest sizes that are believed, each several times those of any published model. A damaged
-# file may say 2^32 layers, and whoever lists their tensors first runs out of memory.
-_MOST = {
-    "vocab_size": 2**24,
-    "hidden_size": 2**17,
-    "intermediate_size": 2**20,
-    "moe_intermediate_size": 2**20,
-    "num_hidden_layers": 1024,
-    "num_attention_heads": 4096,
-    "n_routed_experts": 2**14,
-    "num_experts_per_tok": 2**14,
-    "kv_lora_rank": 2**16,
-    "q_lora_rank": 2**16,
-    "qk_nope_head_dim": 2**13,
-    "qk_rope_head_dim": 2**13,
-    "v_head_dim": 2**13,
-    "n_shared_experts": 1024,
-    "n_group": 2**14,
-    "topk_group": 2**14,
-    "first_k_dense_replace": 1024,
-    "num_nextn_predict_layers": 64,
-    "max_position_embeddings": 2**24,  # float32 tells positions apart up to here
-}
-_MOST_EXPERTS = 2**16  # of all layers together; Kimi K2 has 23,040
-
-
-@dataclass(frozen=True, kw_only=True)
-class YarnScaling:
-    """YaRN context extension (TR 4.3): fields of ``rope_scaling`` with ``type: yarn``.
-
-    factor: how many times longer the context gets; original_max_position_embeddings: tokens seen
-    in pre-training; beta_fast, beta_slow: rotations over the original context above which a
-    frequency is left alone and below which it is divided by ``factor``; mscale, mscale_all_dim:
-    coefficients of the two temperature terms, see ``dsv3.rope``.
-    """
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-
-    def __post_init__(self):
-        for name, least, most in (
-            ("factor", 1, 2**24),
-            ("beta_fast", 1e-3, 1e6),
-            ("beta_slow", 1e-3, 1e6),
-            ("mscale", 0, 1e3),
-            ("mscale_all_dim", 0, 1e3),
-        ):
-            object.__setattr__(
-                self, name, _number(f"rope_scaling.{name}", getattr(self, name), least, most)
-            )
-        _whole(
-            "rope_scaling.original_max_position_embeddings",
-            self.original_max_position_embeddings,
-            1,
-            _MOST["max_position_embeddings"],
-        )
-        if self.beta_fast < self.beta_slow:
-            raise _bad(
-                "rope_scaling.beta_fast", self.beta_fast, f"at least beta_slow ({self.beta_slow})"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizationConfig:
-    """How the checkpoint's weights are stored: E4M3 with one scale per 128x128 block (TR 3.3).
-
-    scale_fmt: "float32" for any scale (V3), "ue8m0" for powers of two (V3.1). It also decides how
-    activations are scaled at run time. modules_to_not_convert: parts of the model that a tool left
-    in plain numbers, by name; what is really there is seen in the files.
-    """
-
-    scale_fmt: str = "float32"
-    modules_to_not_convert: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        if self.scale_fmt not in ("float32", "ue8m0"):
-            raise _bad("quantization_config.scale_fmt", self.scale_fmt, '"float32" or "ue8m0"')
-        names = self.modules_to_not_convert
-        if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
-            raise _bad("quantization_config.modules_to_not_convert", names, "a list of names")
-        object.__setattr__(self, "modules_to_not_convert", tuple(names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +81,10 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = 1
 
     def __post_init__(self):
-        for name, most in _MOST.items():
+        for name, most in MOST.items():
             value = getattr(self, name)
             if name != "q_lora_rank" or value is not None:
-                _whole(
+                whole(
                     name,
                     value,
                     0 if name in ("first_k_dense_replace", "num_nextn_predict_layers") else 1,
@@ -164,26 +92,23 @@ class ModelConfig:
                 )
         for name in ("norm_topk_prob", "gate_bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
-                raise _bad(name, getattr(self, name), "true or false")
+                raise bad(name, getattr(self, name), "true or false")
         for name, least, most in (
             ("routed_scaling_factor", 1e-6, 1e6),
             ("rms_norm_eps", 1e-30, 1),
             ("initializer_range", 1e-30, 1e3),
             ("rope_theta", 1.001, 1e12),
         ):
-            object.__setattr__(self, name, _number(name, getattr(self, name), least, most))
+            object.__setattr__(self, name, number(name, getattr(self, name), least, most))
         if self.scoring_func not in ("sigmoid", "softmax"):
-            raise _bad("scoring_func", self.scoring_func, '"sigmoid" or "softmax"')
+            raise bad("scoring_func", self.scoring_func, '"sigmoid" or "softmax"')
         if self.model_type not in list(FAMILIES):
-            raise _bad("model_type", self.model_type, "one of " + ", ".join(FAMILIES))
-        for name, kind in (
-            ("rope_scaling", YarnScaling),
-            ("quantization_config", QuantizationConfig),
-        ):
+            raise bad("model_type", self.model_type, "one of " + ", ".join(FAMILIES))
+        for name, kind in OBJECTS.items():
             if not isinstance(getattr(self, name), (kind, type(None))):
-                raise _bad(name, getattr(self, name), f"a {kind.__name__} or None")
+                raise bad(name, getattr(self, name), f"a {kind.__name__} or None")
         if self.qk_rope_head_dim % 2:
-            raise _bad(
+            raise bad(
                 "qk_rope_head_dim", self.qk_rope_head_dim, "an even number, since RoPE turns pairs"
             )
         self._check_routing()
@@ -191,30 +116,30 @@ class ModelConfig:
 
     def _check_routing(self) -> None:
         if self.n_routed_experts % self.n_group:
-            raise _bad(
+            raise bad(
                 "n_routed_experts", self.n_routed_experts, f"a multiple of n_group ({self.n_group})"
             )
         if self.topk_group > self.n_group:
-            raise _bad("topk_group", self.topk_group, f"at most n_group ({self.n_group})")
+            raise bad("topk_group", self.topk_group, f"at most n_group ({self.n_group})")
         per_group = self.n_routed_experts // self.n_group
         if self.n_group > 1 and per_group < 2 and self.gate_bias:
-            raise _bad(
+            raise bad(
                 "n_group",
                 self.n_group,
                 "groups of at least 2 experts, since a group is ranked by its two best",
             )
         if self.num_experts_per_tok > self.topk_group * per_group:
-            raise _bad(
+            raise bad(
                 "num_experts_per_tok",
                 self.num_experts_per_tok,
                 f"at most the {self.topk_group * per_group} experts of topk_group groups",
             )
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
-        if (layers - self.first_k_dense_replace) * self.n_routed_experts > _MOST_EXPERTS:
-            raise _bad(
+        if (layers - self.first_k_dense_replace) * self.n_routed_experts > MOST_EXPERTS:
+            raise bad(
                 "n_routed_experts",
                 self.n_routed_experts,
-                f"at most {_MOST_EXPERTS:,} experts in all {layers} layers together",
+                f"at most {MOST_EXPERTS:,} experts in all {layers} layers together",
             )
 
     def _check_tokens(self) -> None:
@@ -225,8 +150,8 @@ class ModelConfig:
         ids = list(eos) if isinstance(eos, tuple) else [eos]
         for name, values in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", ids)):
             for value in values:
-                if value is not None and not (_is_int(value) and 0 <= value < self.vocab_size):
-                    raise _bad(name, value, f"a token id below vocab_size ({self.vocab_size})")
+                if value is not None and not (is_int(value) and 0 <= value < self.vocab_size):
+                    raise bad(name, value, f"a token id below vocab_size ({self.vocab_size})")
 
     # Derived sizes ------------------------------------------------------------------------------
 
@@ -284,10 +209,7 @@ class ModelConfig:
         values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         for name in ("q_lora_rank", "bos_token_id", "eos_token_id"):
             values.setdefault(name, None)  # absent, as null, says something of its own here
-        for name, kind in (
-            ("rope_scaling", YarnScaling),
-            ("quantization_config", QuantizationConfig),
-        ):
+        for name, kind in OBJECTS.items():
             if values[name] is not None:
                 values[name] = kind(**values[name])
         missing = [
@@ -322,7 +244,7 @@ class ModelConfig:
                 "activation_scheme": "dynamic",
                 "fmt": "e4m3",
                 "quant_method": "fp8",
-                "weight_block_size": [128, 128],
+                "weight_block_size": [BLOCK, BLOCK],
             }
             if self.scale_fmt != "float32":
                 data["quantization_config"]["scale_fmt"] = self.scale_fmt
@@ -493,30 +415,3 @@ PRESETS = {
     "glm-4.7-flash": ModelConfig.glm_4_7_flash,
     "mini": ModelConfig.mini,
 }
-
-
-def _bad(name: str, found, expected: str) -> DSV3Error:
-    return DSV3Error("bad value", where=name, found=quoted(found), expected=expected)
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _whole(name: str, value, least: int, most: int) -> None:
-    if not _is_int(value) or not least <= value <= most:
-        raise _bad(
-            name,
-            value,
-            f"a whole number, {least} or more"
-            if not _is_int(value) or value < least
-            else f"at most {most}",
-        )
-
-
-def _number(name: str, value, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise _bad(name, value, "a finite number")
-    if not least <= value <= most:
-        raise _bad(name, value, f"a finite number from {least:g} to {most:g}")
-    return float(value)

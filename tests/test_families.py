@@ -11,7 +11,8 @@ from dsv3.checkpoint.cast import cast
 from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.loading import load_model
 from dsv3.config import ModelConfig, YarnScaling
-from dsv3.families import FAMILIES, FIXED, spell, translate
+from dsv3.families import FAMILIES, FIXED
+from dsv3.translation import spell, translate
 
 SMALL = {
     "kimi_k2": tiny_config(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from dsv3.book import bpe
 from dsv3.book.exercise import Verdict, judge, judge_statements, judge_value
 
 
@@ -330,99 +330,23 @@ def grouped(answer: Callable) -> Verdict:
 def bpe_encode(answer: Callable) -> Verdict:
     """A piece of text and the ranks of merges -> its tokens."""
 
-    def right(piece, ranks):
-        parts = list(piece)
-        while len(parts) > 1:
-            rank, i = min(
-                (ranks.get(pair, math.inf), i) for i, pair in enumerate(itertools.pairwise(parts))
-            )
-            if rank == math.inf:
-                break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        return parts
-
-    def longest(piece, ranks):
-        known, parts = {a + b for a, b in ranks} | set(piece), []
-        while piece:
-            size = next(n for n in range(len(piece), 0, -1) if piece[:n] in known)
-            parts.append(piece[:size])
-            piece = piece[size:]
-        return parts
-
-    def first_found(piece, ranks):
-        parts, i = list(piece), 0
-        while i < len(parts) - 1:
-            if (parts[i], parts[i + 1]) in ranks:
-                parts[i : i + 2] = [parts[i] + parts[i + 1]]
-                i = 0
-            else:
-                i += 1
-        return parts
-
-    def once(piece, ranks):
-        parts = list(piece)
-        pairs = [
-            (ranks[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in ranks
-        ]
-        if pairs:
-            i = min(pairs)[1]
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        return parts
-
-    def last(piece, ranks):
-        parts = list(piece)
-        while pairs := [
-            (-ranks[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in ranks
-        ]:
-            i = min(pairs)[1]
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        return parts
-
-    ranks = {
-        ("t", "h"): 0,
-        ("e", "r"): 1,
-        ("h", "e"): 2,
-        ("th", "e"): 3,
-        ("o", "t"): 4,
-        ("ot", "h"): 5,
-        ("n", "o"): 6,
-        ("no", "t"): 7,
-        ("o", "th"): 8,
-        ("oth", "er"): 9,
-        ("i", "n"): 10,
-        ("in", "g"): 11,
-        ("t", "i"): 12,
-        ("t", "ing"): 13,
-    }
-    cases = [
-        (piece, ranks)
-        for piece in (
-            "the",
-            "there",
-            "not",
-            "other",
-            "note",
-            "x",
-            "",
-            "hehe",
-            "nothere",
-            "noting",
-            "ting",
-        )
-    ]
+    merges = "t+h e+r h+e th+e o+t ot+h n+o no+t o+th oth+er i+n in+g t+i t+ing".split()
+    ranks = {tuple(merge.split("+")): rank for rank, merge in enumerate(merges)}
+    pieces = "the there not other note x hehe nothere noting ting".split()
+    cases = [(piece, ranks) for piece in (*pieces, "")]
     return judge(
         "bpe_encode",
         answer,
-        right,
+        bpe.right,
         cases,
         {
             "you take the longest known token from the left. BPE repeats the merges in the order in "
-            "which they were learned, and can end with other tokens": longest,
+            "which they were learned, and can end with other tokens": bpe.longest,
             "you merge the first pair that is known at all. Among all pairs, the one with the lowest "
-            "rank, the one learned first, goes first": first_found,
-            "you merge once and stop; go on until no pair is left that has a rank": once,
+            "rank, the one learned first, goes first": bpe.first_found,
+            "you merge once and stop; go on until no pair is left that has a rank": bpe.once,
             "you take the highest rank first; merges are repeated in the order in which they were "
-            "learned, lowest rank first": last,
+            "learned, lowest rank first": bpe.last,
         },
         praise="the same tokens on all inputs, an empty one among them",
     )

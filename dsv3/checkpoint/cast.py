@@ -35,8 +35,9 @@ from dsv3.checkpoint.reader import CheckpointReader
 from dsv3.checkpoint.safetensors_io import Planned
 from dsv3.config import CONFIG_FILE, ModelConfig, QuantizationConfig
 from dsv3.errors import DSV3Error
+from dsv3.fields import BLOCK
 from dsv3.files import read_text
-from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale, quantize_weight
+from dsv3.fp8 import QuantizedTensor, decode_scale, quantize_weight
 
 
 def cast(
@@ -172,7 +173,7 @@ class _Dequantized(_Copied):
         scale = decode_scale(self.reader.read(self.scale_name))
         for codes, first_row in row_bands(self.reader, self.name, multiple=BLOCK):
             first, last = first_row // BLOCK, -(-(first_row + len(codes)) // BLOCK)
-            band = QuantizedTensor(codes, scale[first:last], (BLOCK, BLOCK)).check(self.name)
+            band = QuantizedTensor(codes, scale[first:last]).check(self.name)
             yield self.name, band.dequantize(torch.bfloat16), first_row
 
 

@@ -32,7 +32,7 @@ from dsv3.checkpoint.loading import load_model
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES
-from dsv3.fp8 import BLOCK, QuantizedTensor, decode_scale
+from dsv3.fp8 import QuantizedTensor, decode_scale
 
 # The bound that the logits of a correct model keep; see tests/test_oracle.py.
 TOLERANCE = 2e-5
@@ -261,7 +261,7 @@ class TheirModel:
                 value = reader.read(spec.hf_name)
                 if spec.scale:
                     scale = decode_scale(reader.read(spec.scale.hf_name))
-                    value = QuantizedTensor(value, scale, (BLOCK, BLOCK)).dequantize()
+                    value = QuantizedTensor(value, scale).dequantize()
                 state[spec.hf_name] = value.float()
         return cls(config, state)
 

@@ -27,9 +27,10 @@ from math import ceil, prod
 
 from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.errors import DSV3Error
+from dsv3.fields import BLOCK
 
-BLOCK = 128
-ITEM_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
+F8 = "F8_E4M3"
+ITEM_BYTES = {F8: 1, "BF16": 2, "F32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Row:
     name: str
     symbol: str
     shape: Callable[[ModelConfig], tuple[int, ...]]
-    dtype: str = "F8_E4M3"
+    dtype: str
     shard_dim: int | None = None
     copy_of: str | None = None
 
@@ -83,7 +84,7 @@ class TensorSpec:
     @property
     def scale(self) -> TensorSpec | None:
         """The grid of scales of an FP8 weight; None for any other tensor."""
-        if self.dtype != "F8_E4M3":
+        if self.dtype != F8:
             return None
         return replace(
             self,
@@ -114,6 +115,7 @@ def _vocabulary(c: ModelConfig) -> tuple[int, ...]:
     return (c.vocab_size, c.hidden_size)
 
 
+# fmt: off
 def _feed_forward(
     hf: str, name: str, symbol: str, width: Callable[[ModelConfig], int], cut: bool
 ) -> tuple[Row, ...]:
@@ -127,119 +129,54 @@ def _feed_forward(
 
     rows, columns = (0, 1) if cut else (None, None)
     return (
-        Row(
-            f"{hf}.gate_proj.weight", f"{name}.w1.weight", f"{symbol}, gate", inward, shard_dim=rows
-        ),
-        Row(f"{hf}.up_proj.weight", f"{name}.w3.weight", f"{symbol}, up", inward, shard_dim=rows),
-        Row(
-            f"{hf}.down_proj.weight",
-            f"{name}.w2.weight",
-            f"{symbol}, down",
-            outward,
-            shard_dim=columns,
-        ),
+        Row(f"{hf}.gate_proj.weight", f"{name}.w1.weight", f"{symbol}, gate", inward, F8, rows),
+        Row(f"{hf}.up_proj.weight",   f"{name}.w3.weight", f"{symbol}, up", inward, F8, rows),
+        Row(f"{hf}.down_proj.weight", f"{name}.w2.weight", f"{symbol}, down", outward, F8, columns),
     )
 
 
 _QUERY_PLAIN = (
-    Row(
-        "self_attn.q_proj.weight",
-        "attn.wq.weight",
-        "W^Q",
-        lambda c: (c.num_attention_heads * c.qk_head_dim, c.hidden_size),
-        shard_dim=0,
-    ),
+    Row("self_attn.q_proj.weight", "attn.wq.weight", "W^Q",
+        lambda c: (c.num_attention_heads * c.qk_head_dim, c.hidden_size), F8, 0),
 )
 _QUERY_LATENT = (
-    Row(
-        "self_attn.q_a_proj.weight",
-        "attn.wq_a.weight",
-        "W^DQ",
-        lambda c: (c.q_lora_rank, c.hidden_size),
-    ),
-    Row(
-        "self_attn.q_a_layernorm.weight",
-        "attn.q_norm.weight",
-        "RMSNorm of c^Q",
-        lambda c: (c.q_lora_rank,),
-        "BF16",
-    ),
-    Row(
-        "self_attn.q_b_proj.weight",
-        "attn.wq_b.weight",
-        "[W^UQ; W^QR]",
-        lambda c: (c.num_attention_heads * c.qk_head_dim, c.q_lora_rank),
-        shard_dim=0,
-    ),
+    Row("self_attn.q_a_proj.weight", "attn.wq_a.weight", "W^DQ",
+        lambda c: (c.q_lora_rank, c.hidden_size), F8),
+    Row("self_attn.q_a_layernorm.weight", "attn.q_norm.weight", "RMSNorm of c^Q",
+        lambda c: (c.q_lora_rank,), "BF16"),
+    Row("self_attn.q_b_proj.weight", "attn.wq_b.weight", "[W^UQ; W^QR]",
+        lambda c: (c.num_attention_heads * c.qk_head_dim, c.q_lora_rank), F8, 0),
 )
 _ATTENTION = (
-    Row(
-        "self_attn.kv_a_proj_with_mqa.weight",
-        "attn.wkv_a.weight",
-        "[W^DKV; W^KR]",
-        lambda c: (c.latent_dim, c.hidden_size),
-    ),
-    Row(
-        "self_attn.kv_a_layernorm.weight",
-        "attn.kv_norm.weight",
-        "RMSNorm of c^KV",
-        lambda c: (c.kv_lora_rank,),
-        "BF16",
-    ),
-    Row(
-        "self_attn.kv_b_proj.weight",
-        "attn.wkv_b.weight",
-        "[W^UK; W^UV]",
+    Row("self_attn.kv_a_proj_with_mqa.weight", "attn.wkv_a.weight", "[W^DKV; W^KR]",
+        lambda c: (c.latent_dim, c.hidden_size), F8),
+    Row("self_attn.kv_a_layernorm.weight", "attn.kv_norm.weight", "RMSNorm of c^KV",
+        lambda c: (c.kv_lora_rank,), "BF16"),
+    Row("self_attn.kv_b_proj.weight", "attn.wkv_b.weight", "[W^UK; W^UV]",
         lambda c: (c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank),
-        shard_dim=0,
-    ),
-    Row(
-        "self_attn.o_proj.weight",
-        "attn.wo.weight",
-        "W^O",
-        lambda c: (c.hidden_size, c.num_attention_heads * c.v_head_dim),
-        shard_dim=1,
-    ),
+        F8, 0),
+    Row("self_attn.o_proj.weight", "attn.wo.weight", "W^O",
+        lambda c: (c.hidden_size, c.num_attention_heads * c.v_head_dim), F8, 1),
 )
 _NORMS = (
-    Row("input_layernorm.weight", "attn_norm.weight", "RMSNorm before attention", _vector, "BF16"),
-    Row(
-        "post_attention_layernorm.weight",
-        "ffn_norm.weight",
-        "RMSNorm before the feed-forward",
-        _vector,
-        "BF16",
-    ),
+    Row("input_layernorm.weight", "attn_norm.weight", "RMSNorm before attention",
+        _vector, "BF16"),
+    Row("post_attention_layernorm.weight", "ffn_norm.weight", "RMSNorm before the feed-forward",
+        _vector, "BF16"),
 )
 _DENSE = _feed_forward("mlp", "ffn", "FFN", lambda c: c.intermediate_size, cut=True)
 _GATE = (
-    Row(
-        "mlp.gate.weight",
-        "ffn.gate.weight",
-        "e_i",
-        lambda c: (c.n_routed_experts, c.hidden_size),
-        "BF16",
-    ),
+    Row("mlp.gate.weight", "ffn.gate.weight", "e_i",
+        lambda c: (c.n_routed_experts, c.hidden_size), "BF16"),
 )
 _GATE_BIAS = (
-    Row(
-        "mlp.gate.e_score_correction_bias",
-        "ffn.gate.bias",
-        "b_i",
-        lambda c: (c.n_routed_experts,),
-        "F32",
-    ),
+    Row("mlp.gate.e_score_correction_bias", "ffn.gate.bias", "b_i",
+        lambda c: (c.n_routed_experts,), "F32"),
 )
-_EXPERT = _feed_forward(
-    "mlp.experts.{E}", "ffn.experts.{E}", "FFN^(r)_i", lambda c: c.moe_intermediate_size, cut=False
-)
-_SHARED = _feed_forward(
-    "mlp.shared_experts",
-    "ffn.shared_experts",
-    "FFN^(s)",
-    lambda c: c.n_shared_experts * c.moe_intermediate_size,
-    cut=True,
-)
+_EXPERT = _feed_forward("mlp.experts.{E}", "ffn.experts.{E}", "FFN^(r)_i",
+                        lambda c: c.moe_intermediate_size, cut=False)
+_SHARED = _feed_forward("mlp.shared_experts", "ffn.shared_experts", "FFN^(s)",
+                        lambda c: c.n_shared_experts * c.moe_intermediate_size, cut=True)
 
 _EMBED = (Row("model.embed_tokens.weight", "embed.weight", "Emb", _vocabulary, "BF16", 0),)
 _NORM = (Row("model.norm.weight", "norm.weight", "final RMSNorm", _vector, "BF16"),)
@@ -248,37 +185,19 @@ _HEAD = (Row("lm_head.weight", "head.weight", "OutHead", _vocabulary, "BF16", 0)
 _MTP_ENTRY = (
     Row("enorm.weight", "enorm.weight", "RMSNorm of Emb(t_{i+k})", _vector, "BF16"),
     Row("hnorm.weight", "hnorm.weight", "RMSNorm of h^{k-1}_i", _vector, "BF16"),
-    Row(
-        "eh_proj.weight",
-        "eh_proj.weight",
-        "M_k",
-        lambda c: (c.hidden_size, 2 * c.hidden_size),
-        "BF16",
-    ),
+    Row("eh_proj.weight", "eh_proj.weight", "M_k",
+        lambda c: (c.hidden_size, 2 * c.hidden_size), "BF16"),
 )
 _MTP_EXIT = (
     Row("shared_head.norm.weight", "norm.weight", "RMSNorm before OutHead", _vector, "BF16"),
 )
 _MTP_COPIES = (
-    Row(
-        "embed_tokens.weight",
-        "embed.weight",
-        "Emb",
-        _vocabulary,
-        "BF16",
-        0,
-        copy_of="model.embed_tokens.weight",
-    ),
-    Row(
-        "shared_head.head.weight",
-        "head.weight",
-        "OutHead",
-        _vocabulary,
-        "BF16",
-        0,
-        copy_of="lm_head.weight",
-    ),
+    Row("embed_tokens.weight", "embed.weight", "Emb", _vocabulary, "BF16", 0,
+        copy_of="model.embed_tokens.weight"),
+    Row("shared_head.head.weight", "head.weight", "OutHead", _vocabulary, "BF16", 0,
+        copy_of="lm_head.weight"),
 )
+# fmt: on
 
 
 def _under(hf: str, name: str, rows: tuple[Row, ...]) -> tuple[Row, ...]:
@@ -325,7 +244,7 @@ def _walk(c: ModelConfig, scales: bool, mtp: bool, copies: bool) -> Iterator[Ten
     def unroll(rows, hf="", name="", part="main", expert=None):
         for row in rows:
             dtype = row.dtype
-            if dtype == "F8_E4M3" and c.quantization_config is None:
+            if dtype == F8 and c.quantization_config is None:
                 dtype = "BF16"
             spec = TensorSpec(
                 hf + row.hf.format(E=expert),
@@ -418,7 +337,7 @@ def _sharding_problem(c: ModelConfig, size: int, blocks: bool) -> DSV3Error | No
                 found=f"{whole} {unit}",
                 expected=f"a multiple of {size}",
             )
-        if spec.dtype == "F8_E4M3" and size > 1 and whole // size % BLOCK:
+        if spec.dtype == F8 and size > 1 and whole // size % BLOCK:
             return DSV3Error(
                 f"the cut over {size} ranks falls inside an FP8 block",
                 where=spec.hf_name,

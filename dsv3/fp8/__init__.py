@@ -4,7 +4,6 @@ gradients (training)."""
 from dsv3.fp8.formats import decode_e4m3, decode_scale, encode_e4m3, encode_scale
 from dsv3.fp8.product import linear, matmul
 from dsv3.fp8.quantize import (
-    BLOCK,
     WEIGHT_BLOCK,
     QuantizedTensor,
     quantize_activation,
@@ -15,7 +14,6 @@ from dsv3.fp8.quantize import (
 from dsv3.fp8.training import Fp8Recipe, fp8_linear
 
 __all__ = [
-    "BLOCK",
     "Fp8Recipe",
     "QuantizedTensor",
     "WEIGHT_BLOCK",

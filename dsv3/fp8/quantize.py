@@ -36,6 +36,7 @@ from torch import Tensor
 
 from dsv3.backward import without_backward
 from dsv3.errors import DSV3Error
+from dsv3.fields import BLOCK
 from dsv3.fp8.formats import (
     E4M3,
     block_scale,
@@ -46,7 +47,6 @@ from dsv3.fp8.formats import (
     to_e4m3,
 )
 
-BLOCK = 128
 WEIGHT_BLOCK = (BLOCK, BLOCK)
 ACTIVATION_BLOCK = (1, BLOCK)
 COLUMN_BLOCK = (BLOCK, 1)

@@ -53,11 +53,11 @@ from jaxtyping import Float, Float16, Float32
 from torch import Tensor
 
 from dsv3.errors import DSV3Error
+from dsv3.fields import BLOCK
 from dsv3.fp8.formats import E5M6_MAX, block_scale, round_e5m6
 from dsv3.fp8.product import matmul
 from dsv3.fp8.quantize import (
     ACTIVATION_BLOCK,
-    BLOCK,
     COLUMN_BLOCK,
     WEIGHT_BLOCK,
     QuantizedTensor,

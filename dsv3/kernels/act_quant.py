@@ -20,9 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv3.fields import BLOCK
 from dsv3.kernels.launch import INTERPRETING, check_input
-
-BLOCK = 128
 
 
 def act_quant_spec(x: torch.Tensor, scale_format: str = "float32"):

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 
 from dsv3.errors import DSV3Error
+from dsv3.fields import BLOCK
 from dsv3.kernels.launch import INTERPRETING, check_input
-
-BLOCK = 128
 
 
 def weight_dequant_spec(

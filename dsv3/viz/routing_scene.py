@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from dsv3.training.balance import max_violation
-from dsv3.viz.scene import Scene, columns
+from dsv3.viz.chips import Chips, short
+from dsv3.viz.scene import Scene
 
 WIDTH, LEFT, RIGHT = 920, 66, 914
-CHIP, CHIP_LINES, LETTER = 30, 3, 7.4  # chips of tokens: height, lines shown, letter width
 WIDE, MEDIUM = 38, 14  # pixels a column needs for its numbers; for its name
 
 
@@ -51,12 +51,10 @@ class Routing:
 
 def routing_scene(routing: Routing, token: int, texts: Sequence[str], layer: int) -> Scene:
     """texts: of all tokens; token, layer: the numbers of those that are shown."""
-    pages = _pages(texts)
-    page = next(page for page in pages if token in page)
-    lines = len({line for line, _ in page.values()})
-    top = 34 + CHIP * lines
+    chips = Chips(texts, token, WIDTH)
+    top = 34 + chips.height
     scene = Scene(WIDTH, top + 492, _alt(routing, token, texts, layer))
-    _chips(scene, routing, token, texts, pages)
+    chips.draw(scene, lambda each: f"experts {_listed(sorted(routing.chosen[each].tolist()))}")
     _headline(scene, routing, token, texts, layer, top + 22)
     places = _Columns(routing)
     _groups(scene, routing, token, places, top + 66)
@@ -91,75 +89,6 @@ def _listed(numbers: Sequence[int]) -> str:
 # Tokens ---------------------------------------------------------------------------------------
 
 
-def _short(text: str) -> str:
-    return text if columns(text) <= 24 else f"{text[:12]}…"
-
-
-def _chip_width(text: str) -> float:
-    return max(26, 14 + LETTER * columns(_short(text)))
-
-
-def _pages(texts: Sequence[str]) -> list[dict[int, tuple[int, float]]]:
-    """Pages of at most CHIP_LINES lines of chips: token -> (line, x of its left edge)."""
-    pages: list[dict[int, tuple[int, float]]] = [{}]
-    line, x, right = 0, 0.0, WIDTH - 110
-    for token, text in enumerate(texts):
-        width = _chip_width(text)
-        if x and x + width > right:
-            line, x = line + 1, 0.0
-        if line == CHIP_LINES:
-            pages.append({})
-            line = 0
-        pages[-1][token] = line, x
-        x += width + 5
-    return pages
-
-
-def _chips(scene: Scene, routing: Routing, token: int, texts: Sequence[str], pages) -> None:
-    number = next(number for number, page in enumerate(pages) if token in page)
-    page = pages[number]
-    scene.text(0, 12, f"The text's {len(texts)} tokens", bold=True, size=13)
-    for each, (line, x) in page.items():
-        y, width, on = 28 + CHIP * line, _chip_width(texts[each]), each == token
-        scene.rect(
-            x,
-            y,
-            width,
-            CHIP - 6,
-            rounded=4,
-            fill="blue" if on else "pale",
-            stroke="ink" if on else "line",
-            stroke_width=1.5 if on else 1,
-            key=f"token {each}",
-            chosen=on,
-            label=f"token {each}: “{texts[each]}”\n"
-            f"experts {_listed(sorted(routing.chosen[each].tolist()))}",
-        )
-        scene.text(
-            x + width / 2,
-            y + CHIP / 2 - 3,
-            _short(texts[each]),
-            code=True,
-            anchor="middle",
-            fill="white" if on else "ink",
-        )
-    for go, there, y, word in ((number - 1, -1, 28, "◀ earlier"), (number + 1, 0, 58, "later ▶")):
-        if 0 <= go < len(pages):
-            goal = list(pages[go])[there]
-            scene.rect(
-                WIDTH - 96,
-                y,
-                92,
-                CHIP - 6,
-                rounded=4,
-                fill="paper",
-                stroke="line",
-                key=f"token {goal}",
-                label=f"go to token {goal} of {len(texts)}",
-            )
-            scene.text(WIDTH - 50, y + CHIP / 2 - 3, word, anchor="middle")
-
-
 def _headline(
     scene: Scene, routing: Routing, token: int, texts: Sequence[str], layer: int, y: float
 ) -> None:
@@ -170,7 +99,7 @@ def _headline(
     scene.text(
         0,
         y,
-        f"Token {token} “{_short(texts[token])}” in layer {layer} → {where}",
+        f"Token {token} “{short(texts[token])}” in layer {layer} → {where}",
         bold=True,
         size=14,
     )
