@@ -166,8 +166,8 @@ def _check_layer_types(types) -> None:
 
 
 def _rope(data: dict) -> dict:
-    """rope_theta and rope_scaling, from the released spelling (``rope_scaling`` beside
-    ``rope_theta``) and from the newer one (``rope_parameters``); both may be there if they agree."""
+    """rope_theta and rope_scaling, from the released spelling, ``rope_scaling`` beside
+    ``rope_theta``, and from the newer one, ``rope_parameters``; both may be there if they agree."""
     found: dict = {}
     if data.get("rope_theta") is not None:
         found["rope_theta"] = data["rope_theta"]

@@ -21,6 +21,7 @@ from dsv3.commands.request import Request
 from dsv3.commands.terminal import Terminal
 from dsv3.generation.loop import Generation, stream
 from dsv3.generation.sampling import Sampling
+from dsv3.generation.session import Session
 from dsv3.generation.tokenizer import Tokenizer
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup

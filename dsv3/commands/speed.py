@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -131,8 +132,8 @@ def cells(ours, theirs, text: torch.Tensor) -> Iterator[tuple]:
             "prefill",
             n,
             n,
-            lambda: ours_prefill(ours, part),
-            lambda: theirs_prefill(theirs, part),
+            partial(ours_prefill, ours, part),
+            partial(theirs_prefill, theirs, part),
         )
     for n in DECODE:
         part = text[:, :n]
