@@ -36,7 +36,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install -c constraints.txt
 
-.PHONY: help run lab reset train test clean FORCE
+.PHONY: help run lab reset train check quick test clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +44,8 @@ help:
 	@echo "make lab    open the book in JupyterLab"
 	@echo "make reset CHAPTER=01   bring a chapter back as it was shipped; yours is kept beside it"
 	@echo "make train  train such a model, into OUT=$(OUT); MINUTES=M makes it shorter"
+	@echo "make check  lint, format and types of the code, in seconds"
+	@echo "make quick  before a commit: check, and the tests that take under two minutes"
 	@echo "make test   run all tests, then all notebooks, comparing their outputs"
 	@echo "make clean  remove the environment and what Python left behind"
 	@echo "Options, with their values: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX)"
@@ -72,9 +74,22 @@ NBVAL := PYDEVD_DISABLE_FILE_VALIDATION=1 $(PY) -m pytest --nbval --nbval-curren
   --nbval-cell-timeout=120 --nbval-sanitize-with chapters/nbval_sanitize.cfg \
   -p dsv3.book.times -n $(JOBS) --dist loadscope chapters
 
+check: $(VENV)/.stamp-check
+	@echo "==> ruff: lint, then format (mend with: $(VENV)/bin/ruff check --fix; $(VENV)/bin/ruff format)"
+	@$(VENV)/bin/ruff check --quiet
+	@$(VENV)/bin/ruff format --check --quiet
+	@echo "==> pyrefly: types"
+	@$(VENV)/bin/pyrefly check --summary none --python-interpreter-path $(PY)
+
+PYTEST := $(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+quick: check $(VENV)/.stamp-test
+	@echo "==> tests, without those marked slow"
+	@$(PYTEST) -m "not slow" -q --durations 5
+
 test: $(VENV)/.stamp-test
 	@echo "==> tests"
-	@$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	@$(PYTEST) --durations 20
 	@echo "==> notebooks, each run from top to bottom and compared with its stored outputs"
 	@$(NBVAL)
 	@echo "==> the same on one thread and without this machine's vector units: outputs hold anywhere"
@@ -136,6 +151,12 @@ $(VENV)/.stamp-lab: $(VENV)/.stamp-run
 $(VENV)/.stamp-train: $(VENV)/.stamp-run
 	@echo "==> installing the plays that the model learns from (a few MB)"
 	@$(INSTALL) --no-build-isolation --editable '.[train]'
+	@touch $@
+
+# After .stamp-run: what torch's functions take and give is read from torch itself.
+$(VENV)/.stamp-check: $(VENV)/.stamp-run
+	@echo "==> installing ruff and pyrefly (40 MB)"
+	@$(INSTALL) --no-build-isolation --editable '.[check]'
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run

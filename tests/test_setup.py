@@ -27,6 +27,7 @@ SETUP_FILES = [
     "Makefile",
     ".ci/run",
     ".github/workflows/test.yml",
+    ".pre-commit-config.yaml",
 ]
 
 
@@ -72,7 +73,8 @@ def test_torch_and_triton_belong_together():
 
 
 def test_extras_are_those_of_the_readme():
-    assert set(EXTRAS) == {"book", "train", "test"}
+    readme = (ROOT / "README.md").read_text()
+    assert set(EXTRAS) == set(re.search(r'-e "\.\[([a-z,]+)\]"', readme)[1].split(","))
 
 
 def test_conda_environment_installs_the_same_package_extras_and_versions():
@@ -125,11 +127,28 @@ def test_readme_says_where_to_find_every_module():
 
 
 def test_checks_elsewhere_call_the_same_command():
-    assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    commands = re.findall(r"^make .*$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    assert commands == ["make check", "make test"]  # what takes seconds fails first
     assert os.access(ROOT / ".ci/run", os.X_OK)
     workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
     assert {"bash .ci/run"} == {
         step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step
+    }
+
+
+def test_a_commit_is_checked_by_the_same_command_and_fetches_nothing():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    for repository in config["repos"]:
+        assert repository["repo"] == "local", "a tool from elsewhere has a version of its own"
+        for hook in repository["hooks"]:
+            assert (hook["entry"], hook["language"]) == ("make check", "system")
+            assert hook["pass_filenames"] is False
+
+
+def test_make_help_lists_every_command():
+    done = subprocess.run(["make", "help"], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert set(re.findall(r"^make ([a-z]+)", done.stdout, re.MULTILINE)) == make_targets() - {
+        "help"
     }
 
 
@@ -172,7 +191,7 @@ def clone(tmp_path):
 def ready(clone):
     """The same, with everything set up."""
     (clone / ".venv").mkdir()
-    for age, name in enumerate(["venv", "run", "lab", "train", "test"]):
+    for age, name in enumerate(["venv", "run", "lab", "train", "check", "test"]):
         stamp = clone / ".venv" / f".stamp-{name}"
         stamp.write_text(f"{clone}\n")
         os.utime(stamp, (2000 + age, 2000 + age))
@@ -185,6 +204,8 @@ def test_a_fresh_clone_is_set_up_with_what_the_command_needs(clone):
     assert "-m venv" in plan and "--editable ." in plan and "dsv3 generate" in plan
     assert "[book" not in plan and "jupyter" not in plan.lower()
     assert "[book,train,test]" in make(clone, "-n", "test").stdout
+    plan = make(clone, "-n", "check").stdout
+    assert "'.[check]'" in plan and "[book" not in plan and "ruff check" in plan
     plan = make(clone, "-n", "train", "OUT=runs/other", "MINUTES=5").stdout
     assert "-m venv" in plan and "'.[train]'" in plan and "test]" not in plan
     assert 'dsv3 train --preset mini --out "runs/other" --max-minutes "5"' in plan
@@ -200,7 +221,7 @@ def test_installing_says_how_much_and_shows_that_it_lives(clone):
 
 
 @needs_make
-@pytest.mark.parametrize("command", ["run", "lab", "train", "test"])
+@pytest.mark.parametrize("command", ["run", "lab", "train", "check", "quick", "test"])
 def test_a_second_call_installs_nothing(ready, command):
     plan = make(ready, "-n", command).stdout
     assert plan and "pip" not in plan and "-m venv" not in plan

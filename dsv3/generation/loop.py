@@ -11,8 +11,8 @@ of one prompt share its prefill: its latents are computed once and copied.
 
 Three doors lead to the same loop: ``stream`` gives tokens one by one, ``complete`` runs to the end
 and gives a full account, ``generate`` gives the ids alone. What may be asked for stands in
-``dsv3.generation.sampling``; how a step can give two tokens a row in ``dsv3.generation.speculative``. Both ways of
-decoding share everything else here.
+``dsv3.generation.sampling``; how a step can give two tokens a row in
+``dsv3.generation.speculative``. Both ways of decoding share everything else here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Generation:
     of drafted tokens that were accepted, None where nothing was drafted; cache_bytes: of all caches
     used; passes: how often a row was fed after prefill, over all rows; chosen: tokens of each row
     with those that only ended it. texts: of each row, where a tokenizer was given. logprobs: of
-    each id, where they were asked for (``dsv3.generation.sampling.Choice`` says of which distribution).
+    each id, where they were asked for (``generation.sampling.Choice`` says of which distribution).
 
     A text ends before its stop string. Its ids are those of the tokens that begin before it, so
     the last of them may run on into it.
@@ -83,8 +83,8 @@ def generate(
     """New tokens for each prompt, without the prompt and without the end-of-sequence token.
 
     prompts: token ids, ragged: a list of lists, tensors or arrays, or one (b, s). sampling and
-    options: what to do, the fields of ``dsv3.generation.sampling.Sampling``; options change those of sampling.
-    A text ends at the model's own end tokens unless ``eos_ids`` says otherwise. tokenizer: needed
+    options: what to do, the fields of ``generation.sampling.Sampling``; options change those of
+    sampling.     A text ends at the model's own end tokens unless ``eos_ids`` says otherwise. tokenizer: needed
     for stop strings; where given, ids that are none of its tokens are never chosen. on_token(row,
     id): called for each new token. With n samples, n rows a prompt, beside each other.
 
