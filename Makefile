@@ -79,7 +79,7 @@ check: $(VENV)/.stamp-check
 	@$(VENV)/bin/ruff check --quiet
 	@$(VENV)/bin/ruff format --check --quiet
 	@echo "==> pyrefly: types"
-	@$(VENV)/bin/pyrefly check --summary none --python-interpreter-path $(PY)
+	@$(VENV)/bin/pyrefly check --summary=none --python-interpreter-path $(PY)
 
 PYTEST := $(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 

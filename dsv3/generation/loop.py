@@ -84,9 +84,10 @@ def generate(
 
     prompts: token ids, ragged: a list of lists, tensors or arrays, or one (b, s). sampling and
     options: what to do, the fields of ``generation.sampling.Sampling``; options change those of
-    sampling.     A text ends at the model's own end tokens unless ``eos_ids`` says otherwise. tokenizer: needed
-    for stop strings; where given, ids that are none of its tokens are never chosen. on_token(row,
-    id): called for each new token. With n samples, n rows a prompt, beside each other.
+    sampling. A text ends at the model's own end tokens unless ``eos_ids`` says otherwise.
+    tokenizer: needed for stop strings; where given, ids that are none of its tokens are never
+    chosen. on_token(row, id): called for each new token. With n samples, n rows a prompt, beside
+    each other.
 
     Raises DSV3Error for an empty prompt, one that fills the context, an id out of range, an option
     that makes no sense or does not exist.
