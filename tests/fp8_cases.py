@@ -7,6 +7,8 @@ import math
 
 import torch
 
+TILE, BLOCK = (1, 128), (128, 128)
+
 
 def e4m3_value(code: int) -> float:
     """The number that a code stands for, from the definition: sign, exponent, mantissa."""
@@ -73,3 +75,26 @@ def product_error(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> float:
     """Largest relative error of a row of y against x w^T in float64, in the Euclidean norm."""
     exact = x.double() @ w.double().T
     return ((y.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item()
+
+
+def to_nearest(v: torch.Tensor, mantissa: int, smallest: int) -> torch.Tensor:
+    """float64 numbers to ``mantissa`` bits after the leading one; steps shrink down to
+    2^(smallest - mantissa). torch.round takes ties to even."""
+    exponent = torch.frexp(v).exponent - 1
+    step = 2.0 ** (exponent.clamp(min=smallest) - mantissa).double()
+    return torch.round(v / step) * step
+
+
+def rounded(x: torch.Tensor, block: tuple[int, int], scale_format: str) -> torch.Tensor:
+    """x in E4M3 by blocks, block after block, from the definition and in float64."""
+    out = torch.empty(x.shape, dtype=torch.float64)
+    for row in range(0, x.shape[0], block[0]):
+        for col in range(0, x.shape[1], block[1]):
+            where = slice(row, row + block[0]), slice(col, col + block[1])
+            part = x[where].float()
+            scale = (part.abs().max() / 448).clamp(min=1e-12).item()
+            if scale_format == "ue8m0":
+                mantissa, exponent = math.frexp(scale)
+                scale = math.ldexp(1.0, exponent - (mantissa == 0.5))
+            out[where] = to_nearest((part / scale).double(), 3, -6) * scale
+    return out

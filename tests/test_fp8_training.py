@@ -5,14 +5,24 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8_cases import adversarial_rows, e4m3_value, hard_values, nearest_code, same_bits
+from fp8_cases import (
+    BLOCK,
+    TILE,
+    adversarial_rows,
+    e4m3_value,
+    hard_values,
+    nearest_code,
+    rounded,
+    same_bits,
+    to_nearest,
+)
 
 from dsv3 import fp8
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import Fp8Recipe, formats, fp8_linear, training
 from dsv3.fp8.quantize import quantized_values
 
-TILE, COLUMN, BLOCK = (1, 128), (128, 1), (128, 128)
+COLUMN = (128, 1)
 FORMATS = ("float32", "ue8m0")
 POWERS = Fp8Recipe(gradient_scales="ue8m0", weight_scales="ue8m0")
 RECIPES = {
@@ -24,29 +34,6 @@ RECIPES = {
 }
 # tokens, in, out
 SHAPES = [(128, 128, 128), (130, 200, 140), (1, 7, 300), (300, 256, 576)]
-
-
-def to_nearest(v: torch.Tensor, mantissa: int, smallest: int) -> torch.Tensor:
-    """float64 numbers to ``mantissa`` bits after the leading one; steps shrink down to
-    2^(smallest - mantissa). torch.round takes ties to even."""
-    exponent = torch.frexp(v).exponent - 1
-    step = 2.0 ** (exponent.clamp(min=smallest) - mantissa).double()
-    return torch.round(v / step) * step
-
-
-def rounded(x: torch.Tensor, block: tuple[int, int], scale_format: str) -> torch.Tensor:
-    """x in E4M3 by blocks, block after block, from the definition and in float64."""
-    out = torch.empty(x.shape, dtype=torch.float64)
-    for row in range(0, x.shape[0], block[0]):
-        for col in range(0, x.shape[1], block[1]):
-            where = slice(row, row + block[0]), slice(col, col + block[1])
-            part = x[where].float()
-            scale = (part.abs().max() / 448).clamp(min=1e-12).item()
-            if scale_format == "ue8m0":
-                mantissa, exponent = math.frexp(scale)
-                scale = math.ldexp(1.0, exponent - (mantissa == 0.5))
-            out[where] = to_nearest((part / scale).double(), 3, -6) * scale
-    return out
 
 
 def case(tokens: int, inputs: int, outputs: int, dtype=torch.float32):
