@@ -2,6 +2,9 @@
 
 import ast
 from pathlib import Path
+from xml.etree import ElementTree
+
+from dsv3.viz.house_map import ROOMS, arrows, imports, in_words, top
 
 PACKAGE = Path(__file__).parents[1] / "dsv3"
 
@@ -32,26 +35,9 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 HEAVY = {"matplotlib", "ipywidgets", "anywidget", "jupyterlab", "IPython"}
 
 
-def imports(path: Path) -> set[str]:
-    """Modules that a file names in imports, wherever in the file; type-checking ones too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(node.module)
-            if (PACKAGE.parent / node.module.replace(".", "/")).is_dir():
-                found |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return found
-
-
-def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
 def test_every_module_has_a_floor_and_stands_on_lower_ones():
     for path in sorted(PACKAGE.rglob("*.py")):
-        here = room(path)
+        here = top(path)
         assert here in FLOOR, f"{path.name}: give {here} a floor"
         if here == "__init__":
             continue
@@ -65,7 +51,7 @@ def test_every_module_has_a_floor_and_stands_on_lower_ones():
 def test_only_figures_import_figure_libraries():
     for path in PACKAGE.rglob("*.py"):
         used = {name.split(".")[0] for name in imports(path)} & HEAVY
-        assert not used or room(path) in ("viz", "book") or path.stem == "doctor", (
+        assert not used or top(path) in ("viz", "book") or path.stem == "doctor", (
             f"{path.name} imports {used}"
         )
 
@@ -85,3 +71,19 @@ def test_the_size_of_a_block_is_written_once():
         and node.value.value == 128
     ]
     assert written == ["fields"]
+
+
+def test_every_module_is_in_one_room_of_the_map():
+    named = [module for room in ROOMS for module in room.modules.split()]
+    assert sorted(named) == sorted({top(path) for path in PACKAGE.rglob("*.py")} - {"__init__"})
+
+
+def test_rooms_stand_on_lower_rooms():
+    height = {room.name: room.place[1] for room in ROOMS}
+    assert arrows() and all(height[upper] > height[lower] for upper, lower in arrows())
+
+
+def test_the_map_in_the_readme_is_todays():
+    drawn = ElementTree.parse(PACKAGE.parent / "assets" / "figures" / "house_map.svg")
+    stored = drawn.find(".//{http://purl.org/dc/elements/1.1/}description").text
+    assert stored == in_words(), "draw it again: python -m dsv3.viz assets/figures assets/dsv3-mini"

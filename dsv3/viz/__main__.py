@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsv3 import load_model, load_tokenizer
 from dsv3.config import ModelConfig
-from dsv3.viz import model_map
+from dsv3.viz import house_map, model_map
 from dsv3.viz.scene import still
 from dsv3.viz.widgets import RoutingExplorer
 
@@ -21,3 +21,4 @@ for name, figure in (
     ("routing_explorer", still(explorer.scene())),
 ):
     figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+house_map.save(folder / "house_map.svg")
