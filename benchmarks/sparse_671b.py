@@ -24,9 +24,9 @@ from dsv3.block import Block
 from dsv3.checkpoint.cast import cast
 from dsv3.checkpoint.contents import open_checkpoint
 from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.index import INDEX_FILE, index_text
 from dsv3.checkpoint.inspect import report
 from dsv3.checkpoint.layout import layout
-from dsv3.checkpoint.reader import INDEX_FILE, index_text
 from dsv3.checkpoint.safetensors_io import Planned, build_header
 from dsv3.config import CONFIG_FILE, ModelConfig
 from dsv3.parallel.tensor import TensorGroup

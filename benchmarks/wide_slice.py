@@ -27,8 +27,9 @@ import torch
 
 from dsv3.checkpoint.cast import cast
 from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.index import INDEX_FILE, index_text
 from dsv3.checkpoint.layout import TensorSpec, layout
-from dsv3.checkpoint.reader import INDEX_FILE, CheckpointReader, index_text
+from dsv3.checkpoint.reader import CheckpointReader
 from dsv3.checkpoint.safetensors_io import DTYPES, StreamWriter
 from dsv3.config import CONFIG_FILE, ModelConfig
 

@@ -33,6 +33,7 @@ from dsv3.fields import (
 from dsv3.files import read_json
 from dsv3.shipped import model_folder
 from dsv3.translation import spell, translate
+from dsv3.unfinished import how_to_finish
 
 CONFIG_FILE = "config.json"
 
@@ -188,9 +189,10 @@ class ModelConfig:
         """Read ``config.json``, given itself or its folder."""
         path = model_folder(path)
         file = path / CONFIG_FILE if os.path.isdir(path) else path
-        data = read_json(
-            file, unique=True, absent="Name a folder that holds a checkpoint in the released layout"
+        absent = how_to_finish(file.parent) or (
+            "Name a folder that holds a checkpoint in the released layout"
         )
+        data = read_json(file, unique=True, absent=absent)
         try:
             return cls.from_dict(data)
         except DSV3Error as error:

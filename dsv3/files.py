@@ -59,6 +59,8 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"\x89hdf", "an HDF5 file", _ORIGINAL),
     (b"\x93numpy", "a NumPy array", _ORIGINAL),
 )
+# Endings of files that run code when they are read.
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def open_plain(path: str | Path, *, absent: str | None = None) -> FileIO:
@@ -182,6 +184,16 @@ def refuse_foreign(path: Path, head: bytes) -> None:
     for sign, found, fix in _FOREIGN:
         if start.startswith(sign):
             raise DSV3Error("another kind of file", where=path, found=found, fix=fix)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise DSV3Error for a file that would have to be unpickled."""
+    if path.suffix in PICKLES:
+        raise DSV3Error(
+            "pickle files can run code and are never opened",
+            where=path,
+            expected="a .safetensors file",
+        )
 
 
 def unreadable(path: Path, error: Exception) -> DSV3Error:

@@ -217,6 +217,8 @@ def test_resume(tmp_path, monkeypatch, to):
         run(tmp_path / "in", tmp_path / "out", to)
     first = tmp_path / "out" / "model-00001-of-00003.safetensors"
     assert sorted(os.listdir(tmp_path / "out")) == [RECORD_FILE, first.name]
+    with pytest.raises(DSV3Error, match=f"unfinished here, cast --to {to}.*start it again"):
+        load_model(tmp_path / "out")
     before = first.stat().st_mtime_ns
     found = run(tmp_path / "in", tmp_path / "out", to)
     assert first.stat().st_mtime_ns == before

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.folder import LOCK_FILE
+from dsv3.checkpoint.index import converted_ranks
 from dsv3.checkpoint.jobs import RECORD_FILE
 from dsv3.checkpoint.loading import load_model
-from dsv3.checkpoint.reader import converted_ranks
 from dsv3.checkpoint.safetensors_io import StreamWriter
 from dsv3.config import QuantizationConfig
 from dsv3.errors import DSV3Error
@@ -195,7 +195,7 @@ KILLED = """
 import os, signal, sys
 from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.safetensors_io import StreamWriter
-from dsv3.checkpoint.reader import converted_ranks
+from dsv3.checkpoint.index import converted_ranks
 
 write = StreamWriter.write
 def deadly(self, name, value, first_row=0):
@@ -223,7 +223,7 @@ def test_resume_after_a_kill(tmp_path, monkeypatch):
         "model1-mp2.safetensors.partial",
         "mtp0-mp2.safetensors",
     ]
-    with pytest.raises(DSV3Error):  # unfinished, and no loader takes it for a checkpoint
+    with pytest.raises(DSV3Error, match="unfinished here, convert --tp 2.*start it again"):
         load_model(out, group=TensorGroup(0, 2))
     with pytest.raises(DSV3Error, match="unfinished job"):
         run(tmp_path / "in", out, 4)

@@ -15,8 +15,9 @@ from checkpoints import random_tensors, tiny_config, write_checkpoint
 from safetensors.torch import save_file
 
 from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.index import read_index
 from dsv3.checkpoint.loading import load_model
-from dsv3.checkpoint.reader import CheckpointReader, read_index
+from dsv3.checkpoint.reader import CheckpointReader
 from dsv3.checkpoint.safetensors_io import SafetensorsFile
 from dsv3.errors import DSV3Error, shown
 from dsv3.files import no_duplicates, open_plain, parse_json, read_json, read_text

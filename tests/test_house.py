@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "dsv3"
 FLOORS = [
     ["errors"],
     ["families", "fields", "backward", "files", "machine", "shipped"],
-    ["translation", "kernels"],
+    ["translation", "unfinished", "kernels"],
     ["config"],
     ["costs", "rope", "fp8", "parallel"],
     ["grouped"],

@@ -11,7 +11,7 @@ from checkpoints import same_bits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dsv3.checkpoint.loading import safetensors_io
+from dsv3.checkpoint import safetensors_io
 from dsv3.checkpoint.reader import CheckpointReader
 from dsv3.checkpoint.safetensors_io import (
     DTYPE_NAMES,

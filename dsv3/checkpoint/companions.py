@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.checkpoint.folder import LOCK_FILE
-from dsv3.checkpoint.safetensors_io import PARTIAL, PICKLES, remove, write_text
+from dsv3.checkpoint.safetensors_io import PARTIAL, remove, write_text
 from dsv3.config import CONFIG_FILE
 from dsv3.errors import DSV3Error, Notice
-from dsv3.files import open_plain, parse_json, read_text, unwritable
+from dsv3.files import PICKLES, open_plain, parse_json, read_text, unwritable
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Small files that belong to a checkpoint and are carried along; none of them is run.

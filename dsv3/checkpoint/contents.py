@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 
 from dsv3.checkpoint.layout import TensorSpec, layout
 from dsv3.checkpoint.reader import CheckpointReader
+from dsv3.checkpoint.safetensors_io import Entry
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error, Notice
 
@@ -110,31 +112,32 @@ def check_tensors(
     expected: name in the files -> spec and shape. also: names that may be there besides. The MTP
     modules' copies of embedding and head may be there or not.
     """
+    entries = reader.entries
     stored, missing = [], []
     plain = {
         spec.hf_name
         for name, (spec, _) in expected.items()
-        if spec.dtype == "F8_E4M3" and name in reader and reader.entry(name).dtype in PLAIN
+        if spec.dtype == "F8_E4M3" and name in entries and entries[name].dtype in PLAIN
     }
-    any_fp8 = any(entry.dtype == "F8_E4M3" for entry in map(reader.entry, reader.home))
+    any_fp8 = any(entry.dtype == "F8_E4M3" for entry in entries.values())
     for name, (spec, shape) in expected.items():
         if spec.scale_of in plain:
-            if name in reader:
+            if name in entries:
                 raise DSV3Error(
                     "scales beside a weight that is not FP8",
                     where=name,
                     found="a wrong dtype of the weight or a grid too many",
                 )
             continue
-        if name not in reader:
+        if name not in entries:
             if not spec.copy_of:
                 missing.append((name, spec))
             continue
-        entry = reader.entry(name)
+        entry = entries[name]
         if spec.hf_name in plain and not any_fp8:
-            raise _wrong_dtype(reader, name, entry.dtype, spec)
+            raise _wrong_dtype(entries, name, spec)
         if spec.hf_name not in plain and entry.dtype not in _accepted(spec):
-            raise _wrong_dtype(reader, name, entry.dtype, spec)
+            raise _wrong_dtype(entries, name, spec)
         if entry.shape != shape:
             raise DSV3Error(
                 "wrong shape",
@@ -148,13 +151,13 @@ def check_tensors(
         stored.append(replace(spec, dtype="BF16") if spec.hf_name in plain else spec)
     if missing:
         raise _missing(reader, missing)
-    unexpected = [name for name in reader.home if name not in expected and name not in also]
+    unexpected = [name for name in entries if name not in expected and name not in also]
     if unexpected:
         raise DSV3Error(
             "unexpected tensor" + (f", one of {len(unexpected)}" if len(unexpected) > 1 else ""),
             where=f"{reader.folder}: {unexpected[0]}",
             expected="only tensors that config.json calls for",
-            fix=_another_format(reader),
+            fix=_another_format(entries),
         )
     return stored
 
@@ -164,7 +167,7 @@ def _mtp_as_stored(
 ) -> ModelConfig:
     """The config without MTP modules where it promises some and not one tensor is there."""
     promised, first = config.num_nextn_predict_layers, config.num_hidden_layers
-    if not promised or any(layer >= first for layer, _ in _layers(reader)):
+    if not promised or any(layer >= first for layer, _ in _layers(reader.entries)):
         return config
     notices.append(
         f"config.json promises {promised} MTP module"
@@ -174,22 +177,26 @@ def _mtp_as_stored(
     return config.but(num_nextn_predict_layers=0)
 
 
-def _layers(reader: CheckpointReader) -> set[tuple[int, str]]:
+def _layers(names: Iterable[str]) -> set[tuple[int, str]]:
     """(number, rest of the name) of every tensor that belongs to a layer."""
     return {
         (int(match[1]), match[2])
-        for name in reader.home
+        for name in names
         if (match := _LAYER.fullmatch(name)) and len(match[1]) < 10
     }
 
 
 def _redundant(config: ModelConfig, reader: CheckpointReader, notices: list[str]) -> frozenset[str]:
     """Names of stored tensors that say nothing new, each checked as far as it can be."""
-    found = {name for name in reader.home if _is_rotary(name, reader, config)}
+    found = {
+        name
+        for name, entry in reader.entries.items()
+        if _is_rotary(name, entry.shape, config.qk_rope_head_dim)
+    }
     if config.tie_word_embeddings and "lm_head.weight" in reader:
         _check_tied(reader, "lm_head.weight", "model.embed_tokens.weight")
         found.add("lm_head.weight")
-    layers = _layers(reader)
+    layers = _layers(reader.entries)
     known = config.num_hidden_layers + config.num_nextn_predict_layers
     beyond = {layer for layer, _ in layers if layer >= known}
     if beyond and all(
@@ -204,13 +211,13 @@ def _redundant(config: ModelConfig, reader: CheckpointReader, notices: list[str]
         )
         found |= {
             name
-            for name in reader.home
+            for name in reader.entries
             if (match := _LAYER.fullmatch(name)) and int(match[1]) in beyond
         }
     return frozenset(found)
 
 
-def _is_rotary(name: str, reader: CheckpointReader, config: ModelConfig) -> bool:
+def _is_rotary(name: str, shape: tuple[int, ...], width: int) -> bool:
     """Whether a tensor is a table of RoPE, which follows from the config, by name and by shape.
 
     Frequencies may be of any number. Nobody reads them, and what lies in the released files of
@@ -219,7 +226,6 @@ def _is_rotary(name: str, reader: CheckpointReader, config: ModelConfig) -> bool
     match = _ROTARY.fullmatch(name)
     if not match:
         return False
-    width, shape = config.qk_rope_head_dim, reader.entry(name).shape
     if match[1] == "inv_freq":
         return len(shape) == 1
     return len(shape) >= 2 and shape[-1] in (width, width // 2)
@@ -246,12 +252,13 @@ def _accepted(spec: TensorSpec) -> tuple[str, ...]:
     return _SCALES if spec.scale_of else PLAIN  # another tool may have kept more bits
 
 
-def _wrong_dtype(reader: CheckpointReader, name: str, found: str, spec: TensorSpec) -> DSV3Error:
-    fix = _another_format(reader)
+def _wrong_dtype(entries: Mapping[str, Entry], name: str, spec: TensorSpec) -> DSV3Error:
+    found = entries[name].dtype
+    fix = _another_format(entries)
     if fix is None and found == "F8_E4M3":
         fix = (
             f"An FP8 checkpoint needs {_SAID} in its config.json"
-            if f"{name}_scale_inv" in reader
+            if f"{name}_scale_inv" in entries
             else "FP8 weights without a grid of scales for blocks of 128x128 are not supported"
         )
     elif fix is None and found in PLAIN and spec.dtype == "F8_E4M3":
@@ -273,14 +280,14 @@ def _missing(reader: CheckpointReader, missing: list[tuple[str, TensorSpec]]) ->
         f"missing {'scale' if spec.scale_of else 'tensor'}"
         + (f", one of {len(missing)} missing tensors" if len(missing) > 1 else ""),
         where=f"{reader.folder}: {name}",
-        fix=_another_format(reader),
+        fix=_another_format(reader.entries),
     )
 
 
-def _another_format(reader: CheckpointReader) -> str | None:
+def _another_format(names: Iterable[str]) -> str | None:
     """What the files are by the names of their tensors, where that is another format."""
     for endings, what in _FORMATS:
-        sign = next((name for name in reader.home if name.endswith(endings)), None)
+        sign = next((name for name in names if name.endswith(endings)), None)
         if sign:
             return (
                 f"By the name {sign} this is {what}. Take the checkpoint as released, in FP8 "

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from dsv3.checkpoint.companions import copy_companions, openable
 from dsv3.checkpoint.folder import LOCK_FILE, claim
-from dsv3.checkpoint.reader import INDEX_FILE, CheckpointReader, index_text
+from dsv3.checkpoint.index import INDEX_FILE, index_text
+from dsv3.checkpoint.reader import CheckpointReader
 from dsv3.checkpoint.safetensors_io import (
     PARTIAL,
     Planned,
@@ -41,9 +42,9 @@ from dsv3.checkpoint.safetensors_io import (
 )
 from dsv3.config import CONFIG_FILE
 from dsv3.errors import DSV3Error, shown
-from dsv3.files import read_json, read_text
+from dsv3.files import read_text
+from dsv3.unfinished import RECORD_FILE, Record, read_record
 
-RECORD_FILE = ".dsv3-unfinished.json"
 # A piece of one tensor on its way to a file: name, values, first row.
 Band = tuple[str, torch.Tensor, int]
 
@@ -229,19 +230,14 @@ def _check_folder(out: Path, record: dict) -> bool:
         return False
     if not out.is_dir():
         raise DSV3Error("not a folder", where=out, fix="Name an empty or new folder")
-    file = out / RECORD_FILE
-    if not file.exists():
+    if not (out / RECORD_FILE).exists():
         # A kill within the very first write leaves only the record's unfinished copy.
         if {path.name for path in out.iterdir()} - {LOCK_FILE, RECORD_FILE + PARTIAL}:
             raise DSV3Error(
                 "the output folder is not empty", where=out, fix="Name an empty or new folder"
             )
         return False
-    try:
-        found = read_json(file)
-        task, files = found["task"], dict(found["input"])
-    except (DSV3Error, KeyError, TypeError, ValueError):
-        task, files = "of an unknown kind", {}
+    task, files = read_record(out) or Record("of an unknown kind", {})
     if task != record["task"]:
         raise DSV3Error(
             "the output folder holds an unfinished job of another kind",

@@ -21,8 +21,9 @@ import torch
 
 from dsv3.checkpoint.contents import check_tensors, open_checkpoint
 from dsv3.checkpoint.generation_config import GenerationConfig
+from dsv3.checkpoint.index import converted_ranks
 from dsv3.checkpoint.layout import TensorSpec, check_sharding, layout
-from dsv3.checkpoint.reader import CheckpointReader, converted_ranks
+from dsv3.checkpoint.reader import CheckpointReader
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error, Notice
 from dsv3.fp8 import QuantizedTensor, decode_scale

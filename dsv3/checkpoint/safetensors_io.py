@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from dsv3.errors import DSV3Error
-from dsv3.files import open_plain, parse_json, refuse_foreign, unreadable, unwritable
+from dsv3.files import open_plain, parse_json, refuse_foreign, refuse_pickle, unreadable, unwritable
 
 DTYPES = {
     "F64": torch.float64,
@@ -50,7 +50,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 # Bytes moved at a time. It bounds the memory of everything that streams.
 PIECE = 16 << 20
@@ -362,16 +361,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raise DSV3Error for a file that would have to be unpickled."""
-    if path.suffix in PICKLES:
-        raise DSV3Error(
-            "pickle files can run code and are never opened",
-            where=path,
-            expected="a .safetensors file",
-        )
 
 
 def _entry(name: str, value: object, path: Path) -> Entry:

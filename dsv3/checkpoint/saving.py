@@ -13,8 +13,8 @@ import torch
 
 from dsv3.checkpoint.companions import copy_companions
 from dsv3.checkpoint.folder import claim
+from dsv3.checkpoint.index import INDEX_FILE, SINGLE_FILE, index_text
 from dsv3.checkpoint.layout import TensorSpec, layout
-from dsv3.checkpoint.reader import INDEX_FILE, SINGLE_FILE, index_text
 from dsv3.checkpoint.safetensors_io import DTYPES, PARTIAL, StreamWriter, remove, write_text
 from dsv3.config import CONFIG_FILE
 from dsv3.errors import DSV3Error
