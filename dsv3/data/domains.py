@@ -17,6 +17,7 @@ from dsv3.data.plays import documents, read_plays, split
 from dsv3.data.vocabulary import SPECIAL_TOKENS
 
 DOMAINS = ("plays", "code", "arithmetic")
+READABLE = (*DOMAINS, "functions")  # what a mixture may have shares of; see ``with_functions``
 
 _SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 

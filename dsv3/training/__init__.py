@@ -5,11 +5,22 @@ the experts busy), ``optimizer``, ``step`` (one update), ``evaluation``, ``corpu
 ``phases`` (short windows, then long ones), ``position`` and ``learner`` (where a run stands, and
 what a step changes), ``state`` and ``resuming`` (checkpoints, and going on from them), ``log``,
 ``terminal``, ``minutes`` (a run that fits a time) and ``run``, the loop that puts them together.
+``described`` reads a run from a file; ``mini.toml`` is the one of the shipped model.
 """
 
+from dsv3.training.described import MINI, Description, read_description
 from dsv3.training.log import LOG_FILE
 from dsv3.training.recipe import Recipe
 from dsv3.training.run import Run, train
 from dsv3.training.usual import usual_precision
 
-__all__ = ["LOG_FILE", "Recipe", "Run", "train", "usual_precision"]
+__all__ = [
+    "LOG_FILE",
+    "MINI",
+    "Description",
+    "Recipe",
+    "Run",
+    "read_description",
+    "train",
+    "usual_precision",
+]

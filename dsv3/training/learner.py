@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
+from dsv3.checkpoint.layout import layout
 from dsv3.config import ModelConfig
+from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
 from dsv3.precision import Precision
 from dsv3.training.balance import RouterWatch
@@ -21,6 +24,28 @@ class Learner:
     model: Transformer
     optimizer: AdamW
     watch: RouterWatch
+
+
+def check_memory(config: ModelConfig, recipe: Recipe, device: torch.device) -> None:
+    """Raise DSV3Error for a model that this machine cannot hold, its gradients and moments too.
+
+    Weights and gradients take 4 bytes a parameter each, the two moments 4 or 2 each. What a step
+    holds besides is not counted: this says that a model is hopeless, not that another one fits.
+    """
+    parameters = sum(spec.numel for spec in layout(config, scales=False, mtp_copies=False))
+    needed = parameters * (16 if recipe.moments == "fp32" else 12)
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise DSV3Error(
+            "too large to be trained here",
+            where="model",
+            found=f"{parameters:,} parameters, {needed / 1e9:,.0f} GB with gradients and moments",
+            expected=f"at most the {there / 1e9:,.0f} GB of memory",
+            fix="Choose smaller sizes, or a larger machine",
+        )
 
 
 def first_learner(config: ModelConfig, recipe: Recipe, device: torch.device) -> Learner:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
+from dsv3.data.domains import READABLE
 from dsv3.errors import DSV3Error
+from dsv3.fields import bad, number, whole
 from dsv3.training.schedules import Schedules
 
-# What JSON makes of a field.
-_JSON_KINDS = {
-    int: (int,),
-    float: (float, int),
-    bool: (bool,),
-    str: (str,),
-    dict: (dict,),
-    tuple: (list,),
+# What is believed of each field: the least and the most of whole numbers and of others, and words.
+_WHOLE = {
+    "tokens": (1, 2**50),
+    "seq_len": (1, 2**24),
+    "batch_first": (1, 2**20),
+    "batch_last": (1, 2**20),
+    "micro_batch": (1, 2**40),
+    "warmup": (0, 2**40),
+    "extension_tokens": (0, 2**50),
+    "extension_seq_len": (1, 2**24),
+    "extension_batch": (1, 2**20),
+    "seed": (0, 2**32),
+    "log_every": (1, 2**40),
+    "eval_every": (1, 2**40),
+    "eval_windows": (1, 2**40),
 }
+_NUMBERS = {
+    "learning_rate": (0, 1e3),
+    "embedding_std": (0, 1e3),
+    "extension_rate": (0, 1e3),
+    "weight_decay": (0, 1e3),
+    "clip": (1e-9, 1e9),
+    "sequence_weight": (0, 1e3),
+    "fim_rate": (0, 1),
+    "save_minutes": (0, 1e6),
+}
+_WORDS = {"precision": ("fp32", "bf16", "fp8"), "moments": ("fp32", "bf16")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +56,7 @@ class Recipe:
     "fp32", "bf16" or "fp8"; moments: of AdamW, "fp32" or "bf16"; recompute: save memory by
     computing norms and up-projections again in the backward pass. log_every, eval_every: steps;
     eval_windows: held-out windows of each domain looked at during a run; save_minutes: time
-    between checkpoints.
+    between checkpoints. Raises DSV3Error, naming the field, for a value that no run could have.
     """
 
     tokens: int = 5_200_000
@@ -53,7 +74,7 @@ class Recipe:
     extension_shares: dict[str, float] = field(
         default_factory=lambda: {"plays": 0.3, "functions": 0.5, "arithmetic": 0.2}
     )
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Sequence[float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float = 1.0
     sequence_weight: float = 1e-4
@@ -71,29 +92,18 @@ class Recipe:
     save_minutes: float = 4.0
 
     def __post_init__(self):
-        for name in (
-            "tokens",
-            "seq_len",
-            "batch_first",
-            "batch_last",
-            "micro_batch",
-            "extension_seq_len",
-            "extension_batch",
-            "log_every",
-            "eval_every",
-            "eval_windows",
-        ):
-            if getattr(self, name) < 1:
-                raise DSV3Error(
-                    "bad value", where=name, found=getattr(self, name), expected="1 or more"
-                )
-        if self.extension_tokens < 0:
-            raise DSV3Error(
-                "bad value",
-                where="extension_tokens",
-                found=self.extension_tokens,
-                expected="0 or more",
-            )
+        for name, limits in _WHOLE.items():
+            whole(name, getattr(self, name), *limits)
+        for name, limits in _NUMBERS.items():
+            object.__setattr__(self, name, number(name, getattr(self, name), *limits))
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise bad(name, getattr(self, name), "one of " + ", ".join(words))
+        if not isinstance(self.recompute, bool):
+            raise bad("recompute", self.recompute, "true or false")
+        object.__setattr__(self, "betas", _betas(self.betas))
+        for name in ("shares", "extension_shares"):
+            object.__setattr__(self, name, _shares(name, getattr(self, name)))
 
     @property
     def schedules(self) -> Schedules:
@@ -130,23 +140,42 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict) -> Recipe:
         """The recipe a checkpoint's JSON holds; DSV3Error for one that no recipe could be."""
-        known = {f.name: f for f in fields(cls)}
-        if set(values) != set(known):
+        known = {field.name for field in fields(cls)}
+        if set(values) != known:
             raise DSV3Error(
                 "recipe of another version",
                 where="checkpoint",
-                found=", ".join(sorted(set(known) ^ set(values))[:3]) + " on one side only",
+                found=", ".join(sorted(known ^ set(values))[:3]) + " on one side only",
                 fix="Give a new --out folder",
             )
-        usual = cls()
-        for name, value in values.items():
-            kinds = _JSON_KINDS[type(getattr(usual, name))]
-            if type(value) not in kinds:
-                raise DSV3Error(
-                    "bad value in a stored recipe",
-                    where=name,
-                    found=f"{value!r:.60}",
-                    expected=" or ".join(kind.__name__ for kind in kinds),
-                    fix="Give a new --out folder",
-                )
-        return cls(**{**values, "betas": tuple(values["betas"])})
+        try:
+            return cls(**values)
+        except DSV3Error as error:
+            raise DSV3Error(
+                "bad value in a stored recipe",
+                where=error.where,
+                found=error.found,
+                expected=error.expected,
+                fix="Give a new --out folder",
+            ) from None
+
+
+def _betas(betas) -> tuple[float, float]:
+    """The two decay rates of AdamW as a tuple; a mean that forgets nothing is none."""
+    good = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not good or not all(type(b) in (int, float) and 0 <= b < 1 for b in betas):
+        raise bad("betas", betas, "two numbers, each 0 or more and below 1")
+    return float(betas[0]), float(betas[1])
+
+
+def _shares(name: str, shares) -> dict[str, float]:
+    """Shares by domain as numbers, of which at least one is more than nothing."""
+    if not isinstance(shares, dict):
+        raise bad(name, shares, "numbers by domain: " + ", ".join(READABLE))
+    for domain in shares:
+        if domain not in READABLE:
+            raise bad(name, domain, "domains out of " + ", ".join(READABLE))
+    result = {domain: number(f"{name}.{domain}", s, 0, 1e6) for domain, s in shares.items()}
+    if not sum(result.values()) > 0:
+        raise bad(name, shares, "a share above 0")
+    return result

@@ -31,7 +31,7 @@ from dsv3.parallel.tensor import TensorGroup
 from dsv3.training.balance import max_violation
 from dsv3.training.corpus import Corpus
 from dsv3.training.evaluation import evaluate_domains
-from dsv3.training.learner import first_learner, next_learner
+from dsv3.training.learner import check_memory, first_learner, next_learner
 from dsv3.training.log import Log
 from dsv3.training.minutes import Plan, fit_minutes, knows_its_speed
 from dsv3.training.phases import Phase, check_phases, phase_at, phases_of, step_values, total_tokens
@@ -108,6 +108,7 @@ class Run:
 
         self.phases = phases_of(config, recipe)
         check_phases(self.phases, self.group.size)
+        check_memory(config, recipe, self.group.device)
         self._check_folder()
         stored = Stored.newest(self.checkpoints)
         self.plan, self.position = Plan(recipe=recipe), Position()
