@@ -6,12 +6,15 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from training_cases import RECIPE, TINY
 
+from dsv3 import cli
 from dsv3.config import PRESETS, ModelConfig
 from dsv3.data.domains import READABLE
 from dsv3.errors import DSV3Error
-from dsv3.training import MINI, Recipe, read_description
+from dsv3.training import MINI, Recipe, Run, read_description
+from dsv3.training.learner import check_memory
 from dsv3.training.phases import check_phases, phase_at, phases_of, step_values, total_tokens
 from dsv3.training.position import Position
 
@@ -141,7 +144,7 @@ SIZES = lines(
         # keys
         (None, "[recipe]\ncolour = 3", "recipe.colour: unknown key (found 3). Known here: "),
         (None, "[recipe]\nclipp = 3", "recipe.clipp: unknown key (found 3). Did you mean clip?"),
-        (None, "[recipe]\ntokens = 3", "Write tokens in [recipe.pretraining] or tokens in [recipe.e"),
+        (None, "[recipe]\ntokens = 3", "Write tokens in [recipe.pretraining] or tokens"),
         (None, "[recipe]\nextension_rate = 3", "Write learning_rate in [recipe.extension]"),
         (None, "[recipe.extension]\nseed = 3", "Write seed in [recipe]"),
         (None, "[recipe.extension]\nbatch_first = 3", "Did you mean batch?"),
@@ -149,23 +152,23 @@ SIZES = lines(
         (None, "[colour]", "colour: unknown key (found {}). Known here: out, model, data, recipe"),
         ('preset = "mini"\nhiden_size = 3', "", "model.hiden_size: unknown key (found 3). Did you"),
         # kinds
-        (None, "[recipe]\nseed = 1.0", "recipe.seed: bad value (found 1.0, expected a whole number"),
+        (None, "[recipe]\nseed = 1.0", "recipe.seed: bad value (found 1.0, expected a whole"),
         (None, "[recipe]\nseed = true", "recipe.seed: bad value (found True, expected a whole"),
         (None, "[recipe]\nseed = 1979-05-27", "recipe.seed: bad value (found datetime.date(1979"),
         (None, '[recipe]\nclip = "1"', "recipe.clip: bad value (found '1', expected a finite"),
         (None, "[recipe]\nrecompute = 1", "recipe.recompute: bad value (found 1, expected true"),
-        (None, "[recipe]\nprecision = 16", "recipe.precision: bad value (found 16, expected one of"),
-        (None, "[recipe]\nextension = 3", "recipe.extension: bad value (found 3, expected a section"),
-        (None, "[[recipe.extension]]", "recipe.extension: bad value (found [{}], expected a section"),
-        (None, "[data]\nplays = 3", "data.plays: bad value (found 3, expected the name of a file"),
-        (None, '[data]\ncode = ""', "data.code: bad value (found '', expected the name of a file"),
+        (None, "[recipe]\nprecision = 16", "recipe.precision: bad value (found 16, expected one"),
+        (None, "[recipe]\nextension = 3", "recipe.extension: bad value (found 3, expected a sec"),
+        (None, "[[recipe.extension]]", "recipe.extension: bad value (found [{}], expected a sec"),
+        (None, "[data]\nplays = 3", "data.plays: bad value (found 3, expected the name"),
+        (None, '[data]\ncode = ""', "data.code: bad value (found '', expected the name"),
         ("preset = 3", "", "model.preset: bad value (found 3, expected one of deepseek-v3, "),
         ('preset = "mini"\nhidden_size = "256"', "", "model.hidden_size: bad value (found '256'"),
         # values
-        (None, "[recipe.pretraining]\nlearning_rate = nan", "recipe.pretraining.learning_rate: bad"),
-        (None, "[recipe.extension]\nlearning_rate = -1", "recipe.extension.learning_rate: bad value"),
+        (None, "[recipe.pretraining]\nlearning_rate = nan", "recipe.pretraining.learning_rate"),
+        (None, "[recipe.extension]\nlearning_rate = -1", "recipe.extension.learning_rate: bad"),
         (None, "[recipe.extension]\ntokens = -1", "expected a whole number, 0 or more). Change it"),
-        (None, "[recipe]\nbetas = [0.9, 1.0]", "recipe.betas: bad value (found [0.9, 1.0], expected"),
+        (None, "[recipe]\nbetas = [0.9, 1.0]", "recipe.betas: bad value (found [0.9, 1.0]"),
         (None, "[recipe]\nbetas = [0.9]", "recipe.betas: bad value (found [0.9], expected two"),
         (None, "[recipe]\nfim_rate = 1.5", "found 1.5, expected a finite number from 0 to 1)"),
         (None, "[recipe]\nseed = -1", "recipe.seed: bad value (found -1, expected a whole"),
@@ -187,11 +190,11 @@ SIZES = lines(
         # models
         ("", "", 'model: no model is named (expected preset, path, or fields as in a config.json)'),
         ('preset = "mini"\npath = "x"', "", "model: more than one model"),
-        ('preset = "maxi"', "", "model.preset: bad value (found 'maxi', expected one of deepseek"),
+        ('preset = "maxi"', "", "model.preset: bad value (found 'maxi', expected one"),
         ('path = "x"', "", "model.path: "),
-        ('preset = "mini"\nn_group = 3', "", "model.n_routed_experts: bad value (found 16, expected"),
-        ('preset = "mini"\nvocab_size = 100', "", "expected 264 or more: the bytes and the special"),
-        ('preset = "kimi-k2"', "", "model.bos_token_id: a token of another tokenizer (found 163584"),
+        ('preset = "mini"\nn_group = 3', "", "model.n_routed_experts: bad value (found 16"),
+        ('preset = "mini"\nvocab_size = 100', "", "expected 264 or more: the bytes and"),
+        ('preset = "kimi-k2"', "", "model.bos_token_id: a token of another tokenizer (found 16"),
         (SIZES.replace("n_group = 4", ""), "", "model.n_group: missing field"),
         ('preset = "mini"\nattention_bias = true', "", "model.attention_bias: unsupported value"),
         # TOML
@@ -240,6 +243,81 @@ def test_a_stored_recipe_that_no_recipe_could_be_names_the_way_out():
     for name, value in (("tokens", -1), ("precision", "x"), ("betas", [2, 3]), ("shares", [])):
         with pytest.raises(DSV3Error, match=f"{name}: bad value in a stored.*new --out folder"):
             Recipe.from_dict({**json.loads(json.dumps(asdict(Recipe()))), name: value})
+
+
+# The command ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs ``dsv3 train`` without the training; gives what it would train, or its one line."""
+    calls = []
+    monkeypatch.setattr(
+        "dsv3.training.train", lambda *given, **options: calls.append((given, options))
+    )
+    monkeypatch.setattr("dsv3.machine.bf16_slowdown", lambda: 1.0)
+
+    def run(*words):
+        code = cli.main(["train", "--device", "cpu", *map(str, words)])
+        if calls:
+            assert code == 0
+            return calls.pop()
+        assert code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_the_preset_is_its_file(command):
+    for words in (["--preset", "mini"], ["--config", MINI]):
+        (config, out, recipe), options = command(*words, "--out", "x")
+        assert (config, str(out), recipe) == (ModelConfig.mini(), "x", Recipe())
+        assert options["plays"] is options["code"] is options["max_minutes"] is None
+
+
+def test_options_go_before_the_file(command, written, tmp_path):
+    file = written(
+        '[data]\nplays = "p"\ncode = "c"\n[recipe]\nseed = 3\nprecision = "fp8"\n'
+        "[recipe.extension]\ntokens = 7"
+    )
+    file.write_text('out = "o"\n' + file.read_text())
+    (_, out, recipe), options = command("--config", file)
+    assert (out, options["plays"], options["code"]) == tuple(tmp_path / name for name in "opc")
+    assert recipe == Recipe(seed=3, precision="fp8", extension_tokens=7)
+    (_, out, recipe), options = command(
+        "--config", file, "--out", "other", "--plays", "q", "--seed", 4, "--precision", "fp32",
+        "--extension-tokens", 0, "--tokens", 9, "--moments", "bf16", "--recompute",
+    )  # fmt: skip
+    assert (out, options["plays"], options["code"]) == ("other", "q", tmp_path / "c")
+    assert recipe == Recipe(
+        seed=4, precision="fp32", extension_tokens=0, tokens=9, moments="bf16", recompute=True
+    )
+
+
+def test_what_the_command_refuses(command, written, tmp_path):
+    file = written("[recipe]\nseed = 3")
+    assert "--preset: not allowed with argument --config" in command(
+        "--config", file, "--preset", "mini", "--out", "x"
+    )
+    assert "one of the arguments --preset --config is required" in command("--out", "x")
+    assert "is kept. Give --out DIR\n" in command("--preset", "mini")
+    assert f"is kept. Give --out DIR, or write out = ... into {file}" in command("--config", file)
+    assert "not a plain file (found a folder)" in command("--config", "", "--out", "x")
+    line = command("--config", file, "--out", "x", "--seed", -1)
+    assert "seed: bad value (found -1" in line and line.count("\n") == 1
+    line = command("--config", written("[recipe.extension]\nbatch = 1"), "--out", "x", "--ranks", 2)
+    assert "extension_batch: fewer windows in a step than ranks (found 1, expected 2" in line
+
+
+def test_a_model_too_large_to_train_is_refused_before_anything_is_made(written, tmp_path):
+    config = read_description(
+        written(model='preset = "deepseek-v3"\nbos_token_id = 0\neos_token_id = 1')
+    ).config
+    with pytest.raises(DSV3Error, match="model: too large to be trained here .*682,6.* 10,922 GB"):
+        Run(config, tmp_path / "out", Recipe(seq_len=256))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DSV3Error, match=" 8,192 GB"):
+        check_memory(config, Recipe(moments="bf16"), torch.device("cpu"))
 
 
 # Phases -----------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dsv3 import machine
 from dsv3.commands import options
-from dsv3.config import ModelConfig
+from dsv3.errors import DSV3Error
 from dsv3.parallel.environment import check_ranks
 from dsv3.parallel.launch import launch
 
@@ -17,9 +18,20 @@ EXAMPLE = "dsv3 train --preset mini --out runs/mini --max-minutes 10"
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """--preset mini --out DIR, and what a recipe can be told."""
-    parser.add_argument("--preset", choices=("mini",), required=True)
-    parser.add_argument("--out", metavar="DIR", type=options.folder, required=True)
+    """--preset mini or --config FILE, --out DIR, and what a recipe can be told."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--preset", choices=("mini",), help="the shipped model's sizes and recipe")
+    which.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a run described in TOML, as dsv3/training/mini.toml is; options go before it",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=options.folder,
+        help="where the run and its model are kept (default: out in FILE)",
+    )
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16", "fp8"),
@@ -78,31 +90,37 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace, arguments: Sequence[str]) -> int:
     """Start the ranks that were asked for, or train as the rank that this process is."""
     from dsv3.parallel.tensor import TensorGroup
-    from dsv3.training import Recipe, train, usual_precision
+    from dsv3.training import MINI, Recipe, read_description, train, usual_precision
+    from dsv3.training.phases import check_phases, phases_of
 
     ranks, starts = check_ranks(args.ranks, "--ranks", args.device)
+    described = read_description(MINI if args.config is None else args.config)
+    out = args.out or described.out
+    if out is None:
+        also = f", or write out = ... into {args.config}" if args.config else ""
+        raise DSV3Error("nothing says where the run is kept", fix=f"Give --out DIR{also}")
+    fields = ("precision", "tokens", "extension_tokens", "moments", "recompute", "seed")
+    given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    choices = {**described.choices, **given}
+    recipe = Recipe(**choices)
     if starts:
-        Recipe().check_ranks(ranks, extends=args.extension_tokens != 0)
+        check_phases(phases_of(described.config, recipe), ranks)
         return launch(("-m", "dsv3", *arguments), ranks, threads=machine.threads(ranks, spare=0))
-    choices = {
-        name: getattr(args, name)
-        for name in ("precision", "tokens", "extension_tokens", "moments", "recompute", "seed")
-    }
     group = TensorGroup.from_environment(args.device)
-    if args.precision is None:  # rank 0 looks, and all do as it says
-        choices["precision"], why = group.broadcast_object(
-            usual_precision(args.out, group.device) if group.rank == 0 else None
+    if "precision" not in choices:  # rank 0 looks, and all do as it says
+        precision, why = group.broadcast_object(
+            usual_precision(out, group.device) if group.rank == 0 else None
         )
         if group.rank == 0:
             print(why, file=sys.stderr)
-    recipe = Recipe(**{name: value for name, value in choices.items() if value is not None})
+        recipe = replace(recipe, precision=precision)
     train(
-        ModelConfig.mini(),
-        args.out,
+        described.config,
+        out,
         recipe,
         max_minutes=args.max_minutes,
-        plays=args.plays,
-        code=args.code,
+        plays=args.plays or described.plays,
+        code=args.code or described.code,
         group=group,
     )
     group.close()

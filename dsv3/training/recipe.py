@@ -116,19 +116,6 @@ class Recipe:
             batch_last=self.batch_last,
         )
 
-    def check_ranks(self, ranks: int, extends: bool) -> None:
-        """Raise DSV3Error unless every rank gets a window of each step. extends: whether there is
-        a second phase."""
-        for what in ("batch_first", "batch_last", *["extension_batch"] * extends):
-            if getattr(self, what) < ranks:
-                raise DSV3Error(
-                    "fewer windows in a step than ranks",
-                    where=what,
-                    found=getattr(self, what),
-                    expected=f"{ranks} or more",
-                    fix="Start fewer ranks",
-                )
-
     def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
         """Fields in which ``other`` differs: name -> (its value, the value here)."""
         return {
