@@ -95,9 +95,11 @@ def test_the_wheel_holds_the_package_its_model_and_nothing_else(builds):
         ".js",
         ".css",
         ".mplstyle",
+        ".toml",
         ".typed",
         "",
     }
+    assert "dsv3/training/mini.toml" in names  # --preset mini reads it
 
 
 def test_the_source_archive_builds_the_same(builds):
