@@ -27,6 +27,7 @@ from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.index import INDEX_FILE, index_text
 from dsv3.checkpoint.inspect import report
 from dsv3.checkpoint.layout import layout
+from dsv3.checkpoint.loading import rank_pieces
 from dsv3.checkpoint.safetensors_io import Planned, build_header
 from dsv3.config import CONFIG_FILE, ModelConfig
 from dsv3.parallel.tensor import TensorGroup
@@ -54,23 +55,16 @@ def write_sparse(folder: Path, config: ModelConfig, shards: int) -> None:
 def load_layer(folder: Path, layer: int, group: TensorGroup) -> tuple[Block, int]:
     """One layer of the main model as one rank holds it, and the bytes read for it."""
     config, reader, specs = open_checkpoint(folder)
-    prefix = f"layers.{layer}."
     block = Block(config, layer, Precision.of("fp8", config), group)
-    with reader:
-        for spec in specs:
-            part = spec.slice_for(group.rank, group.size, config.n_routed_experts)
-            if not spec.name.startswith(prefix) or spec.scale_of or part is None:
-                continue
-            value, scale = reader.read(spec.hf_name, *part), None
-            if spec.scale:
-                scale = reader.read(
-                    spec.scale.hf_name,
-                    *spec.scale.slice_for(group.rank, group.size, config.n_routed_experts),
-                )
-            path = spec.name.removeprefix(prefix).split(".")[:-1]
-            if "experts" in path:  # the experts of a rank are one module
-                path = path[: path.index("experts") + 1]
-            block.get_submodule(".".join(path)).load(spec.name, value, scale)
+    prefix = f"layers.{layer}."
+    with reader:  # values are not checked: scales of 0 are what a file of holes has
+        block.load_state_dict(
+            {
+                piece.name.removeprefix(prefix): reader.read(piece.stored, *piece.ranges)
+                for piece in rank_pieces(specs, config, group)
+                if piece.name.startswith(prefix)
+            }
+        )
         return block, reader.bytes_read
 
 
