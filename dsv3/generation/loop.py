@@ -23,9 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv3.cache import check_is_cache
 from dsv3.errors import DSV3Error
-from dsv3.generation.rows import Rows, Token, as_prompts, check_prompts
+from dsv3.generation.rows import Rows, Token, as_prompts, check_beginnings, check_prompts
 from dsv3.generation.sampling import Choice, Chooser, Sampling
 from dsv3.generation.speculative import Speculative
 
@@ -291,56 +290,6 @@ class Stream(Iterator[Token]):
         if n > 1:
             decoder.copies(n, decoder.cache.copies(n, self._room))
         return logits.repeat_interleave(n, dim=0)
-
-
-def check_beginnings(
-    prompts: Sequence[Sequence[int]], cache, draft_cache, sampling: Sampling, context: int
-) -> None:
-    """Raise DSV3Error unless each row of the caches holds a beginning of its prompt and has room.
-
-    An entry of a draft cache is about the token after its own.
-    """
-    for name, kept in (("cache", cache), ("draft_cache", draft_cache)):
-        if kept is not None:
-            check_is_cache(kept, name)
-            if len(kept.lengths) != len(prompts):
-                raise DSV3Error(
-                    "the cache is for another batch",
-                    where=name,
-                    found=f"{len(kept.lengths)} rows",
-                    expected=f"{len(prompts)}, one a prompt",
-                )
-    for row, prompt in enumerate(prompts):
-        for name, kept, ids in (("cache", cache, prompt), ("draft_cache", draft_cache, prompt[1:])):
-            if kept is None or (name == "draft_cache" and not sampling.speculative):
-                continue
-            need = len(prompt) + (sampling.max_new_tokens - 1 if sampling.n == 1 else 0)
-            if kept.max_seq_len < min(need, context - 1):
-                raise DSV3Error(
-                    "the cache is too short",
-                    where=f"{name}, row {row}",
-                    found=f"room for {kept.max_seq_len} tokens",
-                    expected=f"{min(need, context - 1)} or more",
-                    fix="Make it longer (max_seq_len)",
-                )
-            held = kept.tokens(row)
-            if len(held) > len(prompt):
-                raise DSV3Error(
-                    "the cache holds more than the prompt",
-                    where=f"{name}, row {row}",
-                    found=f"{len(held)} tokens",
-                    expected=f"at most {len(prompt)}",
-                    fix="Cut it back with cache.truncate, or start with a new one",
-                )
-            for place, (was, id) in enumerate(zip(held, ids)):
-                if was not in (id, -1):  # -1: written by hand, and nobody knows for what
-                    raise DSV3Error(
-                        "the cache holds another text",
-                        where=f"{name}, row {row}",
-                        found=f"token {was} at {place}",
-                        expected=id,
-                        fix=f"Cut it back with cache.truncate, at most to {place}",
-                    )
 
 
 def prefill(
