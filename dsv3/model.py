@@ -79,6 +79,8 @@ class Transformer(nn.Module):
         )
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
+            self.register_state_dict_post_hook(_leave_out_head)
+            self.register_load_state_dict_pre_hook(_give_head)
         if self.precision.quantized or self.group.size > 1:
             self.requires_grad_(False)
 
@@ -95,6 +97,21 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight  # still one, where it had to be made anew
         placement.follow(self, target)
         return self
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """Weights under a checkpoint's names, in any form that one has, copied into the model's own
+        precision. Raises DSV3Error for ``assign``, which would leave them in the file's, and for a
+        model on the meta device, which has no room to copy into.
+        """
+        if assign or self.device.type == "meta":
+            raise DSV3Error(
+                "weights are copied into a model that has room for them",
+                where="load_state_dict",
+                found="assign=True" if assign else "a model on the meta device",
+                fix="Make the model on its device, or move it there by to_empty(device=...), "
+                "and leave out assign",
+            )
+        return super().load_state_dict(state_dict, strict)
 
     def forward(
         self,
@@ -287,6 +304,28 @@ class Transformer(nn.Module):
                 if isinstance(module, Router) and module.bias is not None:
                     module.bias.zero_()
         return self
+
+
+# A tied head is the embedding: a state_dict, like a checkpoint, has it once. ----------------------
+
+
+def _leave_out_head(model: Transformer, state: dict[str, Tensor], prefix: str, *_) -> None:
+    del state[prefix + "head.weight"]
+
+
+def _give_head(model: Transformer, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """Raises DSV3Error for a head in the file that is another one."""
+    head, embedding = prefix + "head.weight", state.get(prefix + "embed.weight")
+    if embedding is None:
+        return  # which is what the answer will say
+    if head in state and not torch.equal(state[head].to(embedding), embedding):
+        raise DSV3Error(
+            "two tensors that the config calls one differ",
+            where=f"{head} and {prefix}embed.weight",
+            found="tie_word_embeddings true",
+            fix="Set tie_word_embeddings to false if the head is one of its own",
+        )
+    state[head] = embedding
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:

@@ -253,6 +253,7 @@ def _take_experts(
     One by one, so that a layer's experts need not lie in memory twice.
     """
     stacks = dict(experts.named_parameters(recurse=False)) | dict(experts.named_buffers())
+    unexpected += [prefix + name for name in stacks if prefix + name in state]
     for name, stack, place in experts.places():
         key = f"{prefix}{name}weight"
         if key not in state:

@@ -43,6 +43,7 @@ from dsv3.grouped import can_group, grouped, one_by_one
 
 # Rows of a bfloat16 weight that are widened at a time: small enough to stay in a core's cache.
 _WIDEN_ROWS = 1024
+_PLAIN = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +123,10 @@ class Precision:
     ) -> tuple[Tensor, Tensor | None]:
         """A stored matrix, in plain numbers or in FP8 blocks, in the form that is kept here.
 
-        Raises DSV3Error for codes without their scales; ``name`` is for that message.
+        Raises DSV3Error for codes without their scales, scales without codes, and what is no
+        weight; ``name`` is for that message.
         """
-        if weight.dtype != torch.float8_e4m3fn:
+        if is_plain(name, weight, scale):
             return weight, None
         return stored_blocks(name, weight, scale).dequantize(), None
 
@@ -215,10 +217,10 @@ class Fp8(Precision):
         self, name: str, weight: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Codes are kept bit for bit, plain numbers are quantised."""
-        if weight.dtype == torch.float8_e4m3fn:
-            blocks = stored_blocks(name, weight, scale)
-        else:
+        if is_plain(name, weight, scale):
             blocks = fp8.quantize_weight(weight.float(), self.scale_format)
+        else:
+            blocks = stored_blocks(name, weight, scale)
         return blocks.data, blocks.scale
 
     def operand(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> QuantizedTensor:
@@ -312,6 +314,22 @@ def _unknown(name: str) -> DSV3Error:
     return DSV3Error(
         "unknown precision", where="precision", found=name, expected="fp32, bf16 or fp8"
     )
+
+
+def is_plain(name: str, weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether a weight of a file is in plain numbers; False for FP8 codes. DSV3Error for all else:
+    bytes that may be codes, for one, would be taken for the numbers 0 to 255."""
+    kind = getattr(weight, "dtype", type(weight).__name__)
+    if kind == torch.float8_e4m3fn:
+        return False
+    if kind not in _PLAIN or scale is not None:
+        raise DSV3Error(
+            "not a weight that can be read",
+            where=name,
+            found=f"{kind} with scales" if scale is not None else kind,
+            expected="float32, bfloat16, float16 or float64, or float8_e4m3fn with its scales",
+        )
+    return True
 
 
 def stored_blocks(name: str, weight: Tensor, scale: Tensor | None) -> QuantizedTensor:

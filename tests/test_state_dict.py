@@ -131,3 +131,59 @@ def test_what_does_not_fit_is_named(released, as_in_use):
     done = model.load_state_dict({EXPERT: torch.ones_like(good[EXPERT])}, strict=False)
     assert EXPERT not in done.missing_keys and "embed.weight" in done.missing_keys
     assert model.layers[1].ffn.experts.w13[2, 1].min() == 1
+
+
+@pytest.mark.parametrize("name", [EXPERT, "layers.0.attn.wo.weight", "layers.0.attn.wkv_b.weight"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_no_weight_is_refused(released, as_in_use, precision, name):
+    """Codes that came as bytes would be taken for numbers from 0 to 255."""
+    model = load_model(released[0], precision)
+    good, scale = model.state_dict(), name.removesuffix("weight") + "scale"
+    weight, ones = torch.zeros(good[name].shape), torch.ones(1, 1)
+    for kind in (torch.uint8, torch.int8, torch.float8_e5m2, torch.int64, torch.bool):
+        for scales in ({}, {scale: ones}):
+            with pytest.raises(DSV3Error, match=f"{name}.*{kind}"):
+                model.load_state_dict({**good, name: weight.to(kind), **scales})
+    with pytest.raises(DSV3Error, match=f"{name}.*torch.bfloat16 with scales"):
+        model.load_state_dict({**good, name: weight.bfloat16(), scale: ones})
+    for thing in (None, "x", weight.numpy()):
+        with pytest.raises(DSV3Error, match=f"{name}"):
+            model.load_state_dict({n: v for n, v in {**good, name: thing}.items() if n != scale})
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weights_are_copied_and_not_assigned(released, precision):
+    """Assigned, they would keep the file's dtype, and the stacks of experts would stay empty."""
+    model = load_model(released[0], precision)
+    good, empty = model.state_dict(), Transformer(model.config, precision, device="meta")
+    with pytest.raises(DSV3Error, match="assign=True.*leave out assign"):
+        empty.load_state_dict(good, assign=True)
+    with pytest.raises(DSV3Error, match="meta device.*to_empty"):
+        empty.load_state_dict(good)
+    empty.to_empty(device="cpu").load_state_dict(good)
+    assert_same(empty.state_dict(), good)
+
+
+def test_stacks_are_no_names(released):
+    model = load_model(released[0], "fp8")
+    for stack in ("w13", "w2", "w2_scale"):
+        key = f"layers.1.ffn.experts.{stack}"
+        with pytest.raises(RuntimeError, match=f"Unexpected key.*{key}"):
+            model.load_state_dict({**model.state_dict(), key: torch.zeros(1)})
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_tied_head_has_no_name_of_its_own(precision):
+    """Files leave it out; one that is there all the same has to be the embedding."""
+    config = tiny_config(tie_word_embeddings=True)
+    whole = Transformer(config).init_weights(0).state_dict()
+    assert "head.weight" not in whole
+    model = Transformer(config, precision)
+    for state in (whole, {**whole, "head.weight": whole["embed.weight"].clone()}):
+        model.load_state_dict(state)
+        assert model.head.weight is model.embed.weight
+        assert torch.equal(model.embed.weight, whole["embed.weight"].to(model.embed.weight))
+    with pytest.raises(DSV3Error, match="head.weight and embed.weight"):
+        model.load_state_dict({**whole, "head.weight": torch.zeros_like(whole["embed.weight"])})
+    with pytest.raises(RuntimeError, match="Missing key.*embed.weight"):
+        model.load_state_dict({n: v for n, v in whole.items() if n != "embed.weight"})
