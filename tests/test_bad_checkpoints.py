@@ -18,6 +18,8 @@ from dsv3.checkpoint.loading import load_model
 from dsv3.config import QuantizationConfig
 from dsv3.errors import DSV3Error
 
+pytestmark = pytest.mark.slow
+
 DOORS = {
     "load": lambda folder, out: load_model(folder),
     "convert": lambda folder, out: convert(folder, out, 2, progress=False),

@@ -6,6 +6,8 @@ import torch
 from dsv3.commands import speed
 from dsv3.errors import DSV3Error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def clock(monkeypatch):

@@ -21,6 +21,8 @@ from dsv3.commands import doctor
 from dsv3.viz.scene import Scene, Text
 from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TEXT = "To be, or not to be"
 

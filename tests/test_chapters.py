@@ -14,6 +14,8 @@ import pytest
 
 from dsv3.book import ledger
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 TAUGHT = [path for path in CHAPTERS if path.name[:2] in ("01", "02", "03")]

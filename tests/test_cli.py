@@ -29,6 +29,8 @@ from dsv3.errors import DSV3Error
 from dsv3.generation.loop import generate
 from dsv3.generation.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 120  # seconds; reached only when something hangs
 PROMPT = "In byte-level text"

@@ -16,6 +16,8 @@ from dsv3.costs import break_even_queries, expected_groups
 from dsv3.errors import DSV3Error
 from dsv3.rope import inverse_frequencies, rotation_scale, softmax_scale
 
+pytestmark = pytest.mark.slow
+
 
 def use(config: ModelConfig) -> ModelConfig:
     """What is computed from a config before any weight is read: all of it finite and positive."""

@@ -23,6 +23,8 @@ from dsv3.config import QuantizationConfig
 from dsv3.errors import DSV3Error
 from dsv3.parallel.tensor import TensorGroup
 
+pytestmark = pytest.mark.slow
+
 # released word -> (short word, dimension that is cut)
 RULE = {
     "embed_tokens": ("embed", 0),

@@ -17,6 +17,8 @@ from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES
 from dsv3.model import Transformer
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers")
 
 CONFIG = ModelConfig(

@@ -22,6 +22,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.exam import Line
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

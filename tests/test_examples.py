@@ -19,6 +19,8 @@ import pytest
 
 from dsv3.cli import build_parser, main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Beginning of an example -> why it is not run here.

@@ -19,6 +19,8 @@ import torch
 from dsv3.book.exercise import Verdict, judge, judge_statements, judge_value
 from dsv3.book.ready import NotReady
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 CHAPTERS = {path.name[:2]: path for path in sorted((ROOT / "chapters").glob("0[0-3]_*.ipynb"))}
 KINDS = ("Warm-up", "Implement", "Explain", "Measure", "Transfer")

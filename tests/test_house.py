@@ -87,3 +87,12 @@ def test_the_map_in_the_readme_is_todays():
     drawn = ElementTree.parse(PACKAGE.parent / "assets" / "figures" / "house_map.svg")
     stored = drawn.find(".//{http://purl.org/dc/elements/1.1/}description").text
     assert stored == in_words(), "draw it again: python -m dsv3.viz assets/figures assets/dsv3-mini"
+
+
+def test_every_room_has_a_test_in_make_quick():
+    quick = set()
+    for path in Path(__file__).parent.glob("test_*.py"):
+        if "pytestmark = pytest.mark.slow" not in path.read_text():
+            quick |= {name.split(".")[1] for name in imports(path) if name.startswith("dsv3.")}
+    for room in ROOMS:
+        assert quick & set(room.modules.split()), f"nothing of {room.name} is tested quickly"

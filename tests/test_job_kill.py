@@ -16,6 +16,8 @@ from dsv3.checkpoint.jobs import RECORD_FILE
 from dsv3.checkpoint.safetensors_io import PARTIAL, StreamWriter
 from dsv3.errors import DSV3Error
 
+pytestmark = pytest.mark.slow
+
 # A process that forks for every life, so that torch is imported once. Prints the number of lives.
 KILLER = """
 import os, signal, sys

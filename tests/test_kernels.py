@@ -15,6 +15,8 @@ pytest.importorskip("triton", reason="Triton is not installed (there is none for
 
 from dsv3.kernels import act_quant, fp8_gemm, weight_dequant
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # FP8 tensor cores add with about 14 bits inside a block of 128; the interpreter is exact.
 TOLERANCE = 1e-3 if DEVICE == "cuda" else 1e-5

@@ -35,6 +35,8 @@ from dsv3.parallel.launch import RankFailed, launch
 from dsv3.parallel.rank import is_collective, is_lost_peer
 from dsv3.parallel.tensor import TensorGroup
 
+pytestmark = pytest.mark.slow
+
 VARIABLES = (
     "RANK",
     "WORLD_SIZE",

@@ -16,6 +16,8 @@ from dsv3.attention import Attention, KVCache, attend, causal_mask
 from dsv3.book import mutated
 from dsv3.rope import rotate
 
+pytestmark = pytest.mark.slow
+
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -23,6 +23,8 @@ from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 from dsv3.rope import inverse_frequencies
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 BOUND = 2e-5  # of the largest output

@@ -25,6 +25,8 @@ from dsv3.training.optimizer import make_optimizer
 from dsv3.training.routing import expert_counts, specialisation
 from dsv3.training.step import StepValues, train_step
 
+pytestmark = pytest.mark.slow
+
 # Larger than what a changed line must do to be called noticed; the oracle's bound is 2e-5.
 NOTICED = 1e-3
 

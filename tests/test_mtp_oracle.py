@@ -18,6 +18,8 @@ from dsv3.checkpoint.loading import load_model
 from dsv3.config import YarnScaling
 from dsv3.generation.loop import complete
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 CONFIG = BASE.but(
     num_nextn_predict_layers=1,

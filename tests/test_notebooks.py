@@ -17,6 +17,8 @@ from packaging.utils import canonicalize_name
 
 from dsv3.book.saved import WIDGET
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(
     path

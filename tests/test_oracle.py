@@ -16,6 +16,8 @@ import torch
 from dsv3 import ModelConfig, load_model
 from dsv3.generation.loop import generate
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 BOUND = 2e-5

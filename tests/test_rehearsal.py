@@ -12,6 +12,8 @@ from dsv3.checkpoint.inspect import report
 from dsv3.config import ModelConfig
 from dsv3.parallel.tensor import TensorGroup
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def few_layers():

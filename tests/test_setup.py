@@ -329,3 +329,36 @@ def test_unknown_names_of_the_package_are_attribute_errors():
 
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         dsv3.nonsense
+
+
+# --- CONTRIBUTING -----------------------------------------------------------------------------
+
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+
+
+def test_contributing_names_files_that_exist():
+    named = re.findall(r"`((?:dsv3|tests|chapters|benchmarks)/[\w./]+)`", CONTRIBUTING.read_text())
+    named = [name for name in named if "NN" not in name and "NAME" not in name]
+    assert len(named) > 10 and [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_contributing_names_what_its_files_have():
+    """Names in capitals in brackets or after "in": `tests/test_chapters.py` (`TAUGHT`)."""
+    text = CONTRIBUTING.read_text()
+    for name, file in {
+        "TAUGHT": "tests/test_chapters.py",
+        "CHAPTERS": "tests/test_exercises.py",
+        "FAMILIES": "dsv3/families.py",
+        "FIXED": "dsv3/families.py",
+        "OTHERS": "dsv3/families.py",
+        "PRESETS": "dsv3/config.py",
+        "SMALL": "tests/test_families.py",
+    }.items():
+        assert f"`{name}`" in text
+        assert re.search(rf"^{name}\b.*= ", (ROOT / file).read_text(), re.MULTILINE), name
+
+
+def test_contributing_commands_exist():
+    block = code_blocks(CONTRIBUTING.read_text())[0]
+    assert re.findall(r"^make ([a-z]+)", block, re.MULTILINE) == ["check", "quick", "test"]
+    assert {"check", "quick", "test"} <= make_targets()

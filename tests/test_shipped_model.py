@@ -25,6 +25,8 @@ from dsv3.training import exam
 from dsv3.training.needle import loss_by_position
 from dsv3.training.routing import expert_counts
 
+pytestmark = pytest.mark.slow
+
 MODEL = Path(__file__).parents[1] / "assets" / "dsv3-mini"
 NEW_TOKENS = 48
 PROMPTS = [

@@ -25,6 +25,8 @@ from dsv3.generation.session import Session
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ModelConfig(
     vocab_size=64,
     hidden_size=32,

@@ -14,6 +14,8 @@ import pytest
 from dsv3.errors import DSV3Error
 from dsv3.generation.template import Renderer, choose, template_messages
 
+pytestmark = pytest.mark.slow
+
 TOOLS = [
     {
         "type": "function",

@@ -15,6 +15,8 @@ from dsv3.config import QuantizationConfig, YarnScaling
 from dsv3.errors import DSV3Error
 from dsv3.parallel.tensor import TensorGroup
 
+pytestmark = pytest.mark.slow
+
 # Sizes whose FP8 blocks can be cut over 4 ranks, with a last block of 64 rows in wkv_a.
 CONFIG = ModelConfig.mini().but(
     vocab_size=256,

@@ -20,6 +20,8 @@ from dsv3.errors import DSV3Error
 from dsv3.training import LOG_FILE, Recipe, Run, train, usual_precision
 from dsv3.training.state import digest, latest_state, remove_old
 
+pytestmark = pytest.mark.slow
+
 FILES = ("state.json", "state.safetensors", "SHA256SUMS")
 
 

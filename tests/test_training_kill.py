@@ -14,6 +14,8 @@ from training_cases import write_texts
 
 from dsv3.training import LOG_FILE
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 CLOCKS = ("seconds", "cpu_seconds", "tokens_per_second")
 KILLED = -signal.SIGKILL

@@ -31,6 +31,8 @@ from dsv3.training.optimizer import make_optimizer
 from dsv3.training.phases import total_tokens
 from dsv3.training.state import latest_state, load_state, save_state
 
+pytestmark = pytest.mark.slow
+
 CLOCKS = ("seconds", "cpu_seconds", "tokens_per_second")
 texts, little = training_cases.texts, training_cases.little
 UNSEEN = ModelConfig.from_dict(TINY.to_dict())  # equal to TINY, another object

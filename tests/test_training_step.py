@@ -13,6 +13,8 @@ from dsv3.training.objective import losses
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.step import StepValues, train_step
 
+pytestmark = pytest.mark.slow
+
 VALUES = StepValues(learning_rate=1e-2, micro_batch=32)
 UNCLIPPED = StepValues(learning_rate=1e-3, clip=1e9, micro_batch=32)
 

@@ -18,6 +18,8 @@ from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.shipped import model_folder
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
