@@ -222,6 +222,7 @@ def mix_values(
 ) -> Float[Tensor, "b queries d"]:
     """Values summed by weight, in the weights' dtype."""
     runs = zip(weights.split(_WIDEN_KEYS, dim=-1), values.split(_WIDEN_KEYS, dim=1), strict=True)
+    # pyrefly: ignore[bad-return] - there is a run at least
     return sum(weight @ run.to(weight.dtype) for weight, run in runs)
 
 

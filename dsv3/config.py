@@ -251,6 +251,7 @@ class ModelConfig:
             if self.scale_fmt != "float32":
                 data["quantization_config"]["scale_fmt"] = self.scale_fmt
             if kept := self.quantization_config.modules_to_not_convert:
+                # pyrefly: ignore[bad-assignment] - values of JSON are of every kind
                 data["quantization_config"]["modules_to_not_convert"] = list(kept)
         data["torch_dtype"] = "bfloat16"
         return dict(sorted(spell(data).items()))

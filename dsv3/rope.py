@@ -56,6 +56,7 @@ def yarn_range(config: ModelConfig) -> tuple[int, int]:
     strange, but what the released code does, and a model trained with it needs.
     """
     yarn, dim = config.rope_scaling, config.qk_rope_head_dim
+    assert yarn is not None  # without YaRN there is no ramp to ask for
 
     def pair_that_turns(times: float) -> float:
         length = yarn.original_max_position_embeddings

@@ -26,6 +26,8 @@ from dsv3.checkpoint.safetensors_io import StreamWriter
 from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.errors import DSV3Error
 
+pytestmark = pytest.mark.slow
+
 UE8M0 = QuantizationConfig(scale_fmt="ue8m0")
 INDEX = "model.safetensors.index.json"
 WKV_A = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"

@@ -13,6 +13,8 @@ from dsv3.errors import DSV3Error
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 
+pytestmark = pytest.mark.slow
+
 PRECISIONS = ["fp8", "bf16", "fp32"]
 SMALL = ModelConfig.mini().but(
     vocab_size=96,

@@ -23,6 +23,8 @@ from dsv3.generation.sampling import Choice, Sampling, probabilities
 from dsv3.generation.session import Session
 from dsv3.generation.stops import RowText
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ModelConfig.mini().but(
     vocab_size=96,
     hidden_size=64,

@@ -164,6 +164,7 @@ class _Dequantized(_Copied):
 
     def __init__(self, reader: CheckpointReader, spec: TensorSpec):
         super().__init__(reader, spec)
+        assert spec.scale is not None  # codes without scales are none
         self.scale_name = spec.scale.hf_name
 
     def planned(self) -> list[Planned]:

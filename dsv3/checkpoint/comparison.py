@@ -149,6 +149,7 @@ def our_outputs(model: nn.Module, tokens: torch.Tensor) -> Outputs:
         for k in range(len(model.mtp)):
             # Module k reads the positions whose token k + 1 further on is known.
             hidden, ahead = hidden[:, :-1], ahead[:, 1:]
+            # pyrefly: ignore[not-callable] - nn.Module's attributes may be tensors
             logits[f"mtp.{k}.head"], hidden = model.mtp_logits(hidden, ahead, depth=k)
 
     modules = {

@@ -394,4 +394,5 @@ def _counts(value: object) -> bool:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     flat = tensor.reshape(-1).view(torch.uint8)
+    # pyrefly: ignore[bad-argument-type] - numpy's arrays are buffers
     return memoryview(flat.numpy()) if flat.numel() else memoryview(b"")

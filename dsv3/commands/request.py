@@ -64,8 +64,9 @@ class Request:
             for name, value in self.own.defaults.items()
             if getattr(self.args, name) is None
         }
-        eos = {*model.eos_ids, self.tokenizer.eos_id} - {None}
-        return self.sampling.but(eos_ids=sorted(eos), **defaults)
+        ends = {*model.eos_ids, self.tokenizer.eos_id}
+        eos = sorted(id for id in ends if id is not None)
+        return self.sampling.but(eos_ids=eos, **defaults)
 
 
 def sampling_of(args: Namespace) -> Sampling:

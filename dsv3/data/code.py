@@ -119,10 +119,10 @@ def pieces(module: str) -> list[str]:
     lines, body, cuts = module.split("\n"), _statements(module), [0]
     for before, node in pairwise(body or []):
         after_definition = isinstance(before, _DEFINITION)
-        size = len("\n".join(lines[cuts[-1] : before.end_lineno]))
+        size = len("\n".join(lines[cuts[-1] : _end(before)]))
         starts_piece = after_definition or (isinstance(node, _DEFINITION) and size >= _SHORT)
-        if starts_piece and node.lineno > before.end_lineno:
-            cuts.append(before.end_lineno)
+        if starts_piece and node.lineno > _end(before):
+            cuts.append(_end(before))
     result = []
     for start, end in pairwise([*cuts, len(lines)]):
         text = "\n".join(lines[start:end]).strip("\n") + "\n"
@@ -167,10 +167,10 @@ def _class_pieces(text: str) -> list[str]:
         head.pop()
     result, begin = [], 0
     for before, node in pairwise(last.body):
-        size = len("\n".join(lines[begin : node.end_lineno]).encode())
-        if isinstance(node, _DEFINITION) and size > _PIECE and node.lineno > before.end_lineno:
-            result.append("\n".join(lines[begin : before.end_lineno]).strip("\n") + "\n")
-            begin = before.end_lineno
+        size = len("\n".join(lines[begin : _end(node)]).encode())
+        if isinstance(node, _DEFINITION) and size > _PIECE and node.lineno > _end(before):
+            result.append("\n".join(lines[begin : _end(before)]).strip("\n") + "\n")
+            begin = _end(before)
     result.append("\n".join(lines[begin:]).strip("\n") + "\n")
     return [result[0], *("\n".join(head) + "\n" + part for part in result[1:])]
 
@@ -183,9 +183,7 @@ def _is_table(text: str) -> bool:
     for statement in _statements(text) or []:
         for node in ast.walk(statement):
             if isinstance(node, _DEFINITION):
-                lines[node.lineno - 1 : node.end_lineno] = [""] * (
-                    node.end_lineno - node.lineno + 1
-                )
+                lines[node.lineno - 1 : _end(node)] = [""] * (_end(node) - node.lineno + 1)
     rest = "\n".join(lines)
     return len(rest) > _TABLE and sum(letter.isalpha() for letter in rest) < 0.65 * len(rest)
 
@@ -198,3 +196,9 @@ def _statements(text: str) -> list[ast.stmt] | None:
             return ast.parse(text).body
     except (SyntaxError, ValueError):
         return None
+
+
+def _end(node: ast.stmt) -> int:
+    """The last line of a statement that was read from a text."""
+    assert node.end_lineno is not None
+    return node.end_lineno

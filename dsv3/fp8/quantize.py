@@ -26,7 +26,7 @@ is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,7 +131,7 @@ class QuantizedTensor:
             return torch.stack([matrix.dequantize(dtype) for matrix in self])
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
         data, scale, flat = _matrix(self.data), _matrix(self.scale), _matrix(out)
-        for rows, blocks in row_chunks(*data.shape, self.block[0]):
+        for rows, blocks in row_chunks(data.shape, self.block[0]):
             in_place = flat[rows] if dtype == torch.float32 else None
             values = dequantize_rows(data[rows], scale[blocks], self.block, in_place)
             if has_nan_code(data[rows]):
@@ -254,7 +254,7 @@ def _quantize(
         )
     data = torch.empty(x.shape, dtype=E4M3, device=x.device)
     matrix, codes, scales = _matrix(x), _matrix(data), _matrix(scale)
-    for rows, blocks in row_chunks(*matrix.shape, block[0], _QUANTIZED_AT_ONCE):
+    for rows, blocks in row_chunks(matrix.shape, block[0], _QUANTIZED_AT_ONCE):
         codes[rows], scales[blocks] = _quantize_rows(matrix[rows], block, scale_format)
     return QuantizedTensor(data, scale, block, scale_format)
 
@@ -305,7 +305,7 @@ def quantized_values(
     up to the sign of zeros, to ``dequantize`` of the quantised tensor, in half the time.
     """
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for rows, _ in row_chunks(*x.shape, block[0], _QUANTIZED_AT_ONCE):
+    for rows, _ in row_chunks(x.shape, block[0], _QUANTIZED_AT_ONCE):
         tiles, scale = _scaled_tiles(x[rows], block, scale_format)
         out[rows] = _rows(round_e4m3(tiles).mul_(scale[:, None, :, None]), x[rows])
     return out
@@ -343,13 +343,14 @@ def dequantize_rows(
 
 
 def row_chunks(
-    rows: int, cols: int, block_rows: int, numbers: int = _CHUNK
+    shape: Sequence[int], block_rows: int, numbers: int = _CHUNK
 ) -> Iterator[tuple[slice, slice]]:
     """Cut a matrix into runs of whole row blocks of about so many numbers.
 
     Yields (rows, blocks): the slice of the data and the slice of its scales. Working on a run at
     a time keeps temporaries small and in the processor's cache.
     """
+    rows, cols = shape
     blocks_at_once = max(1, numbers // max(1, cols * block_rows))
     for first in range(0, -(-rows // block_rows), blocks_at_once):
         last = first + blocks_at_once

@@ -181,6 +181,7 @@ class Tokenizer:
         """The bytes one token stands for: its part of the UTF-8 of the text."""
         self.check([id])
         token = self._engine.id_to_token(id)
+        assert token is not None  # or check had refused it
         letters = [_BYTE_OF_LETTER.get(letter) for letter in token]
         # An added token is stored as plain text and may hold letters outside the byte alphabet.
         return token.encode("utf-8") if None in letters else bytes(letters)

@@ -98,6 +98,7 @@ def act_quant(x: torch.Tensor, scale_format: str = "float32"):
     tiles = triton.cdiv(cols, BLOCK)
     x = x.contiguous()
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    # pyrefly: ignore[no-matching-overload] - cdiv of ints is one
     scale = torch.empty((*x.shape[:-1], tiles), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return codes, scale

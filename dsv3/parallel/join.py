@@ -92,8 +92,9 @@ def shake_hands(place: Place, secret: bytes, limit: timedelta = _HANDSHAKE) -> N
     got = {rank: torch.zeros(32, dtype=torch.uint8, device="cpu") for rank in others}
     sending = [dist.isend(proof(place.rank, rank), rank) for rank in others]
     receiving = [dist.irecv(got[rank], rank) for rank in others]
-    for work in [*sending, *receiving]:
+    for work in (*sending, *receiving):
         with suppress(RuntimeError):  # nothing came, or the connection was closed: no proof
+            # pyrefly: ignore[missing-attribute] - None is for who is not of the group
             work.wait(limit)
     for rank in others:
         if not torch.equal(got[rank], proof(rank, place.rank)):

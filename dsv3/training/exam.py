@@ -87,6 +87,7 @@ def sums_right(
     """
     bos = tokenizer.token_to_id(data.BOS)
     line_ends = [number for token, number in tokenizer.get_vocab().items() if "Ċ" in token]
+    # pyrefly: ignore[bad-argument-type] - our tokenizers have it
     line_ends.append(tokenizer.token_to_id(data.EOS))
     right, exact, wrong = 0, 0, []
     for start in range(0, len(pairs), batch_size):

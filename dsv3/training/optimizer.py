@@ -12,6 +12,8 @@ belongs near 1. The routing bias has its own rule and is not trained at all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -58,6 +60,7 @@ class AdamW(torch.optim.AdamW):
                 state[name] = torch.zeros_like(weight, dtype=self.moments)
         wide = [state[name].float() for name in MOMENTS]
         state["step"] += 1
+        # pyrefly: ignore[no-matching-overload] - gradients are there: step() asks
         torch._fused_adamw_(
             [weight],
             [weight.grad],
@@ -80,7 +83,7 @@ class AdamW(torch.optim.AdamW):
 def make_optimizer(
     model: nn.Module,
     *,
-    betas: tuple[float, float] = (0.9, 0.95),
+    betas: Sequence[float] = (0.9, 0.95),
     weight_decay: float = 0.1,
     moments: str = "fp32",
 ) -> AdamW:
@@ -90,4 +93,4 @@ def make_optimizer(
         {"params": [v for v in trained if v.dim() > 1], "weight_decay": weight_decay},
         {"params": [v for v in trained if v.dim() == 1], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=0.0, betas=betas, moments=moments)
+    return AdamW(groups, lr=0.0, betas=tuple(betas), moments=moments)

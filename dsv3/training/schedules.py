@@ -132,6 +132,7 @@ class Schedules:
         peak (0.1 and 0.033).
         """
         by, rate = total / self.total, self.learning_rate
+        assert isinstance(rate, LearningRate)  # an extension's Fall has no shape to keep
         level = peak / rate.peak
         return Schedules(
             total=total,

@@ -72,13 +72,15 @@ def simulate(
         n_routed_experts=experts, num_experts_per_tok=k, n_group=n_group, topk_group=topk_group
     )
     router = Router(config, Precision.training("fp32"))
-    router.bias.zero_()
+    bias = router.bias
+    assert bias is not None  # the mini config's routers have one
+    bias.zero_()
     random = torch.Generator().manual_seed(seed)
     popularity = skew * torch.randn(experts, generator=random)
     loads, biases = torch.empty(steps, experts), torch.empty(steps, experts)
     for step in range(steps):
         scores = torch.randn(tokens, experts, generator=random).add_(popularity).sigmoid_()
         load = torch.bincount(router.choose(scores).flatten(), minlength=experts).float()
-        loads[step], biases[step] = load, router.bias
-        update_bias(router.bias, load, gamma)
+        loads[step], biases[step] = load, bias
+        update_bias(bias, load, gamma)
     return BalanceRun(loads, biases, torch.tensor([max_violation(load) for load in loads]))

@@ -123,7 +123,8 @@ def read_facts(path: Path) -> dict:
         if name in _COUNTS:
             good = type(value) is int and 0 <= value < 1 << 63
         elif name in _TIMES:
-            good = type(value) in (int, float) and 0 <= value < math.inf
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            good = number and 0 <= value < math.inf
         else:
             good = type(value) is _KINDS[name]
         if not good:

@@ -54,7 +54,7 @@ def train_step(
         share = len(part) / len(batch)
         total = objective(main, extra, values.mtp_weight) + values.sequence_weight * balance
         (total * share).backward()
-        ahead = sum(extra) / len(extra) if extra else main.new_zeros(())
+        ahead = sum(extra, main.new_zeros(())) / max(len(extra), 1)
         sums += share * torch.stack([main, ahead, torch.as_tensor(balance).to(main)]).detach()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     _add_up(group, sums, trained, watch)
@@ -77,10 +77,11 @@ def _add_up(
     """Losses, gradients and loads of all ranks, in one collective."""
     if group.size == 1:
         return
+    parts = [sums, *watch.load.values()]
     for weight in trained:
         if weight.grad is None:  # no window of this rank reached it
             weight.grad = torch.zeros_like(weight)
-    parts = [sums, *watch.load.values(), *(weight.grad for weight in trained)]
+        parts.append(weight.grad)
     flat = group.all_reduce(torch.cat([part.flatten() for part in parts]))
     for part, total in zip(parts, flat.split([part.numel() for part in parts])):
         part.copy_(total.view_as(part))
