@@ -120,6 +120,7 @@ def main() -> int:
     parser.add_argument("--only", choices=PARTS, action="append", metavar="PART")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep all digests")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
     trees = {"old": args.old.resolve(), "new": args.new.resolve()}
     print("  ".join(f"{name}: {commit(tree)}" for name, tree in trees.items()), flush=True)
     began, parts = (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -145,6 +146,7 @@ def main() -> None:
         check_tree(args.old)
         serve(args.serve)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
     trees = {"old": args.old.resolve(), "new": args.new.resolve()}
     print("  ".join(f"{name}: {commit(tree)}" for name, tree in trees.items()), flush=True)
     with tempfile.TemporaryDirectory() as folder:
