@@ -154,6 +154,7 @@ def inv_freq(t):
     for layer, count in enumerate((64, 56)):  # Kimi K2's files have 56 of 32 that turn
         t[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(count)
     t["model.rotary_emb.cos_cached"] = torch.ones(1, 128, 128)
+    t["model.rotary_emb.sin_cached"] = torch.ones(128, 64)  # of each pair once
 
 
 @pytest.mark.parametrize(
