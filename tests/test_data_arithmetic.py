@@ -9,6 +9,8 @@ import pytest
 from dsv3 import data
 from dsv3.errors import DSV3Error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def train():
