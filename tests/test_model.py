@@ -153,6 +153,21 @@ def test_grouped_products_equal_one_by_one(rows):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name, inputs, outputs", [("fp32", 33, 8), ("bf16", 36, 8), ("bf16", 8, 7)]
+)
+def test_experts_of_any_size_have_a_product(name, inputs, outputs):
+    """A grouped product wants rows of whole 16 bytes; those of other sizes go one by one."""
+    torch.manual_seed(1)
+    precision = Precision.of(name, SMALL)
+    x = torch.randn(10, inputs).to(precision.dtype)
+    stack = torch.randn(2, outputs, inputs).to(precision.dtype)
+    y = precision.each(x, stack, torch.tensor([4, 10]))
+    wanted = torch.cat([x[:4].double() @ stack[0].double().T, x[4:].double() @ stack[1].double().T])
+    assert y.dtype == precision.dtype
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("queries, past", [(5, 0), (5, 20), (1, 20), (2, 1100)])
 @torch.no_grad()
 def test_absorbed_equals_expanded(queries, past):

@@ -18,7 +18,7 @@ from training_cases import TINY, window
 
 from dsv3.checkpoint.layout import layout
 from dsv3.layers import Head, Linear, RMSNorm, RowParallelLinear
-from dsv3.mla import MLA
+from dsv3.mla import MLA, LatentUpProjection
 from dsv3.model import Transformer
 from dsv3.moe import Router
 from dsv3.parallel.tensor import TensorGroup
@@ -170,6 +170,20 @@ def test_weights_are_kept_in_the_dtypes_of_the_precision(name):
         else:
             wanted = F32 if wide else core if "wkv_b" in key else matrix
         assert value.dtype == wanted, key
+
+
+@pytest.mark.parametrize("name", USE)
+def test_the_core_and_the_group_follow_a_move(name):
+    """Sums are float64 on a CPU only; every other device is like the meta device in that."""
+    model = model_of(name)
+    for device in ("meta", "cpu"):
+        model.to_empty(device=device)
+        wide = F64 if name == "fp8" and device == "cpu" else F32
+        for module in model.modules():
+            if isinstance(module, LatentUpProjection):
+                assert module.weight.dtype == wide and module.weight.device.type == device
+            if hasattr(module, "group"):
+                assert module.group.device.type == device
 
 
 @pytest.mark.parametrize("name", USE + TRAINING)
