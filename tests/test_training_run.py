@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -441,6 +442,7 @@ def test_minutes_hold_for_a_run_killed_before_they_were_known(texts, tmp_path, f
     stop_at(Run(TINY, tmp_path, recipe, max_minutes=10, **texts), 2)
     run = Run(TINY, tmp_path, recipe, max_minutes=1e-9, **texts)
     assert run.position.step == 2 and run.plan.recipe.tokens == 100_000
+    assert run.began <= time.monotonic() - run.position.seconds  # its minutes count on
     run.go()
     assert run.position.step == 4
 
