@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from checkpoints import read_folder, released_shapes, same_bits, tiny_config, write_checkpoint
+from checkpoints import (
+    quantize_naive,
+    read_folder,
+    released_shapes,
+    same_bits,
+    tiny_config,
+    write_checkpoint,
+)
 from safetensors.torch import load_file, save_file
 
 from dsv3.checkpoint.layout import layout
@@ -154,6 +161,16 @@ def test_save_then_load(tmp_path):
     weight = model.state_dict()["layers.1.attn.wkv_a.weight"]
     error = (loaded.state_dict()["layers.1.attn.wkv_a.weight"] - weight).norm() / weight.norm()
     assert 0.01 < error < 0.04  # FP8 was there, and no more than FP8
+
+
+def test_save_writes_scales_in_the_format_of_the_config(tmp_path):
+    config = tiny_config(quantization_config=QuantizationConfig(scale_fmt="ue8m0"))
+    model = Transformer(config).init_weights(3)
+    save_model(model, tmp_path)
+    saved, name = read_folder(tmp_path), "model.layers.0.self_attn.o_proj.weight"
+    codes, scales = quantize_naive(model.layers[0].attn.wo.weight.detach(), power_of_two=True)
+    assert torch.equal(saved[name + "_scale_inv"].float(), scales)
+    assert torch.equal(saved[name].float(), codes.float())
 
 
 def test_save_unquantised_is_exact_in_bf16(tmp_path):

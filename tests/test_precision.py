@@ -77,7 +77,8 @@ class Inside:
 
 
 class Heard(TorchDispatchMode):
-    """Of each kind of module, the dtypes its products meet; of norms and routers, all results."""
+    """Of each kind of module, the dtypes that its products meet; of norms, that all operations do;
+    of routers, those of all results."""
 
     def __init__(self, model: Transformer):
         super().__init__()
@@ -90,7 +91,7 @@ class Heard(TorchDispatchMode):
         module = self.modules[self.inside.names[-1]]
         product = name in PRODUCTS or "scaled_dot_product" in name or "softmax" in name
         first = result[0] if isinstance(result, tuple) else result  # not the kernels' notes
-        heard = [arguments, first] if product else first
+        heard = first if isinstance(module, Router) and not product else [arguments, first]
         if product or (isinstance(module, (RMSNorm, Router)) and name != "_to_copy"):
             kind = self.inside.names[-1].rpartition(".")[2]
             kind = "norm" if kind.endswith("norm") else kind
