@@ -7,6 +7,7 @@ a checkpoint meanwhile is told what it is.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ def read_record(folder: Path) -> Record | None:
 
 def how_to_finish(folder: Path) -> str | None:
     """What to do with a folder that has no config.json yet; None where no job is unfinished."""
-    if not (folder / RECORD_FILE).exists():
+    if not os.path.exists(folder / RECORD_FILE):  # False too for names that no file can have
         return None
     record = read_record(folder)
     if record is None:
