@@ -196,8 +196,8 @@ class SwiGLU(nn.Module):
 
     def inner(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead inner"]:
         """silu(w1 x) * w3 x, this rank's channels."""
-        x = self.precision.operand(x)  # both products read the same values
-        return F.silu(self.w1(x)) * self.w3(x)
+        operand = self.precision.operand(x)  # both products read the same values
+        return F.silu(self.w1(operand)) * self.w3(operand)
 
     def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
         return self.w2(self.inner(x))

@@ -115,9 +115,9 @@ class MLA(nn.Module):
         layer: int = 0,
     ) -> Float[Tensor, "b s d"]:
         """h of the new tokens -> u; their latents go to the cache."""
-        h = self.precision.operand(h)
-        q_nope, q_rope = self.queries(h, step)
-        new = self.latents(h, step)
+        operand = self.precision.operand(h)  # queries and latents read the same values
+        q_nope, q_rope = self.queries(operand, step)
+        new = self.latents(operand, step)
         seen = new if cache is None else cache.append(layer, new, step)
         core = self.expanded if self.prefers_expanded(q_nope.shape[1]) else self.absorbed
         o = core(q_nope, q_rope, seen, step)

@@ -63,7 +63,7 @@ class Transformer(nn.Module):
                 found=f"{self.group.size} ranks",
                 expected="1",
                 fix="Give each rank a whole model and share the batch: "
-                "dsv3.training.train_step(..., group=group)",
+                "dsv3.training.step.train_step(..., group=group)",
             )
         shared = (self.precision, self.group)
         self.embed = Embedding(config.vocab_size, config.hidden_size, *shared, device=device)
@@ -141,7 +141,8 @@ class Transformer(nn.Module):
             if cache is not None:
                 cache.remember(tokens, step)
                 cache.advance(counts)
-            return self._answer(hidden, counts, last_only, return_hidden)
+            logits = self._logits(hidden, counts, last_only)
+            return (logits, hidden) if return_hidden else logits
 
     def mtp_logits(
         self,
@@ -172,21 +173,13 @@ class Transformer(nn.Module):
             if cache is not None:
                 cache.remember(tokens, step)
                 cache.advance(counts)
-            return self._answer(hidden, counts, last_only, return_hidden=True)  # eq. 23
+            return self._logits(hidden, counts, last_only), hidden  # eq. 23
 
-    def _answer(
-        self,
-        hidden: Float[Tensor, "b s d"],
-        counts: list[int],
-        last_only: bool,
-        return_hidden: bool,
-    ) -> Logits | tuple[Logits, Float[Tensor, "b s d"]]:
-        rows = hidden
+    def _logits(self, hidden: Float[Tensor, "b s d"], counts: list[int], last_only: bool) -> Logits:
         if last_only:
             last = torch.tensor(counts, device=hidden.device) - 1
-            rows = hidden[torch.arange(len(counts), device=hidden.device), last]
-        logits = self.head(rows)
-        return (logits, hidden) if return_hidden else logits
+            hidden = hidden[torch.arange(len(counts), device=hidden.device), last]
+        return self.head(hidden)
 
     def _step(
         self,
@@ -295,12 +288,10 @@ class Transformer(nn.Module):
                     if isinstance(module, RMSNorm):
                         parameter.fill_(1.0)
                     else:
-                        wider = embedding_std and isinstance(module, Embedding)
-                        parameter.normal_(
-                            0.0,
-                            embedding_std if wider else self.config.initializer_range,
-                            generator=random,
-                        )
+                        std = self.config.initializer_range
+                        if embedding_std and isinstance(module, Embedding):
+                            std = embedding_std
+                        parameter.normal_(0.0, std, generator=random)
                 if isinstance(module, Router) and module.bias is not None:
                     module.bias.zero_()
         return self

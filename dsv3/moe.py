@@ -101,7 +101,7 @@ class Router(nn.Module):
     ) -> tuple[Float[Tensor, "*lead groups"], Bool[Tensor, "*lead groups"]]:
         """What each group counts as, its two best biased scores together (without a bias: its
         best score), and whether it is one of the M best (TR 2.1.2)."""
-        grouped = biased.unflatten(-1, (self.config.n_group, -1))  # (n, G, N_r/G)
+        grouped = biased.unflatten(-1, (self.config.n_group, -1))  # (..., G, N_r/G)
         if self.bias is None:
             strength = grouped.amax(-1)
         else:
@@ -263,7 +263,7 @@ def _take_experts(
             key, state.pop(key), state.pop(f"{prefix}{name}scale", None)
         )
         for room, value in zip((stacks[stack], stacks.get(stack + "_scale")), stored, strict=True):
-            if value is None:
+            if room is None or value is None:
                 continue
             if room[place].shape != value.shape:
                 errors.append(

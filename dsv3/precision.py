@@ -132,25 +132,33 @@ class Precision:
 
     # Products -----------------------------------------------------------------------------------
 
-    def operand(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"] | QuantizedTensor:
+    def operand(
+        self, x: Float[Tensor, "*lead d"] | QuantizedTensor
+    ) -> Float[Tensor, "*lead d"] | QuantizedTensor:
         """x as products take it, made once where several read the same x."""
         return x
 
     def rounded(
-        self, x: Float[Tensor, "*lead in"], matrix: Tensor | QuantizedTensor, saved: str = "e4m3"
+        self,
+        x: Float[Tensor, "*lead in"] | QuantizedTensor,
+        matrix: Tensor | QuantizedTensor,
+        saved: str = "e4m3",
     ) -> Float[Tensor, "*lead out"]:
         """x W^T in the activations' dtype."""
         return F.linear(x, matrix.to(x.dtype))
 
     def wide(
-        self, x: Float[Tensor, "*lead in"], matrix: Tensor | QuantizedTensor, saved: str = "e4m3"
+        self,
+        x: Float[Tensor, "*lead in"] | QuantizedTensor,
+        matrix: Tensor | QuantizedTensor,
+        saved: str = "e4m3",
     ) -> Float[Tensor, "*lead out"]:
         """The same product in ``sums``, not rounded: for sums that go on, and for logits."""
         return wide_linear(x, matrix, self.sums(x.device))
 
     def each(
         self,
-        x: Float[Tensor, "choices in"],
+        x: Float[Tensor, "choices in"] | QuantizedTensor,
         stack: Tensor | QuantizedTensor,
         ends: Int[Tensor, " experts"],
     ) -> Float[Tensor, "choices out"]:

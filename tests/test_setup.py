@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -104,10 +105,29 @@ def test_readme_commands_exist():
     assert {"run", "test", "lab", "train"} <= used <= make_targets()
 
 
-def test_readme_links_to_files_that_exist():
-    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
-    local = [link for link in links if "://" not in link]
-    assert local and [link for link in local if not (ROOT / link).exists()] == []
+def prose(file: Path) -> str:
+    """What a file says in Markdown: all of it, or a notebook's cells of text."""
+    if file.suffix == ".md":
+        return file.read_text()
+    cells = json.loads(file.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("README.md", "CONTRIBUTING.md", "assets/dsv3-mini/README.md"),
+        *(
+            str(file.relative_to(ROOT))
+            for pattern in ("chapters/*.ipynb", "chapters/solutions/*.ipynb")
+            for file in sorted(ROOT.glob(pattern))
+        ),
+    ],
+)
+def test_links_lead_to_files_that_exist(name):
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", prose(ROOT / name))
+    local = [link for link in links if not re.match(r"\w+:", link)]
+    assert [link for link in local if not (ROOT / name).parent.joinpath(link).exists()] == []
 
 
 def test_readme_says_where_to_find_every_module():

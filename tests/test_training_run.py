@@ -170,9 +170,9 @@ def snapshot(run: Run) -> dict[str, torch.Tensor]:
 def test_yarn_appears_at_the_boundary_and_all_else_goes_on(texts, tmp_path, monkeypatch):
     seen = []
 
-    def watched(run, phase, enter=Run._enter):
-        before = run.learner and (run.learner.model.config, snapshot(run))
-        enter(run, phase)
+    def watched(run, phase, learner, enter=Run._enter):
+        before = learner and (learner.model.config, snapshot(run))
+        enter(run, phase, learner)
         assert all(
             router in [*run.learner.model.modules()]
             for router in run.learner.watch.routers.values()

@@ -33,6 +33,7 @@ from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.families import FAMILIES
 from dsv3.fp8 import QuantizedTensor, decode_scale
+from dsv3.model import Transformer
 
 # The bound that the logits of a correct model keep; see tests/test_oracle.py.
 TOLERANCE = 2e-5
@@ -88,7 +89,7 @@ def diff(
 
 
 def compare(
-    ours: nn.Module, theirs: TheirModel, tokens: torch.Tensor, tolerance: float = TOLERANCE
+    ours: Transformer, theirs: TheirModel, tokens: torch.Tensor, tolerance: float = TOLERANCE
 ) -> Report:
     """Run both on tokens (b, s) and compare part by part."""
     config = ours.config
@@ -139,7 +140,7 @@ def parts(config: ModelConfig) -> Iterator[str]:
         yield f"mtp.{k}.head"
 
 
-def our_outputs(model: nn.Module, tokens: torch.Tensor) -> Outputs:
+def our_outputs(model: Transformer, tokens: torch.Tensor) -> Outputs:
     """Every part's output in our model."""
     logits: Outputs = {}
 
@@ -149,7 +150,6 @@ def our_outputs(model: nn.Module, tokens: torch.Tensor) -> Outputs:
         for k in range(len(model.mtp)):
             # Module k reads the positions whose token k + 1 further on is known.
             hidden, ahead = hidden[:, :-1], ahead[:, 1:]
-            # pyrefly: ignore[not-callable] - nn.Module's attributes may be tensors
             logits[f"mtp.{k}.head"], hidden = model.mtp_logits(hidden, ahead, depth=k)
 
     modules = {

@@ -111,6 +111,11 @@ def _vector(c: ModelConfig) -> tuple[int, ...]:
     return (c.hidden_size,)
 
 
+def _query_latent(c: ModelConfig) -> int:
+    assert c.q_lora_rank is not None  # asked of models that have one
+    return c.q_lora_rank
+
+
 def _vocabulary(c: ModelConfig) -> tuple[int, ...]:
     return (c.vocab_size, c.hidden_size)
 
@@ -141,11 +146,11 @@ _QUERY_PLAIN = (
 )
 _QUERY_LATENT = (
     Row("self_attn.q_a_proj.weight", "attn.wq_a.weight", "W^DQ",
-        lambda c: (c.q_lora_rank, c.hidden_size), F8),
+        lambda c: (_query_latent(c), c.hidden_size), F8),
     Row("self_attn.q_a_layernorm.weight", "attn.q_norm.weight", "RMSNorm of c^Q",
-        lambda c: (c.q_lora_rank,), "BF16"),
+        lambda c: (_query_latent(c),), "BF16"),
     Row("self_attn.q_b_proj.weight", "attn.wq_b.weight", "[W^UQ; W^QR]",
-        lambda c: (c.num_attention_heads * c.qk_head_dim, c.q_lora_rank), F8, 0),
+        lambda c: (c.num_attention_heads * c.qk_head_dim, _query_latent(c)), F8, 0),
 )
 _ATTENTION = (
     Row("self_attn.kv_a_proj_with_mqa.weight", "attn.wkv_a.weight", "[W^DKV; W^KR]",

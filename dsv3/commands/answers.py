@@ -205,7 +205,7 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     """Bytes in words: 1 kB is 1000 bytes."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:

@@ -67,6 +67,7 @@ def make_pair(dtype: torch.dtype, device: torch.device):
     ours.load_state_dict(weights)
     released = {spec.hf_name: weights[spec.name] for spec in layout(CONFIG)}
     load(theirs, their_names(CONFIG, released)[0])
+    # pyrefly: ignore[bad-argument-type] - it is wrapped for its documentation
     return ours, theirs.to(device, dtype)
 
 

@@ -18,7 +18,7 @@ and gives a full account, ``generate`` gives the ids alone. What may be asked fo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ class Generation:
     passes: int = 0
     chosen: Sequence[int] = ()
     texts: list[str] | None = None
-    logprobs: list[list[float]] | None = None
+    logprobs: list[list[float | None]] | None = None
 
     @property
     def tokens_per_pass(self) -> float | None:
@@ -193,6 +193,7 @@ class Stream(Iterator[Token]):
         rows = [prompt for prompt in prompts for _ in range(sampling.n)]
         eos = model.eos_ids if sampling.eos_ids is None else sampling.eos_ids
         self._model, self._prompts, self._sampling = model, prompts, sampling
+        # pyrefly: ignore[bad-argument-type] - Sampling keeps its ids as tuples
         self._rows = Rows(rows, config.max_position_embeddings, sampling, eos, token_bytes)
         self._choose = Chooser(model.group, len(rows), sampling, config.vocab_size, should_stop)
         self._has_texts = tokenizer is not None
@@ -224,34 +225,32 @@ class Stream(Iterator[Token]):
         )
 
     @torch.inference_mode()
-    def _run(self) -> Iterator[Token]:
-        rows, choose = self._rows, self._choose
-        if self._decoder is None:
+    def _run(self) -> Generator[Token, None, None]:
+        rows, choose, decoder = self._rows, self._choose, self._decoder
+        if decoder is None:
             rows.stopped_by = ["length"] * len(rows.ids)
             return
         began = time.perf_counter()
-        chosen = choose(self._prefill())
+        chosen = choose(self._prefill(decoder))
         while True:
             certain = rows.add(chosen)
             if choose.interrupted:
                 certain += rows.interrupt()
             self._seconds = time.perf_counter() - began
-            held = self._decoder.cache.lengths
+            held = decoder.cache.lengths
             yield from certain
             if not any(rows.left):
                 return
-            if self._decoder.cache.lengths != held:
+            if decoder.cache.lengths != held:
                 raise DSV3Error(
                     "the cache was used elsewhere while this stream was open",
                     where="cache",
-                    found=f"lengths {self._decoder.cache.lengths}",
+                    found=f"lengths {decoder.cache.lengths}",
                     expected=f"lengths {held}",
                     fix="Close a stream before its cache serves another",
                 )
             self._passes += sum(room > 0 for room in rows.left)
-            chosen = self._decoder.step(
-                [[choice.id for choice in some] for some in chosen], rows.left
-            )
+            chosen = decoder.step([[choice.id for choice in some] for some in chosen], rows.left)
 
     @property
     def _room(self) -> int:
@@ -280,9 +279,9 @@ class Stream(Iterator[Token]):
             return Speculative(self._model, cache, self._choose, draft_cache)
         return Plain(self._model, cache, self._choose)
 
-    def _prefill(self) -> torch.Tensor:
+    def _prefill(self, decoder: Plain | Speculative) -> torch.Tensor:
         """Fill the caches; the logits that choose each row's first token."""
-        decoder, n = self._decoder, self._sampling.n
+        n = self._sampling.n
         rest = [prompt[seen:] for prompt, seen in zip(self._prompts, decoder.cache.lengths)]
         logits = prefill(
             self._model, decoder.cache, rest, self._sampling.prefill_chunk, decoder.watch
@@ -312,7 +311,7 @@ def prefill(
         tokens[row, : len(ids)] = torch.tensor(ids, device="cpu")
     tokens = tokens.to(device)
     chunk = chunk or width
-    last = None
+    last: torch.Tensor | None = None
     for start in range(0, width, chunk):
         part = tokens[:, start : start + chunk]
         here = [min(max(count - start, 0), part.shape[1]) for count in counts]
@@ -328,6 +327,7 @@ def prefill(
         else:
             fed = torch.tensor(here, device=device) > 0
             last = torch.where(fed[:, None], logits, last)
+    assert last is not None  # each row has a token
     return last
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -49,7 +49,7 @@ def check_prompts(
     prompts: Sequence[Sequence[int]], vocab_size: int, context: int, no_tokens: Sequence[int] = ()
 ) -> None:
     """Raise DSV3Error for the first prompt that cannot be run. no_tokens: ids that are none."""
-    no_tokens = set(no_tokens)
+    none = set(no_tokens)
     for row, prompt in enumerate(prompts):
         where = f"prompt {row}"
         if not isinstance(prompt, Sequence) or isinstance(prompt, (str, bytes)):
@@ -85,7 +85,7 @@ def check_prompts(
                     expected=f"0 to {vocab_size - 1}",
                     fix="Encode with the tokenizer of this checkpoint",
                 )
-            if id in no_tokens:
+            if id in none:
                 raise DSV3Error(
                     "an id that is no token",
                     where=where,
@@ -156,7 +156,7 @@ class Rows:
         prompts: Sequence[Sequence[int]],
         context: int,
         sampling: Sampling,
-        eos_ids: Sequence[int],
+        eos_ids: Iterable[int],
         token_bytes: Callable[[int], bytes] | None,
     ):
         count = len(prompts)

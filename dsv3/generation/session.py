@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsv3.cache import LatentCache
 from dsv3.errors import DSV3Error
 from dsv3.generation.loop import Generation, Stream, stream
 from dsv3.generation.rows import as_prompts, check_prompts
@@ -26,7 +27,8 @@ class Session:
         self.model, self._room = model, room
         self.prefilled = 0
         self._running: Stream | None = None
-        self._cache = self._draft_cache = None
+        self._cache: LatentCache | None = None
+        self._draft_cache: LatentCache | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -66,7 +68,7 @@ class Session:
         check_prompts([prompt], self.model.config.vocab_size, context)
         if self._running:
             self._running.close()
-        self._make_room(min(len(prompt) + sampling.max_new_tokens, context))
+        cache = self._make_room(min(len(prompt) + sampling.max_new_tokens, context))
         # The last prompt token is always computed: its logits choose the first new token.
         held, kept = self.ids, 0
         while kept < min(len(held), len(prompt) - 1) and held[kept] == prompt[kept]:
@@ -78,7 +80,7 @@ class Session:
             drafts_kept = max(min(kept - 1, self._draft_cache.lengths[0]), 0)
             self._draft_cache.truncate([drafts_kept])
             kept = drafts_kept if sampling.speculative else kept
-        self._cache.truncate([kept])
+        cache.truncate([kept])
         self.prefilled = len(prompt) - kept
         self._running = stream(
             self.model,
@@ -86,7 +88,7 @@ class Session:
             sampling=sampling,
             tokenizer=tokenizer,
             should_stop=should_stop,
-            cache=self._cache,
+            cache=cache,
             draft_cache=self._draft_cache,
         )
         return self._running
@@ -95,10 +97,11 @@ class Session:
         """Forget the conversation and give its memory back."""
         self._cache = self._draft_cache = None
 
-    def _make_room(self, wanted: int) -> None:
+    def _make_room(self, wanted: int) -> LatentCache:
         """A cache of at least ``wanted`` tokens. One that is outgrown is replaced by one at least
         twice as long and computed again: seldom, and so cheap over a long conversation."""
         if self._cache is None or self._cache.max_seq_len < wanted:
             context = self.model.config.max_position_embeddings
             self._room = min(context, max(self._room, 2 * wanted))
             self._cache, self._draft_cache = self.model.new_cache(1, self._room), None
+        return self._cache

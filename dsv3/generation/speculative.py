@@ -84,7 +84,8 @@ class Speculative:
             )
         self.model, self.cache, self.choose = model, cache, choose
         self.draft_cache = draft_cache
-        self.hidden = None  # (b, s, d): states of the last pass, which the draft cache has not seen
+        # (b, s, d): states of the last pass, which the draft cache has not seen; from prefill on.
+        self.hidden: torch.Tensor
         self.accepted = self.drafts = 0
 
     @property
@@ -111,7 +112,7 @@ class Speculative:
             self.model.mtp_logits(
                 hidden[:, :width], following, cache=self.draft_cache, lengths=known, last_only=True
             )
-        if self.hidden is None:
+        if start == 0:
             self.hidden = torch.zeros_like(hidden[:, :1])
         for row, count in enumerate(counts):
             if start < count <= start + hidden.shape[1]:  # the prompt ends in this chunk
@@ -190,6 +191,7 @@ class Speculative:
             generator = self.choose.generators[row]
             first, second = 0, -1
             if room >= 2:
+                assert q is not None  # what the guess was drawn from
                 first = verify(p[row, 0], q[row], guess, generator)
                 if first == guess:
                     second = draw(p[row, 1], generator)

@@ -11,7 +11,7 @@ All this is done on bytes: UTF-8 never finds a string across the borders of char
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from dsv3.generation.sampling import Choice
@@ -32,7 +32,7 @@ class RowText:
     text ends before it; the last token may run on into it.
     """
 
-    def __init__(self, token_bytes: Callable[[int], bytes] | None, stop: Sequence[str] = ()):
+    def __init__(self, token_bytes: Callable[[int], bytes] | None, stop: Iterable[str] = ()):
         self._token_bytes, self._stops = token_bytes, [text.encode() for text in stop]
         self._held: list[tuple[Choice, bytes]] = []
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")

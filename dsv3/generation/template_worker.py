@@ -26,7 +26,7 @@ import signal  # noqa: E402
 from contextlib import suppress  # noqa: E402
 from datetime import datetime  # noqa: E402
 from functools import lru_cache  # noqa: E402
-from typing import ClassVar  # noqa: E402
+from typing import Any, ClassVar  # noqa: E402
 
 import jinja2  # noqa: E402
 import jinja2.ext  # noqa: E402
@@ -101,12 +101,13 @@ def sandbox() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     made.filters["tojson"] = tojson
-    made.globals |= {
+    more: dict[str, Any] = {
         "raise_exception": raise_exception,
         "dict": MakeDict(),
         "namespace": Namespace,
         "strftime_now": lambda form: datetime.now().strftime(form),
     }
+    made.globals |= more
     return made
 
 

@@ -133,13 +133,15 @@ class Tokenizer:
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Ids of ``text``. ``add_bos``: put bos first; None does what the checkpoint's
         ``add_bos_token`` says. Special tokens written out in the text become their ids."""
-        add_bos = self.adds_bos if add_bos is None else add_bos
-        if add_bos and self.bos_id is None:
-            raise DSV3Error(
-                "this tokenizer has no bos token",
-                where=self._where(),
-                fix="Encode with add_bos=False",
-            )
+        beginning: list[int] = []
+        if self.adds_bos if add_bos is None else add_bos:
+            if self.bos_id is None:
+                raise DSV3Error(
+                    "this tokenizer has no bos token",
+                    where=self._where(),
+                    fix="Encode with add_bos=False",
+                )
+            beginning = [self.bos_id]
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -151,7 +153,7 @@ class Tokenizer:
             ) from None
         with _library_failures("the tokenizer cannot encode this text", self._file):
             ids = self._engine.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if add_bos else ids
+        return beginning + ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of ``ids``. Bytes that are not UTF-8 become U+FFFD. ``skip_special`` leaves out
@@ -182,9 +184,10 @@ class Tokenizer:
         self.check([id])
         token = self._engine.id_to_token(id)
         assert token is not None  # or check had refused it
-        letters = [_BYTE_OF_LETTER.get(letter) for letter in token]
+        if all(letter in _BYTE_OF_LETTER for letter in token):
+            return bytes(_BYTE_OF_LETTER[letter] for letter in token)
         # An added token is stored as plain text and may hold letters outside the byte alphabet.
-        return token.encode("utf-8") if None in letters else bytes(letters)
+        return token.encode("utf-8")
 
     def text_bytes(self, id: int) -> bytes:
         """The bytes that one token adds to a text as ``decode`` gives it: none if it is special."""

@@ -226,7 +226,7 @@ def _distance_from_cause(rank: _Rank, folder: str) -> int:
         return 0
     if rank.exit_code == PEER_LOST:
         return 3
-    return 2 if -rank.exit_code in (signal.SIGTERM, signal.SIGABRT) else 1
+    return 2 if rank.exit_code in (-signal.SIGTERM, -signal.SIGABRT) else 1
 
 
 def _failure(failed: Sequence[_Rank], folder: str, ranks: int) -> RankFailed:
@@ -236,12 +236,13 @@ def _failure(failed: Sequence[_Rank], folder: str, ranks: int) -> RankFailed:
     if file.exists():
         report = json.loads(file.read_text())
         return RankFailed(report["message"], exit_code=report["exit_code"])
-    fix = None
-    if rank.exit_code == PEER_LOST:
+    code, fix = rank.exit_code, None
+    assert code is not None  # it has ended
+    if code == PEER_LOST:
         how = "lost the connection to another rank"
-    elif rank.exit_code < 0:
-        how = f"was killed by {signal.Signals(-rank.exit_code).name}"
-        fix = "Look whether memory ran out" if -rank.exit_code == signal.SIGKILL else None
+    elif code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+        fix = "Look whether memory ran out" if -code == signal.SIGKILL else None
     else:
-        how = f"ended with exit code {rank.exit_code}"
+        how = f"ended with exit code {code}"
     return RankFailed(f"rank {rank.number} of {ranks} {how}; the other ranks were stopped", fix=fix)

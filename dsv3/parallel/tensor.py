@@ -30,7 +30,7 @@ from dsv3.parallel.join import join
 # What a gradient through a collective is told: it would miss what the other ranks did.
 _NO_GRADIENT = dict(
     what="no gradient goes back through a model that is cut over several ranks",
-    fix="Train whole models, one on each rank, and share the batch (dsv3.training.train_step)",
+    fix="Train whole models, one on each rank, and share the batch (dsv3.training.step.train_step)",
 )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from dsv3.config import PRESETS, ModelConfig
 from dsv3.data.vocabulary import BOS, EOS, SPECIAL_TOKENS
@@ -67,7 +68,7 @@ class Description:
     """What a file says: the model, the fields of the recipe that it names, and places."""
 
     config: ModelConfig
-    choices: Mapping[str, object]
+    choices: Mapping[str, Any]
     out: Path | None
     plays: Path | None
     code: Path | None
@@ -120,7 +121,7 @@ def _parse(file: Path) -> dict:
         raise DSV3Error("is not TOML", where=file, found=found, fix=fix) from None
 
 
-def _recipe(table: dict) -> dict[str, object]:
+def _recipe(table: dict) -> dict[str, Any]:
     """Fields of ``Recipe`` that the section [recipe] names, with their values."""
     _check_keys(table, "recipe", (*_RECIPE["recipe"], "pretraining", "extension"))
     choices = {}
@@ -177,7 +178,9 @@ def _base(table: dict, folder: Path) -> ModelConfig:
     """The model that a section [model] names by preset or path."""
     if "preset" not in table:
         try:
-            return ModelConfig.from_pretrained(_path(table, "path", "model.path", folder))
+            path = _path(table, "path", "model.path", folder)
+            assert path is not None  # or a preset would be named
+            return ModelConfig.from_pretrained(path)
         except DSV3Error as error:
             if error.where == "model.path":
                 raise
@@ -235,7 +238,7 @@ def _way_out(key: str, section: str, known: Collection[str]) -> str:
     return f"Known here: {', '.join(known)}" if len(known) < 20 else "Remove it"
 
 
-def _key_of(where: str) -> str:
+def _key_of(where: object) -> str:
     """Where the file has what an error calls by the name of the recipe's field."""
     field, *below = str(where).split(".")
     for section, keys in _RECIPE.items():

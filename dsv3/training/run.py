@@ -31,7 +31,7 @@ from dsv3.parallel.tensor import TensorGroup
 from dsv3.training.balance import max_violation
 from dsv3.training.corpus import Corpus
 from dsv3.training.evaluation import evaluate_domains
-from dsv3.training.learner import check_memory, first_learner, next_learner
+from dsv3.training.learner import Learner, check_memory, first_learner, next_learner
 from dsv3.training.log import Log
 from dsv3.training.minutes import Plan, fit_minutes, knows_its_speed
 from dsv3.training.phases import Phase, check_phases, phase_at, phases_of, step_values, total_tokens
@@ -104,7 +104,8 @@ class Run:
         self.writes = self.group.rank == 0
         self.terminal = Terminal(progress and self.writes)
         self.log, self.checkpoints = Log(out_dir), out_dir / CHECKPOINTS
-        self.cutting = None  # seconds that this process took to cut its text into tokens
+        # Seconds that this process took to cut its text into tokens.
+        self.cutting: float | None = None
 
         self.phases = phases_of(config, recipe)
         check_phases(self.phases, self.group.size)
@@ -130,8 +131,7 @@ class Run:
         if stored:
             self.position = stored.position()
         self.began = began - self.position.seconds  # minutes that were used before count
-        self.learner = None
-        self._enter(phase_at(self.phases, self.position.tokens))
+        self._enter(phase_at(self.phases, self.position.tokens), None)
         if stored:
             load_state(stored.path, self.learner.model, self.learner.optimizer)
         else:
@@ -157,7 +157,7 @@ class Run:
         except OSError as error:
             raise unwritable(self.out_dir, error) from None
 
-    def _enter(self, phase: Phase) -> None:
+    def _enter(self, phase: Phase, before: Learner | None) -> None:
         """Make text and learner of a phase; weights and moments of the one before go on in it."""
         recipe = self.plan.recipe
         self.stream = self.corpus.stream(
@@ -168,10 +168,10 @@ class Run:
             fim_rate=recipe.fim_rate,
             position=self.position.tokens - self.position.phase_start,
         )
-        if self.learner is None:
+        if before is None:
             self.learner = first_learner(phase.config, recipe, self.group.device)
         else:
-            self.learner = next_learner(self.learner, phase.config, recipe, self.group.device)
+            self.learner = next_learner(before, phase.config, recipe, self.group.device)
 
     # Going --------------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class Run:
             now = phase_at(self.phases, self.position.tokens)
             if now.number != phase.number:
                 self.position = self.position.at_phase_start()
-                self._enter(now)
+                self._enter(now, self.learner)
             ended = self.position.tokens >= end
             if self.position.step % recipe.eval_every == 0 and not ended:
                 bar.set_postfix_str("on held-out text")
@@ -253,7 +253,7 @@ class Run:
 
     def _fit_minutes(self) -> bool:
         """Fix the length of the run, once its speed is known, so that it takes max_minutes."""
-        if self.max_minutes is None or self.plan.fitted:
+        if self.max_minutes is None or self.plan.fitted or self.cutting is None:
             return False
         tokens, stepping = self.position.tokens, self.position.seconds - self.cutting
         known = knows_its_speed(self.position.step, stepping, self.max_minutes)
