@@ -21,7 +21,7 @@ cheaper expanded (prefill), few are cheaper absorbed (decode). RoPE stands outsi
 rotation between W^UQ and W^UK would differ for every pair of positions and could not be absorbed,
 which is why the position has its own small key.
 
-The core computes from the stored values in both forms and rounds nothing on the way
+In use, the core computes from the stored values in both forms and rounds nothing on the way
 (``Precision.core``), so which one runs changes no rounding, only the order of sums.
 """
 

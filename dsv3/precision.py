@@ -8,8 +8,9 @@ bf16     bfloat16                    bfloat16 operands, float32 accumulation
 fp8      E4M3, a scale per 128x128   operands E4M3, activations scaled per 1x128 (TR 3.3)
 =======  ==========================  =====================================================
 
-In every mode the norms, the router and the attention core compute wider than the weights are
-kept; in fp8 the embedding, the head and MTP's eh_proj stay bfloat16, as released (TR 3.3).
+In use, the norms, the router and the attention core compute in float32 or wider, whatever the
+weights are kept in. In fp8 the embedding, the head and MTP's eh_proj stay bfloat16, as released
+(TR 3.3).
 
 A precision is an object with a few operations: make room for a matrix, take one from a file,
 multiply. ``Precision`` does so with plain numbers, ``Fp8`` with stored codes, ``Training`` with

@@ -39,7 +39,7 @@ from dsv3.training.position import Position, Stopwatch
 from dsv3.training.recipe import Recipe
 from dsv3.training.resuming import CHECKPOINTS, Stored, facts_of
 from dsv3.training.state import latest_state, load_state, remove_old, save_state
-from dsv3.training.step import train_step
+from dsv3.training.step import StepValues, train_step
 from dsv3.training.terminal import Terminal
 
 
@@ -199,19 +199,7 @@ class Run:
             bar.update(read)
             bar.set_postfix(loss=f"{result['loss']:.3f}", lr=f"{values.learning_rate:.1e}")
             if self.position.step % recipe.log_every == 0:
-                load = self.learner.watch.load
-                self._log(
-                    lr=values.learning_rate,
-                    mtp_weight=values.mtp_weight,
-                    bias_speed=values.bias_speed,
-                    windows=windows,
-                    **result,
-                    tokens_per_second=round(read / seconds),
-                    load={name: counts.int().tolist() for name, counts in load.items()},
-                    max_violation={
-                        name: round(max_violation(counts), 3) for name, counts in load.items()
-                    },
-                )
+                self._log_step(values, windows, result, read / seconds)
             fits = self._fit_minutes()
             if fits:
                 bar.total = end = total_tokens(self.phases)
@@ -298,6 +286,22 @@ class Run:
             )
         self._log(held_out=figures, seq_len=length, load_by_domain=loads)
         return figures
+
+    def _log_step(
+        self, values: StepValues, windows: int, result: dict[str, float], speed: float
+    ) -> None:
+        """What the schedules said about a step, what came of it, and how busy the experts are."""
+        load = self.learner.watch.load
+        self._log(
+            lr=values.learning_rate,
+            mtp_weight=values.mtp_weight,
+            bias_speed=values.bias_speed,
+            windows=windows,
+            **result,
+            tokens_per_second=round(speed),
+            load={name: counts.int().tolist() for name, counts in load.items()},
+            max_violation={name: round(max_violation(counts), 3) for name, counts in load.items()},
+        )
 
     def _log(self, **values) -> None:
         """A line in the log, with where the run stands; ranks other than 0 write nothing."""
