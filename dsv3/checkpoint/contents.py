@@ -76,18 +76,16 @@ def open_checkpoint(folder: str | Path) -> tuple[ModelConfig, CheckpointReader, 
     """
     config = ModelConfig.from_pretrained(folder)
     reader = CheckpointReader(folder)
-    notices: list[str] = []
     try:
-        config = _mtp_as_stored(config, reader, notices)
+        config, missing = _mtp_as_stored(config, reader)
+        redundant, left_out = _redundant(config, reader)
         specs = check_tensors(
-            reader,
-            {spec.hf_name: (spec, spec.shape) for spec in layout(config)},
-            also=_redundant(config, reader, notices),
+            reader, {spec.hf_name: (spec, spec.shape) for spec in layout(config)}, also=redundant
         )
     except BaseException:
         reader.close()
         raise
-    for notice in notices:
+    for notice in filter(None, (missing, left_out)):
         warnings.warn(Notice(f"{folder}: {notice}"), stacklevel=2)
     return config, reader, specs
 
@@ -162,19 +160,17 @@ def check_tensors(
     return stored
 
 
-def _mtp_as_stored(
-    config: ModelConfig, reader: CheckpointReader, notices: list[str]
-) -> ModelConfig:
-    """The config without MTP modules where it promises some and not one tensor is there."""
+def _mtp_as_stored(config: ModelConfig, reader: CheckpointReader) -> tuple[ModelConfig, str | None]:
+    """The config, without MTP modules where it promises some and not one tensor is there, which
+    the second value then says."""
     promised, first = config.num_nextn_predict_layers, config.num_hidden_layers
     if not promised or any(layer >= first for layer, _ in _layers(reader.entries)):
-        return config
-    notices.append(
+        return config, None
+    return config.but(num_nextn_predict_layers=0), (
         f"config.json promises {promised} MTP module"
         + "s" * (promised > 1)
         + " and the files hold none: drafting is off"
     )
-    return config.but(num_nextn_predict_layers=0)
 
 
 def _layers(names: Iterable[str]) -> set[tuple[int, str]]:
@@ -186,8 +182,10 @@ def _layers(names: Iterable[str]) -> set[tuple[int, str]]:
     }
 
 
-def _redundant(config: ModelConfig, reader: CheckpointReader, notices: list[str]) -> frozenset[str]:
-    """Names of stored tensors that say nothing new, each checked as far as it can be."""
+def _redundant(config: ModelConfig, reader: CheckpointReader) -> tuple[frozenset[str], str | None]:
+    """Names of stored tensors that say nothing new, each checked as far as it can be; and which
+    MTP layer is among them, if one is."""
+    notice = None
     found = {
         name
         for name, entry in reader.entries.items()
@@ -204,7 +202,7 @@ def _redundant(config: ModelConfig, reader: CheckpointReader, notices: list[str]
         for layer in beyond
         for part in ("enorm", "hnorm", "eh_proj")
     ):
-        notices.append(
+        notice = (
             f"MTP layer {min(beyond)} is left out, since num_nextn_predict_layers in "
             f"config.json is {config.num_nextn_predict_layers}; "
             f"{known + len(beyond) - config.num_hidden_layers} would draft with it"
@@ -214,7 +212,7 @@ def _redundant(config: ModelConfig, reader: CheckpointReader, notices: list[str]
             for name in reader.entries
             if (match := _LAYER.fullmatch(name)) and int(match[1]) in beyond
         }
-    return frozenset(found)
+    return frozenset(found), notice
 
 
 def _is_rotary(name: str, shape: tuple[int, ...], width: int) -> bool:

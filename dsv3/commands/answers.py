@@ -10,6 +10,7 @@ import resource
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -116,8 +117,9 @@ class Job:
         terminal.write((text if self.args.no_stream else "") + "\n")
         return text, run.result.stopped_by[0]
 
-    def print_json(self, texts, prompts, result: Generation) -> None:
-        results = [
+    def print_json(self, texts: list[str], prompts: list[list[int]], result: Generation) -> None:
+        """All rows in one object; texts, prompts: what each row continues."""
+        results: list[dict[str, Any]] = [
             {"prompt": text, "prompt_ids": prompt, "ids": ids, "text": answer, "stopped_by": reason}
             for text, prompt, ids, answer, reason in zip(
                 texts, prompts, result.ids, result.texts, result.stopped_by, strict=True

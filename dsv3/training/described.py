@@ -186,7 +186,7 @@ def _base(table: dict, folder: Path) -> ModelConfig:
                 raise
             what = f"{error.where}: {error.what}"
             raise _retold(error, what, where="model.path", fix=error.fix) from None
-    if table["preset"] not in list(PRESETS):
+    if table["preset"] not in list(PRESETS):  # compared one by one: a table has no hash
         raise bad("model.preset", table["preset"], "one of " + ", ".join(PRESETS))
     return PRESETS[table["preset"]]()
 
