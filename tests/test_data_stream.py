@@ -10,6 +10,8 @@ import torch
 from dsv3 import data
 from dsv3.errors import DSV3Error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def domains():
