@@ -45,22 +45,13 @@ class RMSNorm(nn.Module):
 class Linear(nn.Module):
     """y = x W^T with W (out_features, in_features), whole on every rank.
 
-    precision: of the product; a matrix that is never FP8 gets ``precision.plain``. saved: what FP8
-    training keeps of the input, see ``dsv3.fp8.training``. scale: of the blocks of an FP8 weight,
-    else None.
+    precision: of the product; a matrix that is never FP8 gets ``precision.plain``. scale: of the
+    blocks of an FP8 weight, else None.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        precision: Precision,
-        *,
-        saved: str = "e4m3",
-        device=None,
-    ):
+    def __init__(self, in_features: int, out_features: int, precision: Precision, *, device=None):
         super().__init__()
-        self.precision, self.saved = precision, saved
+        self.precision = precision
         self.weight, scale = precision.room((out_features, in_features), device)
         self.register_buffer("scale", scale)
         self.register_load_state_dict_pre_hook(partial(take_stored, precision))
@@ -72,11 +63,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*lead in"] | QuantizedTensor) -> Float[Tensor, "*lead out"]:
         """x may be plain or already an operand of the precision."""
-        return self.precision.rounded(x, self.matrix, self.saved)
+        return self.precision.rounded(x, self.matrix)
 
     def wide(self, x: Float[Tensor, "*lead in"] | QuantizedTensor) -> Float[Tensor, "*lead out"]:
         """The same product, not rounded: for sums that go on, and for logits."""
-        return self.precision.wide(x, self.matrix, self.saved)
+        return self.precision.wide(x, self.matrix)
 
 
 def take_stored(

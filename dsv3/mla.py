@@ -102,8 +102,13 @@ class MLA(nn.Module):
         self.wkv_a = Linear(d, config.latent_dim, precision, device=device)  # W^DKV, W^KR
         self.kv_norm = RMSNorm(config.kv_lora_rank, _LATENT_EPS, device)
         self.wkv_b = LatentUpProjection(config, self.heads, precision, device)  # W^UK, W^UV
+        # wo's input is kept in more bits: attention's own backward pass reads it too (TR 3.3.3).
         self.wo = RowParallelLinear(
-            config.num_attention_heads * config.v_head_dim, d, precision, group, saved="e5m6", **cut
+            config.num_attention_heads * config.v_head_dim,
+            d,
+            precision.saving("e5m6"),
+            group,
+            **cut,
         )  # W^O
         self.scale = softmax_scale(config)
 

@@ -28,7 +28,7 @@ with about 14 bits, and only what they hand over every 128 products is float32.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
@@ -56,7 +56,6 @@ class Precision:
     the backward pass instead of keeping them (``dsv3.recompute``).
 
     ``matrix`` below is what ``matrix()`` gives: here the weight, in fp8 codes with their scales.
-    saved: what FP8 training keeps of a product's input, see ``dsv3.fp8.training``.
     """
 
     name: str
@@ -109,6 +108,10 @@ class Precision:
         """How matrices are multiplied that are never FP8: embedding, head, eh_proj."""
         return self
 
+    def saving(self, form: str) -> Precision:
+        """The same for products that keep their input in this form, where one is chosen at all."""
+        return self
+
     # A matrix in memory -------------------------------------------------------------------------
 
     def room(self, shape: tuple[int, ...], device) -> tuple[nn.Parameter, Tensor | None]:
@@ -140,19 +143,13 @@ class Precision:
         return x
 
     def rounded(
-        self,
-        x: Float[Tensor, "*lead in"] | QuantizedTensor,
-        matrix: Tensor | QuantizedTensor,
-        saved: str = "e4m3",
+        self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: Tensor | QuantizedTensor
     ) -> Float[Tensor, "*lead out"]:
         """x W^T in the activations' dtype."""
         return F.linear(x, matrix.to(x.dtype))
 
     def wide(
-        self,
-        x: Float[Tensor, "*lead in"] | QuantizedTensor,
-        matrix: Tensor | QuantizedTensor,
-        saved: str = "e4m3",
+        self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: Tensor | QuantizedTensor
     ) -> Float[Tensor, "*lead out"]:
         """The same product in ``sums``, not rounded: for sums that go on, and for logits."""
         return wide_linear(x, matrix, self.sums(x.device))
@@ -238,18 +235,12 @@ class Fp8(Precision):
         return fp8.quantize_activation(x, self.scale_format)
 
     def rounded(
-        self,
-        x: Float[Tensor, "*lead in"] | QuantizedTensor,
-        matrix: QuantizedTensor,
-        saved: str = "e4m3",
+        self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: QuantizedTensor
     ) -> Float[Tensor, "*lead out"]:
         return self.wide(x, matrix).to(self.dtype)
 
     def wide(
-        self,
-        x: Float[Tensor, "*lead in"] | QuantizedTensor,
-        matrix: QuantizedTensor,
-        saved: str = "e4m3",
+        self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: QuantizedTensor
     ) -> Float[Tensor, "*lead out"]:
         sums = self.sums(x.device)
         if len(matrix.shape) == 2:
@@ -284,29 +275,29 @@ class Training(Precision):
     def latent_weights(self, device: torch.device) -> torch.dtype:
         return self.weights
 
-    def wide(
-        self, x: Float[Tensor, "*lead in"], matrix: Tensor, saved: str = "e4m3"
-    ) -> Float[Tensor, "*lead out"]:
-        return self.rounded(x, matrix, saved)
+    def wide(self, x: Float[Tensor, "*lead in"], matrix: Tensor) -> Float[Tensor, "*lead out"]:
+        return self.rounded(x, matrix)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Training(Training):
     """Products whose three forms, forward and both gradients, take FP8 operands (TR 3.3.1).
 
-    recipe: what is quantised how.
+    recipe: what is quantised how. saved: what is kept of a product's input, "e4m3" or "e5m6".
     """
 
     recipe: Fp8Recipe = Fp8Recipe()
+    saved: str = "e4m3"
 
     @property
     def plain(self) -> Training:
         return Training(**{f.name: getattr(self, f.name) for f in fields(Training)})
 
-    def rounded(
-        self, x: Float[Tensor, "*lead in"], matrix: Tensor, saved: str = "e4m3"
-    ) -> Float[Tensor, "*lead out"]:
-        return fp8_linear(x, matrix, self.recipe, saved)
+    def saving(self, form: str) -> Fp8Training:
+        return replace(self, saved=form)
+
+    def rounded(self, x: Float[Tensor, "*lead in"], matrix: Tensor) -> Float[Tensor, "*lead out"]:
+        return fp8_linear(x, matrix, self.recipe, self.saved)
 
     def each(
         self, x: Float[Tensor, "choices in"], stack: Tensor, ends: Int[Tensor, " experts"]
