@@ -69,96 +69,75 @@ class Generation:
         return sum(map(len, self.ids)) / self.seconds if self.seconds else 0.0
 
 
-def generate(
+def prefill(
     model,
-    prompts,
-    max_new_tokens: int | None = None,
-    *,
-    sampling: Sampling | None = None,
-    tokenizer=None,
-    on_token: OnToken | None = None,
-    **options,
-) -> list[list[int]]:
-    """New tokens for each prompt, without the prompt and without the end-of-sequence token.
+    cache,
+    rows: Sequence[Sequence[int]],
+    chunk: int | None = None,
+    watch: Callable | None = None,
+) -> torch.Tensor:
+    """Run ragged rows of tokens into the cache; logits (b, vocab) after each row's last token.
 
-    prompts: token ids, ragged: a list of lists, tensors or arrays, or one (b, s). sampling and
-    options: what to do, the fields of ``generation.sampling.Sampling``; options change those of
-    sampling. A text ends at the model's own end tokens unless ``eos_ids`` says otherwise.
-    tokenizer: needed for stop strings; where given, ids that are none of its tokens are never
-    chosen. on_token(row, id): called for each new token. With n samples, n rows a prompt, beside
-    each other.
-
-    Raises DSV3Error for an empty prompt, one that fills the context, an id out of range, an option
-    that makes no sense or does not exist.
+    Each row needs at least one token. In later chunks the short rows have nothing left and take
+    part with length 0. watch(start, hidden, tokens, counts) gets the states of each chunk.
     """
-    if max_new_tokens is not None:
-        options["max_new_tokens"] = max_new_tokens
-    return complete(
-        model, prompts, sampling=sampling, tokenizer=tokenizer, on_token=on_token, **options
-    ).ids
+    device = model.device
+    counts = [len(row) for row in rows]
+    width = max(counts)
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64, device="cpu")
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids, device="cpu")
+    tokens = tokens.to(device)
+    chunk = chunk or width
+    last: torch.Tensor | None = None
+    for start in range(0, width, chunk):
+        part = tokens[:, start : start + chunk]
+        here = [min(max(count - start, 0), part.shape[1]) for count in counts]
+        if watch is None:
+            logits = model(part, cache=cache, lengths=here, last_only=True)
+        else:
+            logits, hidden = model(
+                part, cache=cache, lengths=here, last_only=True, return_hidden=True
+            )
+            watch(start, hidden, tokens, counts)
+        if last is None:
+            last = logits
+        else:
+            fed = torch.tensor(here, device=device) > 0
+            last = torch.where(fed[:, None], logits, last)
+    assert last is not None  # each row has a token
+    return last
 
 
-def complete(
-    model,
-    prompts,
-    *,
-    sampling: Sampling | None = None,
-    tokenizer=None,
-    on_token: OnToken | None = None,
-    should_stop: Callable[[], bool] | None = None,
-    cache=None,
-    draft_cache=None,
-    **options,
-) -> Generation:
-    """``generate`` with the full account.
+class Plain:
+    """Decodes a batch one token a row and step: the form that speculative decoding must equal."""
 
-    should_stop: asked on rank 0 after each step; True ends all rows on all ranks ("interrupt").
-    cache: one that already holds the beginning of each prompt, or all of it; only the rest is
-    computed, and what it holds is checked against the prompt. draft_cache: for speculative
-    decoding, with the same lengths.
-    """
-    run = stream(
-        model,
-        prompts,
-        sampling=sampling,
-        tokenizer=tokenizer,
-        should_stop=should_stop,
-        cache=cache,
-        draft_cache=draft_cache,
-        **options,
-    )
-    for token in run:
-        if on_token:
-            on_token(token.row, token.id)
-    return run.result
+    watch = None  # nothing to keep of prefill but the cache
+    acceptance = None  # nothing is drafted
 
+    def __init__(self, model, cache, choose: Chooser):
+        self.model, self.cache, self.choose = model, cache, choose
 
-def stream(
-    model,
-    prompts,
-    *,
-    sampling: Sampling | None = None,
-    tokenizer=None,
-    should_stop: Callable[[], bool] | None = None,
-    cache=None,
-    draft_cache=None,
-    **options,
-) -> Stream:
-    """The new tokens of all prompts as they become certain; arguments as in ``complete``.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
+        return self.cache.nbytes
 
-    Everything is checked before this returns. ``close()``, or leaving a loop and dropping the
-    stream, ends it between two passes: the caches hold whole tokens and can be used again. On
-    several ranks every rank reads the stream, and all of them close it at the same token.
-    """
-    return Stream(
-        model,
-        prompts,
-        (sampling or Sampling()).but(**options),
-        tokenizer,
-        should_stop,
-        cache,
-        draft_cache,
-    )
+    def copies(self, n: int, cache) -> None:
+        """Go on with ``n`` copies of every row, after prefill; ``cache`` holds theirs."""
+        self.cache = cache
+
+    def step(self, chosen: list[list[int]], left: list[int]) -> list[list[Choice]]:
+        """The tokens that follow ``chosen``, those of the last step.
+
+        left: how many tokens each row may still take; 0 for a row that has ended, which is fed
+        nothing.
+        """
+        tokens = torch.tensor(chosen, device=self.model.device)
+        logits = self.model(
+            tokens, cache=self.cache, lengths=[min(room, 1) for room in left], last_only=True
+        )
+        return self.choose(logits)
 
 
 class Stream(Iterator[Token]):
@@ -241,14 +220,7 @@ class Stream(Iterator[Token]):
             yield from certain
             if not any(rows.left):
                 return
-            if decoder.cache.lengths != held:
-                raise DSV3Error(
-                    "the cache was used elsewhere while this stream was open",
-                    where="cache",
-                    found=f"lengths {decoder.cache.lengths}",
-                    expected=f"lengths {held}",
-                    fix="Close a stream before its cache serves another",
-                )
+            _check_unused(decoder.cache, held)
             self._passes += sum(room > 0 for room in rows.left)
             chosen = decoder.step([[choice.id for choice in some] for some in chosen], rows.left)
 
@@ -291,72 +263,105 @@ class Stream(Iterator[Token]):
         return logits.repeat_interleave(n, dim=0)
 
 
-def prefill(
-    model,
-    cache,
-    rows: Sequence[Sequence[int]],
-    chunk: int | None = None,
-    watch: Callable | None = None,
-) -> torch.Tensor:
-    """Run ragged rows of tokens into the cache; logits (b, vocab) after each row's last token.
-
-    Each row needs at least one token. In later chunks the short rows have nothing left and take
-    part with length 0. watch(start, hidden, tokens, counts) gets the states of each chunk.
-    """
-    device = model.device
-    counts = [len(row) for row in rows]
-    width = max(counts)
-    tokens = torch.zeros(len(rows), width, dtype=torch.int64, device="cpu")
-    for row, ids in enumerate(rows):
-        tokens[row, : len(ids)] = torch.tensor(ids, device="cpu")
-    tokens = tokens.to(device)
-    chunk = chunk or width
-    last: torch.Tensor | None = None
-    for start in range(0, width, chunk):
-        part = tokens[:, start : start + chunk]
-        here = [min(max(count - start, 0), part.shape[1]) for count in counts]
-        if watch is None:
-            logits = model(part, cache=cache, lengths=here, last_only=True)
-        else:
-            logits, hidden = model(
-                part, cache=cache, lengths=here, last_only=True, return_hidden=True
-            )
-            watch(start, hidden, tokens, counts)
-        if last is None:
-            last = logits
-        else:
-            fed = torch.tensor(here, device=device) > 0
-            last = torch.where(fed[:, None], logits, last)
-    assert last is not None  # each row has a token
-    return last
-
-
-class Plain:
-    """Decodes a batch one token a row and step: the form that speculative decoding must equal."""
-
-    watch = None  # nothing to keep of prefill but the cache
-    acceptance = None  # nothing is drafted
-
-    def __init__(self, model, cache, choose: Chooser):
-        self.model, self.cache, self.choose = model, cache, choose
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the cache."""
-        return self.cache.nbytes
-
-    def copies(self, n: int, cache) -> None:
-        """Go on with ``n`` copies of every row, after prefill; ``cache`` holds theirs."""
-        self.cache = cache
-
-    def step(self, chosen: list[list[int]], left: list[int]) -> list[list[Choice]]:
-        """The tokens that follow ``chosen``, those of the last step.
-
-        left: how many tokens each row may still take; 0 for a row that has ended, which is fed
-        nothing.
-        """
-        tokens = torch.tensor(chosen, device=self.model.device)
-        logits = self.model(
-            tokens, cache=self.cache, lengths=[min(room, 1) for room in left], last_only=True
+def _check_unused(cache, held: list[int]) -> None:
+    """Between two steps of a stream its reader may have used the cache for something else."""
+    if cache.lengths != held:
+        raise DSV3Error(
+            "the cache was used elsewhere while this stream was open",
+            where="cache",
+            found=f"lengths {cache.lengths}",
+            expected=f"lengths {held}",
+            fix="Close a stream before its cache serves another",
         )
-        return self.choose(logits)
+
+
+def stream(
+    model,
+    prompts,
+    *,
+    sampling: Sampling | None = None,
+    tokenizer=None,
+    should_stop: Callable[[], bool] | None = None,
+    cache=None,
+    draft_cache=None,
+    **options,
+) -> Stream:
+    """The new tokens of all prompts as they become certain; arguments as in ``complete``.
+
+    Everything is checked before this returns. ``close()``, or leaving a loop and dropping the
+    stream, ends it between two passes: the caches hold whole tokens and can be used again. On
+    several ranks every rank reads the stream, and all of them close it at the same token.
+    """
+    return Stream(
+        model,
+        prompts,
+        (sampling or Sampling()).but(**options),
+        tokenizer,
+        should_stop,
+        cache,
+        draft_cache,
+    )
+
+
+def complete(
+    model,
+    prompts,
+    *,
+    sampling: Sampling | None = None,
+    tokenizer=None,
+    on_token: OnToken | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    cache=None,
+    draft_cache=None,
+    **options,
+) -> Generation:
+    """``generate`` with the full account.
+
+    should_stop: asked on rank 0 after each step; True ends all rows on all ranks ("interrupt").
+    cache: one that already holds the beginning of each prompt, or all of it; only the rest is
+    computed, and what it holds is checked against the prompt. draft_cache: for speculative
+    decoding, with the same lengths.
+    """
+    run = stream(
+        model,
+        prompts,
+        sampling=sampling,
+        tokenizer=tokenizer,
+        should_stop=should_stop,
+        cache=cache,
+        draft_cache=draft_cache,
+        **options,
+    )
+    for token in run:
+        if on_token:
+            on_token(token.row, token.id)
+    return run.result
+
+
+def generate(
+    model,
+    prompts,
+    max_new_tokens: int | None = None,
+    *,
+    sampling: Sampling | None = None,
+    tokenizer=None,
+    on_token: OnToken | None = None,
+    **options,
+) -> list[list[int]]:
+    """New tokens for each prompt, without the prompt and without the end-of-sequence token.
+
+    prompts: token ids, ragged: a list of lists, tensors or arrays, or one (b, s). sampling and
+    options: what to do, the fields of ``generation.sampling.Sampling``; options change those of
+    sampling. A text ends at the model's own end tokens unless ``eos_ids`` says otherwise.
+    tokenizer: needed for stop strings; where given, ids that are none of its tokens are never
+    chosen. on_token(row, id): called for each new token. With n samples, n rows a prompt, beside
+    each other.
+
+    Raises DSV3Error for an empty prompt, one that fills the context, an id out of range, an option
+    that makes no sense or does not exist.
+    """
+    if max_new_tokens is not None:
+        options["max_new_tokens"] = max_new_tokens
+    return complete(
+        model, prompts, sampling=sampling, tokenizer=tokenizer, on_token=on_token, **options
+    ).ids
