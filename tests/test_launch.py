@@ -310,7 +310,8 @@ def test_a_stopped_rank_ends_with_a_killed_parent(tmp_path, ended):
         "train", "--preset", "mini", "--out", tmp_path / "run", "--ranks", 2, "--device", "cpu"
     )
     below = wait_until(lambda: len(members(process.pid)) == 2 and members(process.pid))
-    time.sleep(0.5)  # both have begun
+    # Both have begun once they watch their parent, which takes a thread of its own.
+    wait_until(lambda: all(len(os.listdir(f"/proc/{pid}/task")) > 1 for pid in below))
     os.kill(below[1], signal.SIGSTOP)
     process.kill()
     try:
