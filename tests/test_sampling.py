@@ -19,9 +19,10 @@ from dsv3.checkpoint.generation_config import FILE, GenerationConfig
 from dsv3.checkpoint.saving import save_model
 from dsv3.errors import DSV3Error
 from dsv3.generation.loop import complete, stream
-from dsv3.generation.sampling import Choice, Sampling, probabilities
+from dsv3.generation.sampling import Choice, Chooser, Sampling, probabilities
 from dsv3.generation.session import Session
 from dsv3.generation.stops import RowText
+from dsv3.parallel.tensor import TensorGroup
 
 pytestmark = pytest.mark.slow
 
@@ -564,3 +565,26 @@ def test_numbers_of_numpy_are_numbers(as_in_use):
         float,
         int,
     ]
+
+
+class SecondRank(TensorGroup):
+    """Rank 1 of two, to whom rank 0 says: 5 and 9, and no end."""
+
+    def broadcast(self, numbers: torch.Tensor) -> torch.Tensor:
+        assert not numbers.any(), "another rank than 0 has something to say"
+        return torch.tensor([5, 9, 0], dtype=numbers.dtype)
+
+
+def test_only_rank_0_draws_and_asks_whether_to_stop():
+    chooser = Chooser(
+        SecondRank(1, 2),
+        2,
+        Sampling(temperature=1.0),
+        96,
+        should_stop=lambda: pytest.fail("rank 1 was asked"),
+    )
+    before = [generator.get_state() for generator in chooser.generators]
+    chosen = chooser(torch.zeros(2, 96))
+    assert [[choice.id for choice in row] for row in chosen] == [[5], [9]]
+    after = [generator.get_state() for generator in chooser.generators]
+    assert all(map(torch.equal, before, after))

@@ -19,54 +19,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from dsv3.errors import DSV3Error
-from dsv3.generation.rows import Rows, Token, as_prompts, check_beginnings, check_prompts
+from dsv3.generation.rows import (
+    Generation,
+    Rows,
+    Token,
+    as_prompts,
+    check_beginnings,
+    check_prompts,
+    check_unused,
+)
 from dsv3.generation.sampling import Choice, Chooser, Sampling
 from dsv3.generation.speculative import Speculative
 
 OnToken = Callable[[int, int], None]
-
-
-@dataclass
-class Generation:
-    """What a run gave. With n samples, row n i + k is sample k of prompt i.
-
-    ids: new tokens of each row, the end-of-sequence token left out; stopped_by: for each row
-    "eos", "stop" (a stop string), "length" (max_new_tokens), "context" (no room left) or
-    "interrupt", and "" where a stream was closed early; seconds: wall time from the first prefilled
-    token to the last chosen one, with what the reader of a stream did in between; acceptance: share
-    of drafted tokens that were accepted, None where nothing was drafted; cache_bytes: of all caches
-    used; passes: how often a row was fed after prefill, over all rows; chosen: tokens of each row
-    with those that only ended it. texts: of each row, where a tokenizer was given. logprobs: of
-    each id, where they were asked for (``generation.sampling.Choice`` says of which distribution).
-
-    A text ends before its stop string. Its ids are those of the tokens that begin before it, so
-    the last of them may run on into it.
-    """
-
-    ids: list[list[int]]
-    stopped_by: list[str]
-    seconds: float
-    cache_bytes: int
-    acceptance: float | None = None
-    passes: int = 0
-    chosen: Sequence[int] = ()
-    texts: list[str] | None = None
-    logprobs: list[list[float | None]] | None = None
-
-    @property
-    def tokens_per_pass(self) -> float | None:
-        """Tokens a row got from a pass after prefill: 1 in plain decoding, up to 2 with drafts."""
-        return (sum(self.chosen) - len(self.chosen)) / self.passes if self.passes else None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens of all rows, over the wall time with prefill."""
-        return sum(map(len, self.ids)) / self.seconds if self.seconds else 0.0
 
 
 def prefill(
@@ -220,7 +189,7 @@ class Stream(Iterator[Token]):
             yield from certain
             if not any(rows.left):
                 return
-            _check_unused(decoder.cache, held)
+            check_unused(decoder.cache, held)
             self._passes += sum(room > 0 for room in rows.left)
             chosen = decoder.step([[choice.id for choice in some] for some in chosen], rows.left)
 
@@ -263,18 +232,6 @@ class Stream(Iterator[Token]):
         return logits.repeat_interleave(n, dim=0)
 
 
-def _check_unused(cache, held: list[int]) -> None:
-    """Between two steps of a stream its reader may have used the cache for something else."""
-    if cache.lengths != held:
-        raise DSV3Error(
-            "the cache was used elsewhere while this stream was open",
-            where="cache",
-            found=f"lengths {cache.lengths}",
-            expected=f"lengths {held}",
-            fix="Close a stream before its cache serves another",
-        )
-
-
 def stream(
     model,
     prompts,
@@ -292,15 +249,8 @@ def stream(
     stream, ends it between two passes: the caches hold whole tokens and can be used again. On
     several ranks every rank reads the stream, and all of them close it at the same token.
     """
-    return Stream(
-        model,
-        prompts,
-        (sampling or Sampling()).but(**options),
-        tokenizer,
-        should_stop,
-        cache,
-        draft_cache,
-    )
+    sampling = (sampling or Sampling()).but(**options)
+    return Stream(model, prompts, sampling, tokenizer, should_stop, cache, draft_cache)
 
 
 def complete(
@@ -322,16 +272,8 @@ def complete(
     computed, and what it holds is checked against the prompt. draft_cache: for speculative
     decoding, with the same lengths.
     """
-    run = stream(
-        model,
-        prompts,
-        sampling=sampling,
-        tokenizer=tokenizer,
-        should_stop=should_stop,
-        cache=cache,
-        draft_cache=draft_cache,
-        **options,
-    )
+    sampling = (sampling or Sampling()).but(**options)
+    run = Stream(model, prompts, sampling, tokenizer, should_stop, cache, draft_cache)
     for token in run:
         if on_token:
             on_token(token.row, token.id)

@@ -1,4 +1,4 @@
-"""The rows of a batch: prompts as they come in, and the texts that grow from them."""
+"""The rows of a batch: prompts as they come in, the texts that grow from them, the account."""
 
 from __future__ import annotations
 
@@ -21,6 +21,44 @@ class Token:
     id: int
     text: str = ""
     logprob: float | None = None
+
+
+@dataclass
+class Generation:
+    """What a run gave. With n samples, row n i + k is sample k of prompt i.
+
+    ids: new tokens of each row, the end-of-sequence token left out; stopped_by: for each row
+    "eos", "stop" (a stop string), "length" (max_new_tokens), "context" (no room left) or
+    "interrupt", and "" where a stream was closed early; seconds: wall time from the first prefilled
+    token to the last chosen one, with what the reader of a stream did in between; acceptance: share
+    of drafted tokens that were accepted, None where nothing was drafted; cache_bytes: of all caches
+    used; passes: how often a row was fed after prefill, over all rows; chosen: tokens of each row
+    with those that only ended it. texts: of each row, where a tokenizer was given. logprobs: of
+    each id, where they were asked for (``generation.sampling.Choice`` says of which distribution).
+
+    A text ends before its stop string. Its ids are those of the tokens that begin before it, so
+    the last of them may run on into it.
+    """
+
+    ids: list[list[int]]
+    stopped_by: list[str]
+    seconds: float
+    cache_bytes: int
+    acceptance: float | None = None
+    passes: int = 0
+    chosen: Sequence[int] = ()
+    texts: list[str] | None = None
+    logprobs: list[list[float | None]] | None = None
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """Tokens a row got from a pass after prefill: 1 in plain decoding, up to 2 with drafts."""
+        return (sum(self.chosen) - len(self.chosen)) / self.passes if self.passes else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all rows, over the wall time with prefill."""
+        return sum(map(len, self.ids)) / self.seconds if self.seconds else 0.0
 
 
 def as_prompts(prompts) -> list[list[int]]:
@@ -142,6 +180,18 @@ def check_beginnings(
                         expected=id,
                         fix=f"Cut it back with cache.truncate, at most to {place}",
                     )
+
+
+def check_unused(cache, held: list[int]) -> None:
+    """Between two steps of a stream its reader may have used the cache for something else."""
+    if cache.lengths != held:
+        raise DSV3Error(
+            "the cache was used elsewhere while this stream was open",
+            where="cache",
+            found=f"lengths {cache.lengths}",
+            expected=f"lengths {held}",
+            fix="Close a stream before its cache serves another",
+        )
 
 
 class Rows:

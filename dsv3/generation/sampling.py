@@ -250,16 +250,15 @@ class Chooser:
 
     def __call__(self, logits: Float[Tensor, "b v"]) -> list[list[Choice]]:
         """A token for each row of logits, in a list of its own."""
-        s = self.sampling
-        return [
-            [choice]
-            for choice in self.agree(
-                logits,
-                lambda: sample(
-                    self.allowed(logits), s.temperature, s.top_p, self.generators, s.top_k
-                ),
-            )
-        ]
+        s, ids = self.sampling, None
+        if self.decides:
+            ids = sample(self.allowed(logits), s.temperature, s.top_p, self.generators, s.top_k)
+        return [[choice] for choice in self.agree(logits, ids)]
+
+    @property
+    def decides(self) -> bool:
+        """Whether this is the rank that chooses, rank 0."""
+        return self.group.rank == 0
 
     def allowed(self, logits: Float[Tensor, "*lead v"]) -> Float[Tensor, "*lead v"]:
         """The logits, those of banned ids at -inf."""
@@ -272,18 +271,16 @@ class Chooser:
         s = self.sampling
         return probabilities(self.allowed(logits), s.temperature, s.top_p, s.top_k)
 
-    def agree(
-        self, logits: Float[Tensor, "*lead v"], decide: Callable[[], list[int]]
-    ) -> list[Choice]:
-        """What ``decide`` gives on rank 0, on every rank: an id for each row of logits, in order.
+    def agree(self, logits: Float[Tensor, "*lead v"], ids: list[int] | None) -> list[Choice]:
+        """Rank 0's ids on every rank, one for each row of logits, in order; None where it is
+        another rank that decides.
 
         An id of -1 stands for none and has no log-probability.
         """
         count = logits.shape[:-1].numel()
         numbers = [0.0] * (count * (1 + self.sampling.logprobs) + 1)
-        if self.group.rank == 0:
+        if ids is not None:
             stop = self.interrupted or bool(self.should_stop and self.should_stop())
-            ids = decide()
             numbers = [*ids, *self.logprobs(logits, ids), stop]
         if self.group.size > 1:  # ids are exact in float64
             numbers = self.group.broadcast(

@@ -46,9 +46,9 @@ def verify(p: torch.Tensor, q: torch.Tensor, draft: int, generator: torch.Genera
     draft, because p < q there.
     """
     u = torch.rand((), dtype=torch.float64, device="cpu", generator=generator).item()
-    if u * q[draft] < p[draft]:
+    if u * q[draft] < p[draft]:  # with probability min(1, p(d) / q(d))
         return draft
-    missing = (p - q).clamp(min=0)
+    missing = (p - q).clamp(min=0)  # what the accepted drafts leave open of p
     # Where p and q differ by rounding alone, nothing is missing.
     return draw(missing, generator) if missing.any() else draft
 
@@ -139,7 +139,8 @@ class Speculative:
         logits, self.hidden = self.model(
             fed, cache=self.cache, lengths=[min(room, 2) for room in left], return_hidden=True
         )
-        answer = self.choose.agree(logits, lambda: self.judge(logits, q, guesses, left))
+        ids = self.judge(logits, q, guesses, left) if self.choose.decides else None
+        answer = self.choose.agree(logits, ids)
         after = [
             [choice for choice in answer[width * row : width * (row + 1)] if choice.id >= 0]
             for row in range(len(left))
@@ -168,15 +169,13 @@ class Speculative:
             self.hidden, following, cache=self.draft_cache, lengths=counts, last_only=True
         )
         q = self.choose.distribution(logits)
-        generators = self.choose.generators
-        guesses = self.choose.agree(
-            logits,
-            lambda: [
-                draw(q[row], generators[row]) if drafts else 0
-                for row, drafts in enumerate(drafting)
-            ],
-        )
-        return [guess.id for guess in guesses], q
+        ids = None
+        if self.choose.decides:
+            ids = [
+                draw(q_row, generator) if drafts else 0
+                for q_row, generator, drafts in zip(q, self.choose.generators, drafting)
+            ]
+        return [guess.id for guess in self.choose.agree(logits, ids)], q
 
     def judge(
         self, logits: torch.Tensor, q: torch.Tensor | None, guesses: list[int], left: list[int]
@@ -185,6 +184,8 @@ class Speculative:
 
         The second is -1 where the draft was rejected or there was none. An ended row has 0 first.
         """
+        # p: the model's, where the draft d stands ([row, 0]) and after it ([row, 1]);
+        # q: what d was drawn from.
         p = self.choose.distribution(logits)
         answer = []
         for row, (room, guess) in enumerate(zip(left, guesses)):
