@@ -12,7 +12,8 @@ over its ranks. Writing one token at a time multiplies small matrices, for which
 gains little and costs much as soon as its core is wanted elsewhere.
 
 *bfloat16.* A CPU without units for it converts every number on the way into a product. How much
-that costs varies from twice to sixty times the time of float32, so it is measured.
+that costs differs from one to the next (5 to 13 times the time of float32 on one that was
+measured), so it is measured here too.
 
 OMP_NUM_THREADS and OMP_WAIT_POLICY, where the user has set them, win over all of this.
 """
