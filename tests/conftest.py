@@ -1,6 +1,7 @@
 """Set-up for all tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import jaxtyping
@@ -29,6 +30,11 @@ SHAPED = [
     "dsv3.viz.widgets",
 ]
 jaxtyping.install_import_hook(SHAPED, "annotations.check")
+
+# A shell starts what runs in the background with Ctrl-C ignored, which processes pass on to those
+# they start. Tests that press it would wait in vain.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The models here are too small for two threads to help, and on busy cores threads that wait for
 # each other take many times as long.
