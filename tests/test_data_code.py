@@ -208,6 +208,6 @@ def test_plain_functions_are_short_and_not_empty():
 
 def test_functions_are_a_domain_of_training_text_only():
     domains = [data.Domain("plays", ["p"], ["q"]), data.Domain("code", [CLASS], [CLASS])]
-    *before, functions = data.with_functions(domains)
+    *before, functions = data.with_others(domains, ["functions"])
     assert before == domains and functions.name == "functions"
     assert functions.train == data.plain_functions([CLASS]) and functions.held_out == []

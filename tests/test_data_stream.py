@@ -191,6 +191,48 @@ def test_a_domain_without_documents_is_refused(tokenizer):
         make(tokenizer, [data.Domain("code", [], [])], {"code": 1})
 
 
+def test_a_domain_made_by_rule_never_ends_and_never_repeats(tokenizer, domains):
+    """A tenth of the tokens; numbered documents, each with a generator of its own."""
+    drawn = []
+
+    def number(rng, reach):
+        drawn.append(int(rng.integers(1 << 40)))
+        return f"{data.BOS}#{len(drawn)}!{data.EOS}"
+
+    made = data.Domain("made", [], [], number)
+    found = documents(
+        tokenizer, read(tokenizer, [*domains, made], 40_000, {"plays": 0.9, "made": 0.1})
+    )
+    numbers = [int(text.split("#")[1].split("!")[0]) for text in found if "Speech" not in text]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 300
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_how_far_made_text_reaches_follows_from_the_tokens_read(tokenizer, domains):
+    asked, reaches = [], []
+
+    def reach(tokens):
+        asked.append(tokens)
+        return 10 + tokens // 1000
+
+    def make_one(rng, most):
+        reaches.append(most)
+        return f"{data.BOS}{most} {rng.integers(1000)}{data.EOS}"
+
+    mixed = [*domains, data.Domain("made", [], [], make_one)]
+    shares = {"plays": 0.5, "made": 0.5}
+    stream = make(tokenizer, mixed, shares, length=64, reach=reach)
+    stream.draw(4000)
+    ahead = stream.draw(8)
+    assert asked[0] < 1000 and asked == sorted(asked) and asked[-1] > 250_000
+    assert reaches == [10 + tokens // 1000 for tokens in asked]
+    resumed = make(tokenizer, mixed, shares, length=64, reach=reach, position=4000 * 64)
+    assert torch.equal(resumed.draw(8), ahead)
+    reaches.clear()
+    make(tokenizer, mixed, shares, length=64).draw(2)
+    assert set(reaches) == {64}, "without a rule it reaches over a window"
+
+
 def test_in_order_predicts_every_token_once():
     windows = data.in_order(np.arange(50), 12, 2)  # reads 10 tokens, targets 1 and 2 further
     targets = windows[:, 1:11].flatten().tolist()
@@ -214,6 +256,27 @@ def test_domains_come_from_folders_and_know_what_is_held_out(tmp_path):
     for domain in domains:
         for text in (*domain.train, *domain.held_out):
             assert text.startswith(data.BOS) and text.endswith(data.EOS)
+
+
+def test_other_domains_are_made_of_training_text_alone():
+    def play(word):
+        return data.BOS + f"ROGUE:\n{word} and {word}, my lord, is {word}.\n\n" * 40 + data.EOS
+
+    domains = [
+        data.Domain("plays", [play("good")], [play("held")]),
+        data.Domain(
+            "code",
+            [data.BOS + "def f(x):\n    return 1\n" + data.EOS] * 9,
+            [data.BOS + "def held(x):\n    return 1\n" + data.EOS],
+        ),
+        data.Domain("arithmetic", ["1"], ["2"]),
+    ]
+    assert data.with_others(domains, ["plays"]) == domains
+    *same, functions, recall, chats = data.with_others(domains, {"functions", "recall", "chats"})
+    assert same == domains and len(functions.train) == 9 and not functions.make
+    assert (functions.name, recall.name, chats.name) == ("functions", "recall", "chats")
+    made = "".join(recall.make(np.random.default_rng(n), 200) for n in range(200))
+    assert "good" in made and "def f" in made and "held" not in made
 
 
 def test_tokenizer_learns_from_training_text_of_all_domains_alone():

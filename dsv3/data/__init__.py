@@ -1,7 +1,8 @@
-"""Text for training: three domains, a tokenizer learned from them, and a packed stream.
+"""Text for training: its domains, a tokenizer learned from them, and a packed stream.
 
-``plays``, ``code`` and ``arithmetic`` make documents; ``domains`` holds them together with what is
-held out; ``vocabulary`` turns text into tokens; ``stream`` packs documents and cuts windows.
+``plays``, ``code`` and ``arithmetic`` make documents, ``recall`` and ``chats`` more of them from
+the same text; ``domains`` holds them together with what is held out; ``vocabulary`` turns text
+into tokens; ``stream`` packs documents and cuts windows.
 """
 
 from dsv3.data.arithmetic import (
@@ -13,17 +14,20 @@ from dsv3.data.arithmetic import (
     task,
     working,
 )
+from dsv3.data.chats import Chats
 from dsv3.data.code import (
     HELD_OUT_MODULES,
     clean_code,
     code_documents,
+    described_functions,
     pieces,
     plain_functions,
     read_modules,
     split_modules,
 )
-from dsv3.data.domains import DOMAINS, Domain, load_domains, tokenizer_texts, with_functions
+from dsv3.data.domains import DOMAINS, Domain, load_domains, tokenizer_texts, with_others
 from dsv3.data.plays import HELD_OUT, clean, conversation, documents, read_plays, scenes, split
+from dsv3.data.recall import Recall
 from dsv3.data.stream import Stream, fill_in_middle, in_order
 from dsv3.data.vocabulary import (
     ASSISTANT,
@@ -57,13 +61,16 @@ __all__ = [
     "PAD",
     "SPECIAL_TOKENS",
     "USER",
+    "Chats",
     "Domain",
+    "Recall",
     "Stream",
     "arithmetic_documents",
     "clean",
     "clean_code",
     "code_documents",
     "conversation",
+    "described_functions",
     "documents",
     "fill_in_middle",
     "final_answer",
@@ -86,6 +93,6 @@ __all__ = [
     "token_bytes",
     "tokenizer_texts",
     "train_tokenizer",
-    "with_functions",
+    "with_others",
     "working",
 ]

@@ -24,6 +24,7 @@ import ast
 import os
 import sysconfig
 import warnings
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -140,19 +141,41 @@ def plain_functions(documents: list[str], longest: int = 1200) -> list[str]:
 
     longest: in characters; functions above it, and those of which nothing is left, are dropped.
     """
+    texts = [_plain(node) for node in _functions(documents)]
+    return [
+        BOS + text + "\n" + EOS
+        for text in texts
+        if len(text) <= longest and not text.endswith(":\n    pass")
+    ]
+
+
+def described_functions(documents: list[str], longest: int = 800) -> list[tuple[str, str, str]]:
+    """(name, first sentence of the docstring, plain code) of functions that have both."""
     result = []
+    for node in _functions(documents):
+        said = (ast.get_docstring(node) or "").split("\n")[0].strip()
+        if 16 <= len(said) <= 120 and said.endswith("."):
+            code = _plain(node)
+            if len(code) <= longest and not code.endswith(":\n    pass"):
+                result.append((node.name, said, code))
+    return result
+
+
+def _functions(documents: list[str]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions at the top of documents and methods of classes there."""
     for document in documents:
         for piece in _statements(document.removeprefix(BOS).removesuffix(EOS)) or []:
             for node in piece.body if isinstance(piece, ast.ClassDef) else [piece]:
-                if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                    continue
-                for inner in ast.walk(node):
-                    if isinstance(inner, _DEFINITION) and ast.get_docstring(inner) is not None:
-                        inner.body = inner.body[1:] or [ast.Pass()]
-                text = ast.unparse(node)
-                if len(text) <= longest and not text.endswith(":\n    pass"):
-                    result.append(BOS + text + "\n" + EOS)
-    return result
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    yield node
+
+
+def _plain(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    """The code of a function without its docstrings, which are taken out of the tree."""
+    for inner in ast.walk(node):
+        if isinstance(inner, _DEFINITION) and ast.get_docstring(inner) is not None:
+            inner.body = inner.body[1:] or [ast.Pass()]
+    return ast.unparse(node)
 
 
 def _class_pieces(text: str) -> list[str]:

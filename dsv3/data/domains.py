@@ -8,27 +8,38 @@ write verse, does it write a function that ends, does it add numbers that it has
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from dsv3.data.arithmetic import arithmetic_documents
+from dsv3.data.chats import Chats
 from dsv3.data.code import code_documents, plain_functions, read_modules, split_modules
 from dsv3.data.plays import documents, read_plays, split
+from dsv3.data.recall import Recall
 from dsv3.data.vocabulary import SPECIAL_TOKENS
 
 DOMAINS = ("plays", "code", "arithmetic")
-READABLE = (*DOMAINS, "functions")  # what a mixture may have shares of; see ``with_functions``
+# What a mixture may have shares of; see ``with_others``.
+READABLE = (*DOMAINS, "functions", "recall", "chats")
 
 _SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Documents of one kind, with begin and end tokens written out; no hole is cut in them yet."""
+    """Documents of one kind, with begin and end tokens written out; no hole is cut in them yet.
+
+    make: where they are made by rule and never come again, what makes one from a random generator
+    and the length in tokens that it may reach; ``train`` is empty then.
+    """
 
     name: str
     train: list[str]
     held_out: list[str]
+    make: Callable[[np.random.Generator, int], str] | None = None
 
 
 def load_domains(
@@ -48,10 +59,20 @@ def load_domains(
     ]
 
 
-def with_functions(domains: list[Domain]) -> list[Domain]:
-    """The domains and one more, "functions": the training code as ``plain_functions`` gives it."""
-    code = next(domain for domain in domains if domain.name == "code")
-    return [*domains, Domain("functions", plain_functions(code.train), [])]
+def with_others(domains: list[Domain], names: Iterable[str]) -> list[Domain]:
+    """The domains and those of three more that are among ``names``; all from the training text.
+
+    "functions": the code as ``plain_functions`` gives it; "recall": text to look back in;
+    "chats": conversations in the chat form.
+    """
+    train = {domain.name: domain.train for domain in domains}
+    others = {
+        "functions": lambda: Domain("functions", plain_functions(train["code"]), []),
+        "recall": lambda: Domain("recall", [], [], Recall(train["plays"], train["code"])),
+        "chats": lambda: Domain("chats", [], [], Chats(train["plays"], train["code"])),
+    }
+    names = set(names)
+    return domains + [make() for name, make in others.items() if name in names]
 
 
 def tokenizer_texts(domains: list[Domain]) -> list[str]:

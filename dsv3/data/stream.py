@@ -10,6 +10,10 @@ windows would be one scene of a play, the next one a page of sums, and each step
 model and its routers another way: after 1.1 million tokens of the small model's training the loss
 on held-out plays was 5.80 nats a token in a row and 5.35 shuffled.
 
+Domains made by rule (``Domain.make``) never end and never repeat. How far they may reach, from a
+fact to the question about it, can grow with the tokens read: what is asked for at a long distance
+from the start is learned late or not at all.
+
 All of this follows from the seed alone, so the number of tokens read is the whole state of the
 stream. A run that is stopped and resumed reads what it would have read.
 
@@ -22,7 +26,8 @@ fits between two given parts::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 
 import numpy as np
 import torch
@@ -58,7 +63,8 @@ class Stream:
     """Endless packed training text; ``position`` counts tokens read and is its whole state.
 
     shares: share of tokens by domain name, in any unit; length: tokens of a window; targets:
-    tokens that follow each window; fim_rate: share of code documents with a hole.
+    tokens that follow each window; fim_rate: share of code documents with a hole; reach: tokens of
+    the stream so far -> most tokens of a document that is made by rule (default: a window's).
     ``Stream(..., position=p)`` with the same other arguments goes on bit-equal from p.
     """
 
@@ -72,6 +78,7 @@ class Stream:
         targets: int,
         seed: int,
         fim_rate: float = 0.1,
+        reach: Callable[[float], float] | None = None,
         position: int = 0,
     ):
         names = [domain.name for domain in domains]
@@ -88,7 +95,7 @@ class Stream:
             for number, domain in enumerate(domains)
             if shares.get(domain.name, 0) > 0
         ]
-        empty = [domain.name for _, domain in used if not domain.train]
+        empty = [domain.name for _, domain in used if not (domain.train or domain.make)]
         if empty:
             raise DSV3Error("no documents", where=f"stream, domain {empty[0]}")
         if position % length:
@@ -102,8 +109,13 @@ class Stream:
         self._seed = seed
         self._shares = np.array([shares[domain.name] for _, domain in used])
         self._shares = self._shares / self._shares.sum()
+        self._reach = reach or (lambda tokens: length)
         self._sources = [
-            _epochs(tokenizer, domain, [seed, number], fim_rate if domain.name == "code" else 0.0)
+            self._made(tokenizer, domain.make, [seed, number])
+            if domain.make
+            else _epochs(
+                tokenizer, domain, [seed, number], fim_rate if domain.name == "code" else 0.0
+            )
             for number, domain in used
         ]
         self._read = np.zeros(len(used), dtype=np.int64)  # tokens of each domain in _ids
@@ -140,6 +152,14 @@ class Stream:
             self._ids[self._filled : self._filled + len(ids)] = ids
             self._filled += len(ids)
             self._read[number] += len(ids)
+
+    def _made(
+        self, tokenizer: Tokenizer, make: Callable[[np.random.Generator, int], str], seed: list[int]
+    ) -> Iterator[np.ndarray]:
+        """Token ids of one document after another, each with a random generator of its own."""
+        for number in count():
+            text = make(np.random.default_rng([*seed, number]), round(self._reach(self._filled)))
+            yield np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
 
 def _epochs(
