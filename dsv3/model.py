@@ -19,7 +19,7 @@ from dsv3.block import Block
 from dsv3.cache import LatentCache, Step, check_is_cache
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
-from dsv3.layers import Embedding, Head, RMSNorm
+from dsv3.layers import Embedding, Head, RMSNorm, RowParallelLinear
 from dsv3.moe import Router
 from dsv3.mtp import MTPModule
 from dsv3.parallel.tensor import TensorGroup
@@ -275,25 +275,39 @@ class Transformer(nn.Module):
             self.config, layers, batch_size, max_seq_len, self.precision.dtype, self.device
         )
 
-    def init_weights(self, seed: int = 0, embedding_std: float | None = None) -> Transformer:
+    def init_weights(
+        self, seed: int = 0, embedding_std: float | None = None, by_width: bool = False
+    ) -> Transformer:
         """Random weights as before training: normal matrices, unit norms, zero biases.
 
         Standard deviation ``initializer_range``, of the embedding ``embedding_std`` where given.
-        For unquantised models.
+        by_width: of a matrix that reads d values 1/sqrt(d) instead, so that what goes in at size 1
+        comes out at size 1 in a model of any width (the released 0.006 is half of that at 7,168,
+        and a fifth of it at 256: scores of attention then are near 0, and their gradients too);
+        what is added to the stream is smaller by the root of the number of additions, and the
+        head starts as the embedding: what was read raises its own score. For unquantised models.
         """
         random = torch.Generator(device=self.device).manual_seed(seed)
+        usual = self.config.initializer_range
         with torch.no_grad():
             for module in self.modules():
-                for parameter in module.parameters(recurse=False):
+                for name, parameter in module.named_parameters(recurse=False):
                     if isinstance(module, RMSNorm):
                         parameter.fill_(1.0)
-                    else:
-                        std = self.config.initializer_range
-                        if embedding_std and isinstance(module, Embedding):
-                            std = embedding_std
-                        parameter.normal_(0.0, std, generator=random)
+                        continue
+                    std = usual
+                    if isinstance(module, Embedding):
+                        std = embedding_std or usual
+                    elif by_width:
+                        adds = isinstance(module, RowParallelLinear) or name == "w2"
+                        depth = 2 * self.config.num_hidden_layers if adds else 1
+                        std = (parameter.shape[-1] * depth) ** -0.5
+                    parameter.normal_(0.0, std, generator=random)
                 if isinstance(module, Router) and module.bias is not None:
                     module.bias.zero_()
+            if by_width and not self.config.tie_word_embeddings:
+                size = self.config.hidden_size**-0.5 / (embedding_std or usual)
+                self.head.weight.copy_(self.embed.weight * size)
         return self
 
 
