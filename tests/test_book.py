@@ -72,7 +72,7 @@ def test_the_reports_own_sizes():
 
 def test_a_table_has_both_sizes_and_all_names():
     text = book.notation_table(["d_c", "W^DKV", "t"]).data
-    assert "| 128 | 512 |" in text and "| 128 × 256 | 512 × 7,168 |" in text
+    assert "| 128 | 512 |" in text and "| 128 × 192 | 512 × 7,168 |" in text
     assert "`kv_lora_rank`" in text and "kv_a_proj_with_mqa" in text
     for entry in notation().values():
         assert f"${entry.tex}$" in book.notation_table().data

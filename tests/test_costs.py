@@ -39,7 +39,11 @@ def test_an_actual_cache_holds_as_many_bytes():
 @pytest.mark.parametrize("queries, keys", [(1, 40), (7, 40), (40, 40)])
 def test_flops_of_the_core_are_those_that_torch_counts(form, queries, keys):
     config = ModelConfig.mini().but(
-        qk_nope_head_dim=48, v_head_dim=80, kv_lora_rank=96, num_hidden_layers=1
+        qk_nope_head_dim=48,
+        v_head_dim=80,
+        kv_lora_rank=96,
+        qk_rope_head_dim=64,
+        num_hidden_layers=1,
     )
     attention = Transformer(config, device=META).layers[0].attn
     heads = config.num_attention_heads

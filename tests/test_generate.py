@@ -352,6 +352,8 @@ def small_model():
         intermediate_size=64,
         moe_intermediate_size=32,
         num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
         max_position_embeddings=96,
     )
     return Transformer(config).init_weights(0)

@@ -17,7 +17,13 @@ CPU = torch.device("cpu")
 @torch.no_grad()
 def test_absorbed_equals_expanded_in_float64():
     # fact 11; eq. 2, 4, 5, 9, 10
-    config = ModelConfig.mini().but(qk_nope_head_dim=48, v_head_dim=80, kv_lora_rank=96)
+    config = ModelConfig.mini().but(
+        qk_nope_head_dim=48,
+        v_head_dim=80,
+        kv_lora_rank=96,
+        qk_rope_head_dim=64,
+        num_attention_heads=4,
+    )
     precision = replace(Precision.of("fp32", config), exact=True)
     attention = MLA(config, precision, TensorGroup.single())
     draw = torch.Generator().manual_seed(0)

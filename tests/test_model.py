@@ -23,6 +23,8 @@ SMALL = ModelConfig.mini().but(
     intermediate_size=96,
     moe_intermediate_size=32,
     num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=4,
     n_routed_experts=12,
     num_experts_per_tok=3,
     n_group=4,
@@ -246,7 +248,9 @@ def test_scores_depend_on_the_distance_alone():
 @pytest.fixture(scope="module")
 def fp8_model():
     source = Transformer(
-        ModelConfig.mini().but(vocab_size=128, num_hidden_layers=2, initializer_range=0.06)
+        ModelConfig.mini().but(
+            vocab_size=128, num_hidden_layers=2, first_k_dense_replace=1, initializer_range=0.06
+        )
     ).init_weights(0)
     model = Transformer(source.config, "fp8")
     model.load_state_dict(source.state_dict())
@@ -286,6 +290,67 @@ def test_fp8_stays_fp8_and_near_fp32():
     text = torch.randint(128, (1, 40), generator=torch.Generator().manual_seed(0))
     error = float((model(text) - exact(text)).norm() / exact(text).norm())
     assert 0.01 < error < 0.15, "a product of two quantised operands is off by 3.7 percent"
+
+
+@torch.inference_mode()
+def test_first_weights_are_of_one_size_or_follow_the_width():
+    config = ModelConfig.mini().but(num_hidden_layers=3, vocab_size=1024)
+    flat = dict(Transformer(config).init_weights(0, 0.3).named_parameters())
+    model = Transformer(config).init_weights(0, 0.3, by_width=True)
+    d, inner = config.hidden_size, config.moe_intermediate_size
+    values = config.num_attention_heads * config.v_head_dim
+    for end, reads, adds in (
+        ("attn.wq_a", d, 1),
+        ("attn.wq_b", config.q_lora_rank, 1),
+        ("attn.wkv_b", config.kv_lora_rank, 1),
+        ("attn.wo", values, 6),
+        ("ffn.experts.w13", d, 1),
+        ("ffn.experts.w2", inner, 6),
+        ("shared_experts.w2", inner, 6),
+        ("eh_proj", 2 * d, 1),
+        ("head", d, 1),
+    ):
+        found = [
+            (name, weight)
+            for name, weight in model.named_parameters()
+            if name.removesuffix(".weight").endswith(end)
+        ]
+        assert found, end
+        for name, weight in found:
+            assert float(weight.std()) == pytest.approx((reads * adds) ** -0.5, rel=0.03), name
+            assert float(flat[name].std()) == pytest.approx(0.02, rel=0.03), name
+    assert not model.layers[2].ffn.gate.bias.any()
+    for weights in (flat, dict(model.named_parameters())):
+        assert float(weights["embed.weight"].std()) == pytest.approx(0.3, rel=0.03)
+        assert torch.equal(weights["layers.0.attn_norm.weight"], torch.ones(d))
+    # The head begins as the embedding, in its own size: a token that was read is likely again.
+    alike = torch.nn.functional.cosine_similarity(model.head.weight, model.embed.weight)
+    assert float(alike.min()) > 0.9999
+    assert (
+        abs(
+            float(
+                torch.nn.functional.cosine_similarity(
+                    flat["head.weight"], flat["embed.weight"]
+                ).mean()
+            )
+        )
+        < 0.02
+    )
+
+
+@torch.inference_mode()
+def test_weights_by_width_give_attention_scores_of_size_one():
+    sizes = {}
+    for by_width in (False, True):
+        model = Transformer(ModelConfig.mini()).init_weights(0, 0.3, by_width=by_width)
+        attention = model.layers[1].attn
+        h = torch.randn(1, 64, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        step, _ = model._step(torch.zeros(1, 64, dtype=torch.int64), None, None)
+        q_nope, _ = attention.queries(h, step)
+        k_nope = attention.wkv_b(attention.latents(h, step))[0][..., : q_nope.shape[-1]]
+        scores = torch.einsum("bshd,bhtd->bhst", q_nope, k_nope) * attention.scale
+        sizes[by_width] = float(scores.std())
+    assert 0.5 < sizes[True] < 2 and sizes[False] < 0.1
 
 
 def run(model, tokens, **options):

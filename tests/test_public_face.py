@@ -24,6 +24,8 @@ SMALL = ModelConfig.mini().but(
     num_hidden_layers=2,
     n_routed_experts=8,
     num_experts_per_tok=2,
+    first_k_dense_replace=1,
+    num_attention_heads=4,
     max_position_embeddings=96,
 )
 

@@ -83,14 +83,13 @@ def assert_same_end(run: Run, other: Run) -> None:
 
 
 def test_first_weights_are_those_of_seed_and_recipe(texts, tmp_path):
-    recipe = replace(RECIPE, seed=7, embedding_std=0.25)
-    run = Run(TINY, tmp_path, recipe, **texts)
-    plain = Transformer(TINY).init_weights(7)
-    for name, value in run.learner.model.named_parameters():
-        if name == "embed.weight":
-            assert float(value.detach().std()) == pytest.approx(0.25, rel=0.05)
-        else:
+    for by_width in (False, True):
+        recipe = replace(RECIPE, seed=7, embedding_std=0.25, init_by_width=by_width)
+        run = Run(TINY, tmp_path / str(by_width), recipe, **texts)
+        plain = Transformer(TINY).init_weights(7, 0.25, by_width=by_width)
+        for name, value in run.learner.model.named_parameters():
             assert torch.equal(value, plain.get_parameter(name)), name
+        assert float(plain.embed.weight.detach().std()) == pytest.approx(0.25, rel=0.05)
 
 
 # Phases -----------------------------------------------------------------------------------------
@@ -312,7 +311,11 @@ def test_a_finished_run_is_left_as_it_is(whole, texts, tmp_path, capsys):
     (once.checkpoints / "step-000007").mkdir()
     (once.checkpoints / "step-000010.partial").mkdir()
     again = Run(TINY, tmp_path, RECIPE, **texts)
-    assert len(list(once.checkpoints.iterdir())) == 2
+    assert sorted(path.name for path in once.checkpoints.iterdir()) == [
+        "before-extension",
+        "step-000008",
+        "step-000009",
+    ]
     assert again.position.step == 9 and again.go() == whole.figures
     assert_same_end(again, whole)
     Run(TINY, tmp_path, RECIPE, progress=True, **texts).go()
@@ -502,6 +505,7 @@ def test_non_finite_loss_stops_and_names_the_last_good_checkpoint(texts, tmp_pat
 
 def test_checkpoints_hold_no_pickle_and_old_ones_go(whole):
     assert sorted(path.name for path in whole.checkpoints.iterdir()) == [
+        "before-extension",
         "step-000008",
         "step-000009",
     ]

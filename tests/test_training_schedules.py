@@ -9,7 +9,7 @@ import pytest
 
 from dsv3.errors import DSV3Error
 from dsv3.training import Recipe
-from dsv3.training.schedules import BatchRamp, Schedules
+from dsv3.training.schedules import BatchRamp, Reach, Schedules
 
 PAPER = Schedules.deepseek_v3()
 T = 1e12
@@ -79,6 +79,14 @@ def test_steps_of_the_whole_run():
 
 def test_a_ramp_of_no_length_is_its_end():
     assert BatchRamp(first=2, last=8, until=0).at(0) == 8
+
+
+def test_reach_doubles_at_an_even_pace():
+    reach = Reach(first=32, last=256, until=3000)
+    assert [reach.at(tokens) for tokens in (0, 1000, 2000, 3000, 9000)] == pytest.approx(
+        [32, 64, 128, 256, 256]
+    )
+    assert Reach(first=5, last=7, until=0).at(0) == 7
 
 
 def test_lambda_and_gamma_at_their_breakpoints():

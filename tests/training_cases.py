@@ -51,6 +51,7 @@ RECIPE = Recipe(
     micro_batch=32,
     learning_rate=5e-3,
     warmup=2,
+    init_by_width=False,
     extension_tokens=200,
     extension_seq_len=64,
     extension_batch=1,

@@ -6,6 +6,7 @@ the experts busy), ``optimizer``, ``step`` (one update), ``evaluation``, ``corpu
 what a step changes), ``state`` and ``resuming`` (checkpoints, and going on from them), ``log``,
 ``terminal``, ``minutes`` (a run that fits a time) and ``run``, the loop that puts them together.
 ``described`` reads a run from a file; ``mini.toml`` is the one of the shipped model.
+``exam``, ``anatomy`` and ``needle`` ask what came of it.
 """
 
 from dsv3.training.described import MINI, Description, read_description

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -21,12 +22,14 @@ from dsv3.parallel.tensor import TensorGroup
 from dsv3.training.state import digest
 
 TOKENIZER_FILE = "tokenizer.json"
+_SAMPLES = 40  # documents of each domain that is made by rule
 
 
 class Corpus:
     """Domains, tokenizer and held-out tokens of a run.
 
-    domains: documents of plays, code and arithmetic; text: digest of all that can be read;
+    domains: documents of plays, code and arithmetic; text: digest of all that can be read (of
+    what is made by rule, of a sample);
     tokenizer, and ``tokenizer_digest`` of its file; token_bytes: bytes of text behind each id;
     held_out: name -> tokens of the held-out text. say: told in one line what is being done.
     """
@@ -36,8 +39,16 @@ class Corpus:
     ):
         say("reading the plays, the Python library and the sums (about 10 s)")
         self.domains = data.load_domains(plays, code)
+        made = data.with_others(self.domains, ("recall", "chats"))[len(self.domains) :]
         self.text = hashlib.sha256(
-            "".join(document for domain in self.domains for document in domain.train).encode()
+            "".join(
+                [document for domain in self.domains for document in domain.train]
+                + [
+                    domain.make(np.random.default_rng(number), 256)
+                    for domain in made
+                    for number in range(_SAMPLES)
+                ]
+            ).encode()
         ).hexdigest()
         self._say = say
 
@@ -99,8 +110,7 @@ class Corpus:
 
     def stream(self, shares: Mapping[str, float], **options) -> data.Stream:
         """Training text of a mixture; options: of ``data.Stream``."""
-        with_functions = "functions" in shares
-        domains = data.with_functions(self.domains) if with_functions else self.domains
+        domains = data.with_others(self.domains, shares)
         return data.Stream(self.tokenizer, domains, shares, **options)
 
 

@@ -235,7 +235,7 @@ def _way_out(key: str, section: str, known: Collection[str]) -> str:
         return f"Write {' or '.join(homes)}"
     if near:
         return f"Did you mean {near[0]}?"
-    return f"Known here: {', '.join(known)}" if len(known) < 20 else "Remove it"
+    return f"Known here: {', '.join(known)}" if len(known) < 24 else "Remove it"
 
 
 def _key_of(where: object) -> str:

@@ -51,7 +51,7 @@ def check_memory(config: ModelConfig, recipe: Recipe, device: torch.device) -> N
 def first_learner(config: ModelConfig, recipe: Recipe, device: torch.device) -> Learner:
     """The learner of a new run: weights follow from the recipe's seed, there are no moments."""
     learner = _learner(config, recipe, device)
-    learner.model.init_weights(recipe.seed, recipe.embedding_std)
+    learner.model.init_weights(recipe.seed, recipe.embedding_std, by_width=recipe.init_by_width)
     return learner
 
 

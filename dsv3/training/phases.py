@@ -15,7 +15,7 @@ from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.training.position import Position
 from dsv3.training.recipe import Recipe
-from dsv3.training.schedules import BatchRamp, Fall, Schedules
+from dsv3.training.schedules import BatchRamp, Fall, Reach, Schedules
 from dsv3.training.step import StepValues
 
 
@@ -27,7 +27,8 @@ class Phase:
     never cut, so it really begins with the first step after them). config: of the model in it.
     seq_len: tokens the model reads in a window. shares: of the domains, by tokens. schedules: the
     learning rate and the batch go by the tokens read in this phase, lambda and gamma by those of
-    the whole run. fields: the recipe's names of its length of windows and numbers of windows.
+    the whole run. reach: how far texts made by rule look back, by the phase's text so far.
+    fields: the recipe's names of its length of windows and numbers of windows.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Phase:
     seq_len: int
     shares: Mapping[str, float]
     schedules: Schedules
+    reach: Reach
     fields: tuple[str, ...]
 
 
@@ -56,6 +58,11 @@ def phases_of(config: ModelConfig, recipe: Recipe) -> list[Phase]:
         seq_len=recipe.seq_len,
         shares=recipe.shares,
         schedules=recipe.schedules,
+        reach=Reach(
+            first=min(recipe.reach_first, recipe.seq_len),
+            last=recipe.seq_len,
+            until=recipe.reach_until,
+        ),
         fields=("seq_len", "batch_first", "batch_last"),
     )
     if scaling is None or not extends:
@@ -63,19 +70,20 @@ def phases_of(config: ModelConfig, recipe: Recipe) -> list[Phase]:
     short = config.but(
         rope_scaling=None, max_position_embeddings=scaling.original_max_position_embeddings
     )
-    windows = recipe.extension_batch
+    windows, longest = recipe.extension_batch, recipe.extension_seq_len
     extension = Phase(
         number=1,
         begins=recipe.tokens,
         tokens=recipe.extension_tokens,
         config=config,
-        seq_len=recipe.extension_seq_len,
+        seq_len=longest,
         shares=recipe.extension_shares,
         schedules=replace(
             recipe.schedules,
             learning_rate=Fall(peak=recipe.extension_rate, until=recipe.extension_tokens),
             batch=BatchRamp(first=windows, last=windows, until=0),
         ),
+        reach=Reach(first=longest, last=longest, until=0),
         fields=("extension_seq_len", "extension_batch"),
     )
     return [replace(first, config=short), extension]

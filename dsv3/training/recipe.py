@@ -21,6 +21,8 @@ _WHOLE = {
     "extension_tokens": (0, 2**50),
     "extension_seq_len": (1, 2**24),
     "extension_batch": (1, 2**20),
+    "reach_first": (1, 2**24),
+    "reach_until": (0, 2**50),
     "seed": (0, 2**32),
     "log_every": (1, 2**40),
     "eval_every": (1, 2**40),
@@ -49,38 +51,56 @@ class Recipe:
     mixture of text, with plain functions in it; in the report both stay as they were.
     batch_first, batch_last: windows a step at the beginning and after the ramp; micro_batch:
     tokens that go through the model at once. learning_rate: the peak; warmup: steps.
-    embedding_std: of the embedding's first values; all others start at the config's
-    initializer_range. In a narrow model at a high rate the layers soon add a thousand times what
-    an embedding of 0.02 holds, and the token is drowned in the stream. sequence_weight: alpha.
-    shares: of the domains, by tokens; fim_rate: of code with a hole to fill in. precision:
-    "fp32", "bf16" or "fp8"; moments: of AdamW, "fp32" or "bf16"; recompute: save memory by
-    computing norms and up-projections again in the backward pass. log_every, eval_every: steps;
-    eval_windows: held-out windows of each domain looked at during a run; save_minutes: time
-    between checkpoints. Raises DSV3Error, naming the field, for a value that no run could have.
+    embedding_std: of the embedding's first values. In a narrow model at a high rate the layers soon
+    add a thousand times what an embedding of 0.02 holds, and the token is drowned in the stream.
+    init_by_width: whether the others follow the width of what they read, or are all of the
+    config's initializer_range (``Transformer.init_weights``). sequence_weight: alpha.
+    shares: of the domains, by tokens; reach_first, reach_until: texts made by rule reach over so
+    many tokens at first, and over a whole window after so many; fim_rate: of code with a hole to
+    fill in. precision: "fp32", "bf16" or "fp8"; moments: of AdamW, "fp32" or "bf16"; recompute:
+    save memory by computing norms and up-projections again in the backward pass. log_every,
+    eval_every: steps; eval_windows: held-out windows of each domain looked at during a run;
+    save_minutes: time between checkpoints. Raises DSV3Error, naming the field, for a value that no
+    run could have.
     """
 
-    tokens: int = 5_200_000
+    tokens: int = 18_000_000
     seq_len: int = 256
-    batch_first: int = 3
-    batch_last: int = 6
+    batch_first: int = 4
+    batch_last: int = 8
     micro_batch: int = 4096
     learning_rate: float = 2.5e-3
     warmup: int = 100
     embedding_std: float = 0.3
-    extension_tokens: int = 1_000_000
+    init_by_width: bool = True
+    extension_tokens: int = 2_000_000
     extension_seq_len: int = 1024
     extension_batch: int = 2
     extension_rate: float = 8e-4
     extension_shares: dict[str, float] = field(
-        default_factory=lambda: {"plays": 0.3, "functions": 0.5, "arithmetic": 0.2}
+        default_factory=lambda: {
+            "plays": 0.22,
+            "functions": 0.25,
+            "arithmetic": 0.1,
+            "recall": 0.28,
+            "chats": 0.15,
+        }
     )
     betas: Sequence[float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float = 1.0
     sequence_weight: float = 1e-4
     shares: dict[str, float] = field(
-        default_factory=lambda: {"plays": 0.42, "code": 0.28, "arithmetic": 0.3}
+        default_factory=lambda: {
+            "plays": 0.32,
+            "code": 0.15,
+            "functions": 0.08,
+            "arithmetic": 0.15,
+            "recall": 0.3,
+        }
     )
+    reach_first: int = 48
+    reach_until: int = 3_000_000
     fim_rate: float = 0.1
     precision: str = "bf16"
     moments: str = "fp32"
@@ -99,8 +119,9 @@ class Recipe:
         for name, words in _WORDS.items():
             if getattr(self, name) not in words:
                 raise bad(name, getattr(self, name), "one of " + ", ".join(words))
-        if not isinstance(self.recompute, bool):
-            raise bad("recompute", self.recompute, "true or false")
+        for name in ("recompute", "init_by_width"):
+            if not isinstance(getattr(self, name), bool):
+                raise bad(name, getattr(self, name), "true or false")
         object.__setattr__(self, "betas", _betas(self.betas))
         for name in ("shares", "extension_shares"):
             object.__setattr__(self, name, _shares(name, getattr(self, name)))

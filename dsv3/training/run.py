@@ -37,7 +37,7 @@ from dsv3.training.minutes import Plan, fit_minutes, knows_its_speed
 from dsv3.training.phases import Phase, check_phases, phase_at, phases_of, step_values, total_tokens
 from dsv3.training.position import Position, Stopwatch
 from dsv3.training.recipe import Recipe
-from dsv3.training.resuming import CHECKPOINTS, Stored, facts_of
+from dsv3.training.resuming import BEFORE, CHECKPOINTS, Stored, facts_of
 from dsv3.training.state import latest_state, load_state, remove_old, save_state
 from dsv3.training.step import StepValues, train_step
 from dsv3.training.terminal import Terminal
@@ -166,6 +166,7 @@ class Run:
             targets=self.targets,
             seed=recipe.seed + phase.number,
             fim_rate=recipe.fim_rate,
+            reach=phase.reach.at,
             position=self.position.tokens - self.position.phase_start,
         )
         if before is None:
@@ -205,6 +206,7 @@ class Run:
                 bar.total = end = total_tokens(self.phases)
             now = phase_at(self.phases, self.position.tokens)
             if now.number != phase.number:
+                self._write(self.checkpoints / BEFORE)
                 self.position = self.position.at_phase_start()
                 self._enter(now, self.learner)
             ended = self.position.tokens >= end
@@ -317,6 +319,9 @@ class Run:
 
     def save(self) -> Path | None:
         """Write a checkpoint of this moment; ranks other than 0 write nothing."""
+        return self._write(self.checkpoints)
+
+    def _write(self, folder: Path) -> Path | None:
         if not self.writes:
             return None
         facts = facts_of(
@@ -328,7 +333,7 @@ class Run:
             log_bytes=self.log.bytes,
         )
         return save_state(
-            self.checkpoints, facts.pop("step"), facts, self.learner.model, self.learner.optimizer
+            folder, facts.pop("step"), facts, self.learner.model, self.learner.optimizer
         )
 
     def _export(self) -> None:

@@ -95,6 +95,21 @@ class Switch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reach:
+    """Tokens over which a text made by rule looks back: doubling at an even pace from ``first`` to
+    ``last``, ``until`` tokens. Not in the report, whose text is not made by rule."""
+
+    first: float
+    last: float
+    until: float
+
+    def at(self, tokens: float) -> float:
+        """The longest document at the place in the text behind ``tokens`` tokens."""
+        done = min(tokens / self.until, 1.0) if self.until else 1.0
+        return self.first * (self.last / self.first) ** done
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schedules:
     """All of a run's schedules. total: tokens of the whole run."""
 
