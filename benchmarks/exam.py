@@ -343,19 +343,19 @@ def before_extension(checkpoint: Path, folder: Path, precision: str) -> Transfor
     """
     config = ModelConfig.from_pretrained(folder).but(rope_scaling=None)
     facts = read_facts(checkpoint)
-    if facts["tokens"] > facts["recipe"]["tokens"]:
+    if facts["phase_start"]:
         raise DSV3Error(
             "the context has been extended already",
             where=checkpoint,
-            found=f"{facts['tokens']} tokens read",
-            expected=f"at most {facts['recipe']['tokens']}",
+            found=f"{facts['tokens']} tokens read, the second phase since {facts['phase_start']}",
+            fix="Give the one in OUT/checkpoints/before-extension",
         )
     check_sum(checkpoint, "state.safetensors")
     tensors = load_file(checkpoint / "state.safetensors")
     model = Transformer(config, "fp32")
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(tensors[f"model.{name}"])
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            value.copy_(tensors[f"model.{name}"])
     with tempfile.TemporaryDirectory() as place:
         save_model(model, place)
         return load_model(place, precision=precision)

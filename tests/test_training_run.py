@@ -5,11 +5,13 @@ import math
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import training_cases
 from ranks import run_ranks
+from safetensors.torch import load_file
 from training_cases import (
     POSITIONS,
     RECIPE,
@@ -30,7 +32,12 @@ from dsv3.training import LOG_FILE, Recipe, Run, minutes, train
 from dsv3.training import run as run_module
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.phases import total_tokens
+from dsv3.training.resuming import BEFORE
 from dsv3.training.state import latest_state, load_state, save_state
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.exam import before_extension
 
 pytestmark = pytest.mark.slow
 
@@ -203,6 +210,23 @@ def test_exported_model_is_extended(whole):
     stored = json.loads((whole.out_dir / "config.json").read_text())
     assert stored["rope_scaling"]["type"] == "yarn" and stored["rope_scaling"]["factor"] == 4
     assert ModelConfig.from_pretrained(whole.out_dir) == TINY
+
+
+def test_the_model_before_its_extension_is_kept(whole):
+    """The last checkpoint of phase one, which the exam takes; those behind it are refused."""
+    (kept,) = (whole.checkpoints / BEFORE).iterdir()
+    assert kept.name == "step-000006"
+    model = before_extension(kept, whole.out_dir, "fp32")
+    assert model.config == whole.learner.model.config.but(rope_scaling=None)
+    tensors = load_file(kept / "state.safetensors")
+    for name in ("embed.weight", "layers.1.ffn.gate.bias"):
+        stored = tensors[f"model.{name}"]
+        assert torch.equal(
+            model.state_dict()[name],
+            stored.to(torch.bfloat16).float() if name.endswith("weight") else stored,
+        )
+    with pytest.raises(DSV3Error, match="before-extension"):
+        before_extension(latest_state(whole.checkpoints), whole.out_dir, "fp32")
 
 
 def test_validation_at_the_boundary_has_the_model_of_its_windows(texts, tmp_path):
