@@ -79,11 +79,11 @@ class Recipe:
     extension_rate: float = 8e-4
     extension_shares: dict[str, float] = field(
         default_factory=lambda: {
-            "plays": 0.22,
-            "functions": 0.25,
+            "plays": 0.2,
+            "functions": 0.22,
             "arithmetic": 0.1,
-            "recall": 0.28,
-            "chats": 0.15,
+            "recall": 0.35,
+            "chats": 0.13,
         }
     )
     betas: Sequence[float] = (0.9, 0.95)
@@ -92,11 +92,11 @@ class Recipe:
     sequence_weight: float = 1e-4
     shares: dict[str, float] = field(
         default_factory=lambda: {
-            "plays": 0.32,
-            "code": 0.15,
+            "plays": 0.25,
+            "code": 0.1,
             "functions": 0.08,
-            "arithmetic": 0.15,
-            "recall": 0.3,
+            "arithmetic": 0.12,
+            "recall": 0.45,
         }
     )
     reach_first: int = 48
