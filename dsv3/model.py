@@ -284,8 +284,8 @@ class Transformer(nn.Module):
         by_width: of a matrix that reads d values 1/sqrt(d) instead, so that what goes in at size 1
         comes out at size 1 in a model of any width (the released 0.006 is half of that at 7,168,
         and a fifth of it at 256: scores of attention then are near 0, and their gradients too);
-        what is added to the stream is smaller by the root of the number of additions, and the
-        head starts as the embedding: what was read raises its own score. For unquantised models.
+        what is added to the stream is smaller by the root of the number of additions. For
+        unquantised models.
         """
         random = torch.Generator(device=self.device).manual_seed(seed)
         usual = self.config.initializer_range
@@ -305,9 +305,6 @@ class Transformer(nn.Module):
                     parameter.normal_(0.0, std, generator=random)
                 if isinstance(module, Router) and module.bias is not None:
                     module.bias.zero_()
-            if by_width and not self.config.tie_word_embeddings:
-                size = self.config.hidden_size**-0.5 / (embedding_std or usual)
-                self.head.weight.copy_(self.embed.weight * size)
         return self
 
 

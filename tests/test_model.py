@@ -323,19 +323,6 @@ def test_first_weights_are_of_one_size_or_follow_the_width():
     for weights in (flat, dict(model.named_parameters())):
         assert float(weights["embed.weight"].std()) == pytest.approx(0.3, rel=0.03)
         assert torch.equal(weights["layers.0.attn_norm.weight"], torch.ones(d))
-    # The head begins as the embedding, in its own size: a token that was read is likely again.
-    alike = torch.nn.functional.cosine_similarity(model.head.weight, model.embed.weight)
-    assert float(alike.min()) > 0.9999
-    assert (
-        abs(
-            float(
-                torch.nn.functional.cosine_similarity(
-                    flat["head.weight"], flat["embed.weight"]
-                ).mean()
-            )
-        )
-        < 0.02
-    )
 
 
 @torch.inference_mode()
