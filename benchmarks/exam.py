@@ -1,13 +1,13 @@
 """Examine a trained model: held-out loss, sums, code, drafts, routing, parts, and its context.
 
     python benchmarks/exam.py assets/dsv3-mini [--precision fp8] [--quick] [--parts sums,code]
-                              [--before CHECKPOINT] [--json FILE]
+                              [--before FOLDER] [--json FILE]
 
 Prints a table with the goal beside each figure, and the seconds each part took. All parts take
 about 30 minutes on one core in FP8, with --quick about four. --before is for the needle test and
-the context: the checkpoint of the first phase, before the context was extended, that a run keeps
-in OUT/checkpoints/before-extension. It is asked the same at positions it has never seen. Needs
-the training extra.
+the context: the model of the first phase, before its context was extended, which a run keeps in
+OUT/checkpoints/before-extension. It is asked the same at positions it has never seen. Needs the
+training extra.
 """
 
 from __future__ import annotations
@@ -15,20 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from dsv3 import data
 from dsv3.checkpoint.loading import load_model
-from dsv3.checkpoint.saving import save_model
-from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
 from dsv3.moe import Router
@@ -36,7 +32,6 @@ from dsv3.training import anatomy, exam, needle
 from dsv3.training.balance import max_violation
 from dsv3.training.recipe import Recipe
 from dsv3.training.routing import expert_counts
-from dsv3.training.state import check_sum, read_facts
 
 PARTS = ("loss", "sums", "code", "drafts", "routing", "anatomy", "context", "needle")
 # Tokens of a passage that stands twice; tokens between a fact and the question about it.
@@ -124,7 +119,8 @@ class Exam:
     def __init__(self, folder: Path, precision: str, amount: Amount, before: Path | None = None):
         self.model = load_model(folder, precision=precision)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.before = before_extension(before, folder, precision) if before else None
+        context = self.model.config.max_position_embeddings
+        self.before = with_context(before, context, precision) if before else None
         self.amount, self.details = amount, {}
         self.domains = data.load_domains()
         self.ids = {
@@ -335,30 +331,12 @@ class Exam:
                 yield Line(f"plays {name}: loss at positions {start} to {end - 1}", nats, "nats")
 
 
-def before_extension(checkpoint: Path, folder: Path, precision: str) -> Transformer:
-    """The weights of a training checkpoint as they would have been shipped without an extension.
-
-    The same config without YaRN, and the same rounding to the precision asked for; positions up
-    to the whole context are allowed, though the model was not trained there.
-    """
-    config = ModelConfig.from_pretrained(folder).but(rope_scaling=None)
-    facts = read_facts(checkpoint)
-    if facts["phase_start"]:
-        raise DSV3Error(
-            "the context has been extended already",
-            where=checkpoint,
-            found=f"{facts['tokens']} tokens read, the second phase since {facts['phase_start']}",
-            fix="Give the one in OUT/checkpoints/before-extension",
-        )
-    check_sum(checkpoint, "state.safetensors")
-    tensors = load_file(checkpoint / "state.safetensors")
-    model = Transformer(config, "fp32")
-    with torch.no_grad():
-        for name, value in (*model.named_parameters(), *model.named_buffers()):
-            value.copy_(tensors[f"model.{name}"])
-    with tempfile.TemporaryDirectory() as place:
-        save_model(model, place)
-        return load_model(place, precision=precision)
+def with_context(folder: Path, context: int, precision: str) -> Transformer:
+    """A model that may be asked at ``context`` positions, wherever its training ended."""
+    model = load_model(folder, precision=precision)
+    longer = Transformer(model.config.but(max_position_embeddings=context), precision)
+    longer.load_state_dict(model.state_dict())
+    return longer
 
 
 def main() -> None:
@@ -367,7 +345,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp8", choices=("fp8", "bf16", "fp32"))
     parser.add_argument("--quick", action="store_true", help="a few minutes, rougher figures")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ",".join(PARTS))
-    parser.add_argument("--before", type=Path, help="training checkpoint for the needle test")
+    parser.add_argument("--before", type=Path, help="the model before its context was extended")
     parser.add_argument("--json", type=Path, help="write everything found to this file")
     args = parser.parse_args()
     parts = args.parts.split(",")

@@ -11,7 +11,6 @@ import pytest
 import torch
 import training_cases
 from ranks import run_ranks
-from safetensors.torch import load_file
 from training_cases import (
     POSITIONS,
     RECIPE,
@@ -32,12 +31,12 @@ from dsv3.training import LOG_FILE, Recipe, Run, minutes, train
 from dsv3.training import run as run_module
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.phases import total_tokens
-from dsv3.training.resuming import BEFORE
+from dsv3.training.resuming import BEFORE, CHECKPOINTS
 from dsv3.training.state import latest_state, load_state, save_state
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.exam import before_extension
+from benchmarks.exam import with_context
 
 pytestmark = pytest.mark.slow
 
@@ -204,6 +203,8 @@ def test_yarn_appears_at_the_boundary_and_all_else_goes_on(texts, tmp_path, monk
     assert set(before) == set(after) and "head.weight exp_avg" in before
     assert before["head.weight step"] == 6
     assert all(torch.equal(before[name], after[name]) for name in before)
+    kept = load_model(tmp_path / CHECKPOINTS / BEFORE, precision="fp32")
+    assert torch.equal(kept.embed.weight, before["embed.weight"].bfloat16().float())
 
 
 def test_exported_model_is_extended(whole):
@@ -213,20 +214,16 @@ def test_exported_model_is_extended(whole):
 
 
 def test_the_model_before_its_extension_is_kept(whole):
-    """The last checkpoint of phase one, which the exam takes; those behind it are refused."""
-    (kept,) = (whole.checkpoints / BEFORE).iterdir()
-    assert kept.name == "step-000006"
-    model = before_extension(kept, whole.out_dir, "fp32")
-    assert model.config == whole.learner.model.config.but(rope_scaling=None)
-    tensors = load_file(kept / "state.safetensors")
-    for name in ("embed.weight", "layers.1.ffn.gate.bias"):
-        stored = tensors[f"model.{name}"]
-        assert torch.equal(
-            model.state_dict()[name],
-            stored.to(torch.bfloat16).float() if name.endswith("weight") else stored,
-        )
-    with pytest.raises(DSV3Error, match="before-extension"):
-        before_extension(latest_state(whole.checkpoints), whole.out_dir, "fp32")
+    """It can be used as it is, within the context it was trained on; the exam asks beyond it."""
+    kept = whole.checkpoints / BEFORE
+    short = load_model(kept, precision="fp32")
+    assert short.config == whole.phases[0].config and short.config.rope_scaling is None
+    longer = with_context(kept, 1024, "fp32")
+    tokens = torch.arange(20)[None]
+    assert torch.equal(longer(tokens), short(tokens))
+    with pytest.raises(DSV3Error, match="longer than the context"):
+        short(torch.zeros(1, 600, dtype=torch.int64))
+    assert longer(torch.zeros(1, 600, dtype=torch.int64)).isfinite().all()
 
 
 def test_validation_at_the_boundary_has_the_model_of_its_windows(texts, tmp_path):

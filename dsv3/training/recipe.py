@@ -64,26 +64,26 @@ class Recipe:
     run could have.
     """
 
-    tokens: int = 18_000_000
+    tokens: int = 26_000_000
     seq_len: int = 256
-    batch_first: int = 4
-    batch_last: int = 8
+    batch_first: int = 32
+    batch_last: int = 32
     micro_batch: int = 4096
     learning_rate: float = 2.5e-3
     warmup: int = 100
     embedding_std: float = 0.3
     init_by_width: bool = True
-    extension_tokens: int = 2_000_000
+    extension_tokens: int = 3_000_000
     extension_seq_len: int = 1024
-    extension_batch: int = 2
+    extension_batch: int = 8
     extension_rate: float = 8e-4
     extension_shares: dict[str, float] = field(
         default_factory=lambda: {
-            "plays": 0.2,
-            "functions": 0.22,
-            "arithmetic": 0.1,
-            "recall": 0.35,
-            "chats": 0.13,
+            "plays": 0.18,
+            "functions": 0.32,
+            "arithmetic": 0.08,
+            "recall": 0.32,
+            "chats": 0.1,
         }
     )
     betas: Sequence[float] = (0.9, 0.95)

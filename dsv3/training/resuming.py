@@ -19,7 +19,7 @@ from dsv3.training.recipe import Recipe
 from dsv3.training.state import check_sum, latest_state, read_facts
 
 CHECKPOINTS = "checkpoints"  # the folder of them in that of a run
-BEFORE = "before-extension"  # in it: the last one of the first phase, kept to compare with
+BEFORE = "before-extension"  # in it: the model of the first phase, kept to compare with
 
 
 def facts_of(

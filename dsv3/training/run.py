@@ -206,7 +206,7 @@ class Run:
                 bar.total = end = total_tokens(self.phases)
             now = phase_at(self.phases, self.position.tokens)
             if now.number != phase.number:
-                self._write(self.checkpoints / BEFORE)
+                self._write_model(self.checkpoints / BEFORE)
                 self.position = self.position.at_phase_start()
                 self._enter(now, self.learner)
             ended = self.position.tokens >= end
@@ -319,9 +319,6 @@ class Run:
 
     def save(self) -> Path | None:
         """Write a checkpoint of this moment; ranks other than 0 write nothing."""
-        return self._write(self.checkpoints)
-
-    def _write(self, folder: Path) -> Path | None:
         if not self.writes:
             return None
         facts = facts_of(
@@ -333,14 +330,18 @@ class Run:
             log_bytes=self.log.bytes,
         )
         return save_state(
-            folder, facts.pop("step"), facts, self.learner.model, self.learner.optimizer
+            self.checkpoints, facts.pop("step"), facts, self.learner.model, self.learner.optimizer
         )
 
     def _export(self) -> None:
         """Write the model in the released layout."""
-        if self.writes:
-            for left in self.out_dir.glob("*" + PARTIAL):  # by an export that was killed
-                left.unlink()
-            write_model(self.learner.model, self.out_dir, tokenizer_dir=self.out_dir)
+        self._write_model(self.out_dir)
         self.learner.watch.close()
         self.terminal.end(self.out_dir)
+
+    def _write_model(self, folder: Path) -> None:
+        if self.writes:
+            folder.mkdir(exist_ok=True)
+            for left in folder.glob("*" + PARTIAL):  # by an export that was killed
+                left.unlink()
+            write_model(self.learner.model, folder, tokenizer_dir=self.out_dir)
