@@ -1,7 +1,7 @@
 """The model that comes with the book, as it is shipped: size, layout, and what it says.
 
 Everything that must hold on learned weights: it can do what it was trained for, transformers
-computes the same from the BF16 cast, two ranks say what one says, drafts change nothing.
+computes the same from the BF16 cast, two and four ranks say what one says, drafts change nothing.
 
 What it can do is asked here of a little text, with some slack; ``benchmarks/exam.py`` asks all.
 """
@@ -21,8 +21,8 @@ from dsv3.checkpoint.inspect import held_bytes, report
 from dsv3.checkpoint.layout import layout
 from dsv3.generation.loop import complete
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.training import exam
-from dsv3.training.needle import loss_by_position
+from dsv3.training import anatomy, exam
+from dsv3.training.needle import loss_by_position, needle_test
 from dsv3.training.routing import expert_counts
 
 pytestmark = pytest.mark.slow
@@ -131,23 +131,25 @@ def test_size_and_architecture(model):
 
 
 def test_memory_is_near_the_file(model):
-    """Parameters and buffers in fp8 take at most 1.3 times the weights' file."""
+    """Parameters and buffers in fp8 take the weights' file, but for wkv_b: float64 on a CPU, which
+    sixteen heads and a narrow stream make a third of all (a hundredth at 671B)."""
     kinds = held_bytes(model)
     held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    assert sum(kinds.values()) == held and kinds["FP8 codes"] > 0.65 * held
+    assert sum(kinds.values()) == held
     stored = sum(path.stat().st_size for path in MODEL.glob("*.safetensors"))
-    assert held <= 1.3 * stored
+    assert held - kinds["wkv_b, absorbed"] * 7 / 8 <= 1.02 * stored
 
 
 def test_the_text_is_not_one_word_again_and_again(plain):
-    for ids in plain:
-        assert len(set(ids)) > NEW_TOKENS // 4
+    """Greedy text of a model that copies falls into loops, but few of one word."""
+    different = sorted(len(set(ids)) for ids in plain)
+    assert different[0] > 3 and different[len(different) // 2] > NEW_TOKENS // 4
 
 
 def test_plays_of_three_unknown_casts(model, words, ids):
-    """At most 2.0 bits a byte over all of them; the whole context helps, and drafts are good."""
+    """At most 1.95 bits a byte over all of them; the whole context helps, and drafts are good."""
     figures = exam.held_out_figures(model, words, {"plays": ids["plays"]}, 1024, most=6)["plays"]
-    assert figures["bits_per_byte"] < 2.1 and figures["draft_agreement"] > 0.5
+    assert figures["bits_per_byte"] < 1.95 and figures["draft_agreement"] > 0.5
     losses = loss_by_position(model, exam.held_out_windows(model, ids["plays"], 1024, 6))
     assert losses[512, 1024] < losses[0, 256] + 0.1
 
@@ -167,12 +169,33 @@ def test_functions_end_and_parse(model, words, held_out):
 def test_experts_are_busy_and_know_the_domain(model, ids):
     windows = torch.cat([exam.held_out_windows(model, tokens, 256, 8) for tokens in ids.values()])
     counts = expert_counts(model, windows)
-    assert len(counts) == 4
+    assert len(counts) == 3
     found = exam.routing_by_domain(counts, torch.arange(3).repeat_interleave(8), [0.45, 0.3, 0.25])
     for name, router in found.items():
         assert counts[name].sum(0).min() > 0, f"an expert of {name} is never chosen"
         assert router["max_violation"] < 1.5, name
         assert router["bits"] > router["shuffled_99"] and router["p_value"] < 0.01, name
+
+
+def test_every_part_is_alive(model, ids):
+    """Zeroed, each part costs 0.1 nats a token on two domains or more."""
+    windows = {name: exam.held_out_windows(model, tokens, 256, 4) for name, tokens in ids.items()}
+    for part, costs in anatomy.cost_without(model, windows).items():
+        assert sorted(spread.mean for spread in costs.values())[1] > 0.1, part
+
+
+@pytest.mark.parametrize("length", [60, 200])
+def test_a_passage_that_comes_again_is_cheap(model, words, ids, length):
+    """Of plays and code; the second copy costs at most half of the first."""
+    for name in ("plays", "code"):
+        twice = anatomy.passages_twice(words, ids[name], length, 6)
+        found = anatomy.two_copies(model, twice)
+        assert found["second"].mean < 0.5 * found["first"].mean, name
+
+
+def test_a_value_is_found_over_the_whole_context(model, words):
+    grid = needle_test(model, words, (250, 1000), (0.1, 0.5), count=4)
+    assert sum(share for row in grid.values() for share in row.values()) >= 3.5
 
 
 def test_drafts_are_accepted_in_each_domain(model, words, held_out):
@@ -220,7 +243,7 @@ def test_drafting_changes_nothing(model, prompts, plain, capsys):
         )
 
 
-def say_on_two_ranks(group: TensorGroup, prompts):
+def say_on_ranks(group: TensorGroup, prompts):
     model = load_model(MODEL, precision="fp8", group=group)
     return (
         say(model, prompts, batched=True)[0],
@@ -228,8 +251,9 @@ def say_on_two_ranks(group: TensorGroup, prompts):
     )
 
 
-def test_two_ranks_say_what_one_says(prompts, plain):
-    for found, drafted in run_ranks(say_on_two_ranks, 2, prompts):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_say_what_one_says(ranks, prompts, plain):
+    for found, drafted in run_ranks(say_on_ranks, ranks, prompts):
         assert found == plain
         assert drafted == plain
 

@@ -67,7 +67,7 @@ def test_what_is_commented_out_in_it_can_be_switched_on(tmp_path):
 
 def test_what_a_file_leaves_out_is_as_in_the_preset(written):
     recipe = Recipe(**read_description(written("[recipe.extension]\ntokens = 7")).choices)
-    assert recipe.differences(Recipe()) == {"extension_tokens": (2_000_000, 7)}
+    assert recipe.differences(Recipe()) == {"extension_tokens": (3_000_000, 7)}
 
 
 @pytest.mark.parametrize(
