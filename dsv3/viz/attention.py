@@ -140,7 +140,13 @@ def attention_maps_figure(
     layers, all_heads, tokens = weights.shape[:3]
     shown = [range(all_heads)] * layers if heads is None else heads
     figure, axes = new_figure(
-        9.4, 0.4 + 2.3 * layers, nrows=layers, ncols=len(shown[0]), sharex=True, sharey=True, squeeze=False
+        9.4,
+        0.4 + 2.3 * layers,
+        nrows=layers,
+        ncols=len(shown[0]),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
     )
     ahead = torch.ones(tokens, tokens).triu(1).bool()
     for layer in range(layers):
