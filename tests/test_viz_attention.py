@@ -54,6 +54,21 @@ def test_maps_hide_what_no_query_sees():
     assert images[0].get_clim() == (0, 1)
 
 
+def test_maps_of_chosen_heads():
+    weights = torch.eye(4).repeat(2, 3, 1, 1)
+    weights[1, 0] = torch.tensor([1.0, 0, 0, 0]).expand(4, 4)
+    figure = viz.attention_maps_figure(weights, ["a", "b", "c", "d"], [[1, 2], [2, 0]])
+    panels = [axes for axes in figure.axes if axes.images]
+    assert [panel.get_title(loc="left") or panel.get_title() for panel in panels] == [
+        "layer 0, head 1",
+        "layer 0, head 2",
+        "layer 1, head 2",
+        "layer 1, head 0",
+    ]
+    assert panels[3].images[0].get_array()[3].tolist() == [1, 0, 0, 0]
+    assert panels[2].images[0].get_array()[3].tolist() == [0, 0, 0, 1]
+
+
 def test_bars_and_lines_carry_their_numbers():
     assert "70.3 kB" in texts(viz.cache_bars_figure({"MHA": 4997.12, "MLA": 70.272}, lit="MLA"))
     figure = viz.cache_lines_figure({"MLA": 70_272}, 131_072, {"one GPU": 80})

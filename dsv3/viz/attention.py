@@ -128,20 +128,30 @@ def stream_figure(sizes: torch.Tensor, labels: Sequence[str]) -> Figure:
 
 
 @styled
-def attention_maps_figure(weights: torch.Tensor, labels: Sequence[str]) -> Figure:
+def attention_maps_figure(
+    weights: torch.Tensor, labels: Sequence[str], heads: Sequence[Sequence[int]] | None = None
+) -> Figure:
     """A square for each head: rows are tokens that look, columns tokens that are looked at.
 
-    weights (layers, heads, s, s), rows summing to 1. One row of panels for each layer. The part
-    above the diagonal is grey: no query may look there.
+    weights (layers, heads, s, s), rows summing to 1. One row of panels for each layer, with the
+    heads named for it in ``heads`` (equally many; left out: all). The part above the diagonal is
+    grey: no query may look there.
     """
-    layers, heads, tokens = weights.shape[:3]
+    layers, all_heads, tokens = weights.shape[:3]
+    shown = [range(all_heads)] * layers if heads is None else heads
     figure, axes = new_figure(
-        9.4, 0.4 + 2.3 * layers, nrows=layers, ncols=heads, sharex=True, sharey=True, squeeze=False
+        9.4,
+        0.4 + 2.3 * layers,
+        nrows=layers,
+        ncols=len(shown[0]),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
     )
     ahead = torch.ones(tokens, tokens).triu(1).bool()
     for layer in range(layers):
-        for head in range(heads):
-            panel = axes[layer][head]
+        for column, head in enumerate(shown[layer]):
+            panel = axes[layer][column]
             panel.set_facecolor(LIGHT)
             image = panel.imshow(
                 weights[layer, head].masked_fill(ahead, math.nan).numpy(),
@@ -153,7 +163,7 @@ def attention_maps_figure(weights: torch.Tensor, labels: Sequence[str]) -> Figur
             panel.set(xticks=range(tokens), yticks=range(tokens))
             panel.set_xticklabels(labels, rotation=90, fontsize=8)
             panel.set_yticklabels(labels, fontsize=8)
-            if head == 0:
+            if column == 0:
                 panel.set_ylabel("looks", fontsize=8)
             if layer == layers - 1:
                 panel.set_xlabel("is looked at", fontsize=8)

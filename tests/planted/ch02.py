@@ -137,7 +137,7 @@ PLANTED = {
         (layer_norm, "does not take the mean off"),
         (key_without_position, "after its rotation"),
     ],
-    "directions": [(105, "W^UK itself"), (9, "90%"), (13, "the values"), (18, "the latents")],
+    "directions": [(123, "W^UK itself"), (25, "90%"), (42, "the values"), (61, "the latents")],
     "decode": [
         (expanding, "times the FLOPs"),
         (unscaled, "not scaled"),
