@@ -858,7 +858,7 @@ def test_a_working_folder_that_is_gone(here, tmp_path, monkeypatch):
         (["inspect", ""], "argument MODEL_DIR: an empty name"),
         (
             ["train", "--preset", "mini", "--out", "run", "--ranks", "99"],
-            "batch_first: fewer windows in a step than ranks (found 3, expected 99 or more). "
+            "batch_first: fewer windows in a step than ranks (found 32, expected 99 or more). "
             "Start fewer",
         ),
     ],
