@@ -116,7 +116,7 @@ def test_first_pictures_are_those_of_the_still_ones(page, explorer, tmp_path):
         ("Bias strength", "strength", "ArrowLeft", 4),
         ("Groups allowed", "groups", "ArrowRight", 1),
         ("Experts (top-k)", "top_k", "ArrowUp", 2),
-        ("Layer", "layer", "ArrowRight", 1),
+        ("Layer", "layer", "ArrowLeft", 1),
         ("Token", "token", "ArrowLeft", 3),
     ],
 )
@@ -297,8 +297,8 @@ def test_the_explorer_in_its_chapter_on_a_dark_page(lab, browser, tmp_path):
     page.run_all()
     page.scroll_to(explorer.title)
     check_shown(page, explorer.title, explorer.scene())
-    page.press_slider(explorer.title, "Bias strength", "ArrowRight", 2)
-    explorer.strength.value = 1.5
+    page.press_slider(explorer.title, "Bias strength", "ArrowRight", 4)
+    explorer.strength.value = 2.0
     check_shown(page, explorer.title, explorer.scene())
     word = page.panel(explorer.title).locator("svg text").first
     colour = word.evaluate("node => getComputedStyle(node).fill")

@@ -308,8 +308,9 @@ def test_generation_config_gives_defaults_and_flags_win(generation_config, tiny_
     assert ids(folder) == greedy[: greedy.index(greedy[3])]
     model = load_model(folder, "fp32")
     assert model.eos_ids == (1, greedy[3])
-    prompt = load_tokenizer(folder).encode("Hi")
-    assert generate(model, [prompt], 12) == [greedy[: greedy.index(greedy[3])]]
+    tokenizer = load_tokenizer(folder)
+    said = generate(model, [tokenizer.encode("Hi")], 12, tokenizer=tokenizer)
+    assert said == [greedy[: greedy.index(greedy[3])]]
 
 
 def test_a_damaged_generation_config_is_one_line(generation_config, here):

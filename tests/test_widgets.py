@@ -170,7 +170,7 @@ def test_every_control_says_what_it_is(widget):
 
 
 def test_alt_text_has_the_numbers(explorer):
-    assert "chosen experts 4 with weight" in explorer.alt and "MaxVio" in explorer.alt
+    assert "chosen experts 10 with weight" in explorer.alt and "MaxVio" in explorer.alt
     assert "DeepSeek-V3, MLA 2.3 GB" in KVCacheCalculator().alt
 
 
@@ -253,7 +253,6 @@ def test_scores_do_not_depend_on_how_they_are_watched(shipped):
     before = {name: len(module._forward_pre_hooks) for name, module in model.named_modules()}
     scores = router_scores(model, tokenizer.encode(TEXT))
     assert {layer: tuple(value.shape) for layer, value in scores.items()} == {
-        1: (8, 16),
         2: (8, 16),
         3: (8, 16),
     }
@@ -268,7 +267,7 @@ def test_scores_do_not_depend_on_how_they_are_watched(shipped):
 @pytest.mark.parametrize(
     "control, value",
     [
-        ("layer", 1),
+        ("layer", 2),
         ("token", 2),
         ("strength", -2.0),
         ("groups", 1),

@@ -98,7 +98,7 @@ def task(
 
     Its pair of numbers is held out or not, as asked; kinds: share by kind of task.
     """
-    kind = _choose(rng, kinds)
+    kind = choose(rng, kinds)
     while True:
         question, answer, pair = _draw(rng, kind)
         if is_held_out(*pair) == held_out:
@@ -180,7 +180,7 @@ def _draw(rng: np.random.Generator, kind: str) -> tuple[str, str, tuple[int, int
         if kind == "quotient":
             return f"{a * b} / {a} =", f"{b}", (a, b)
         return f"? * {a} = {a * b}, ? =", f"{b}", (a, b)
-    digits = _choose(rng, _SUM_DIGITS if kind == "sum" else _DIGITS)
+    digits = choose(rng, _SUM_DIGITS if kind == "sum" else _DIGITS)
     a, b = (int(rng.integers(10 ** (n - 1), 10**n)) for n in digits)
     c = a + b
     if kind == "sum":
@@ -213,7 +213,8 @@ def _turns(rng: np.random.Generator, held_out: bool, turns: int) -> Iterator[str
         yield USER + text + ASSISTANT + answer + EOS
 
 
-def _choose(rng: np.random.Generator, shares: dict):
+def choose(rng: np.random.Generator, shares: dict):
+    """A key of ``shares`` (what -> share), drawn by its share."""
     draw, keys = rng.random() * sum(shares.values()), list(shares)
     for key in keys[:-1]:
         draw -= shares[key]

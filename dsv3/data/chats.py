@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dsv3.data.arithmetic import task, working
+from dsv3.data.arithmetic import choose, task, working
 from dsv3.data.code import described_functions
-from dsv3.data.recall import choose, english_facts
+from dsv3.data.recall import english_facts
 from dsv3.data.vocabulary import ASSISTANT, BOS, EOS, USER
 
 _KINDS = {"sum": 0.3, "question": 0.33, "scene": 0.17, "function": 0.17, "greeting": 0.03}

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dsv3.data.arithmetic import NAMES, task
+from dsv3.data.arithmetic import NAMES, choose, task
 from dsv3.data.vocabulary import BOS, EOS, USER
 
 # Characters that a token of such text has, at least: lengths are asked for in tokens.
@@ -292,16 +292,6 @@ _FACTS = {
     "let": _let_facts,
 }
 _SHORT = {"difference": 0.3, "product": 0.3, "quotient": 0.2, "comparison": 0.2}
-
-
-def choose(rng: np.random.Generator, shares: dict[str, float]) -> str:
-    """A key of ``shares``, drawn by its share."""
-    draw, keys = rng.random() * sum(shares.values()), list(shares)
-    for key in keys[:-1]:
-        draw -= shares[key]
-        if draw < 0:
-            return key
-    return keys[-1]
 
 
 def _fill(size: int, piece: Callable[[], str]) -> str:
