@@ -31,10 +31,11 @@ SHAPED = [
 ]
 jaxtyping.install_import_hook(SHAPED, "annotations.check")
 
-# A shell starts what runs in the background with Ctrl-C ignored, which processes pass on to those
-# they start. Tests that press it would wait in vain.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell starts what runs in the background with Ctrl-C ignored, nohup ignores that a terminal has
+# gone, and processes pass both on to those they start. Tests that send them would wait in vain.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 # The models here are too small for two threads to help, and on busy cores threads that wait for
 # each other take many times as long.

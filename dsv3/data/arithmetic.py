@@ -53,6 +53,8 @@ _KINDS = {
     "missing": 0.05,
     "comparison": 0.07,
 }
+# Kinds that are one short line, for what stands between a fact and the question about it.
+SHORT_LINES = {"difference": 0.3, "product": 0.3, "quotient": 0.2, "comparison": 0.2}
 _SHORT_KINDS = {kind: share for kind, share in _KINDS.items() if kind != "sum"}
 # Digits of the two numbers -> share, in sums and in other kinds.
 _SUM_DIGITS = {(2, 2): 0.82, (1, 2): 0.04, (2, 1): 0.04, (1, 1): 0.06, (3, 3): 0.04}

@@ -24,7 +24,7 @@ import ast
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -149,7 +149,7 @@ def plain_functions(documents: list[str], longest: int = 1200) -> list[str]:
     ]
 
 
-def described_functions(documents: list[str], longest: int = 800) -> list[tuple[str, str, str]]:
+def described_functions(documents: Sequence[str], longest: int = 800) -> list[tuple[str, str, str]]:
     """(name, first sentence of the docstring, plain code) of functions that have both."""
     result = []
     for node in _functions(documents):
@@ -161,7 +161,7 @@ def described_functions(documents: list[str], longest: int = 800) -> list[tuple[
     return result
 
 
-def _functions(documents: list[str]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+def _functions(documents: Sequence[str]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     """Functions at the top of documents and methods of classes there."""
     for document in documents:
         for piece in _statements(document.removeprefix(BOS).removesuffix(EOS)) or []:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dsv3.data.arithmetic import NAMES, choose, task
+from dsv3.data.arithmetic import NAMES, SHORT_LINES, choose, task
 from dsv3.data.vocabulary import BOS, EOS, USER
 
 # Characters that a token of such text has, at least: lengths are asked for in tokens.
@@ -50,9 +50,9 @@ PLACES = (
     "Naples, Padua, Paris, Rome, Sicily, Troy, Tyre, Venice, Vienna, York, the city, the "
     "forest, the hills, the north, the south, the tower"
 ).split(", ")
-_ONSETS = "b br c d dr f fl g gr h j k l m n p pl r s st t tr v w z -".replace("-", "").split(" ")
+_ONSETS = [*"b br c d dr f fl g gr h j k l m n p pl r s st t tr v w z".split(), ""]
 _VOWELS = "a e i o u ai ea oo".split()
-_CODAS = "- - b d g k l m n nd p r rt s st t x".replace("-", "").split(" ")
+_CODAS = ["", "", *"b d g k l m n nd p r rt s st t x".split()]
 
 # Kind of document -> share.
 _KINDS = {"passage": 0.4, "words": 0.15, "look_up": 0.45}
@@ -150,7 +150,7 @@ class Recall:
         lines: list[str] = []
         while room > 12:
             if form in ("code", "let") and rng.random() < 0.7:
-                line = " ".join(task(rng, False, _SHORT)) + "\n"
+                line = " ".join(task(rng, False, SHORT_LINES)) + "\n"
                 line = "# " + line if form == "code" else line
                 some = [line]
             else:
@@ -291,7 +291,6 @@ _FACTS = {
     "code": _code_facts,
     "let": _let_facts,
 }
-_SHORT = {"difference": 0.3, "product": 0.3, "quotient": 0.2, "comparison": 0.2}
 
 
 def _fill(size: int, piece: Callable[[], str]) -> str:

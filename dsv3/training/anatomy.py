@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
+from dsv3.block import Block
 from dsv3.cache import Step
 from dsv3.data.recall import english_facts
 from dsv3.data.vocabulary import BOS, pack
@@ -54,8 +55,12 @@ class Spread:
 # Parts ------------------------------------------------------------------------------------------
 
 
+def _blocks(layers: nn.ModuleList) -> list[Block]:
+    return [layer for layer in layers if isinstance(layer, Block)]
+
+
 def _attention(model: Transformer) -> list[MLA]:
-    return [layer.attn for layer in model.layers]
+    return [layer.attn for layer in _blocks(model.layers)]
 
 
 def _up_projections(model: Transformer) -> list[Tensor]:
@@ -87,7 +92,7 @@ PARTS: dict[str, Callable[[Transformer], list[Tensor]]] = {
     "W^KR": _rotated_rows,
     "shared expert": lambda model: _experts(model, lambda moe: moe.shared_experts.w2.weight),
     "routed experts": lambda model: _experts(model, lambda moe: moe.experts.w2),
-    "MTP attention": lambda model: [module.attn.wo.weight for module in model.mtp],
+    "MTP attention": lambda model: [module.attn.wo.weight for module in _blocks(model.mtp)],
 }
 
 
@@ -173,7 +178,7 @@ def passages_twice(
             expected=f"{length} or more",
         )
     starts = np.linspace(0, len(ids) - length, count).astype(int)
-    bos = [tokenizer.token_to_id(BOS)]
+    bos = pack(tokenizer, [BOS])
     return torch.stack(
         [
             torch.from_numpy(np.concatenate([bos, ids[s : s + length], ids[s : s + length]]))
@@ -206,12 +211,13 @@ def induction_scores(model: Transformer, twice: Int[Tensor, "n w"]) -> Float[Ten
     count = twice.shape[1]
     length = (count - 1) // 2
     query = torch.arange(length + 1, 2 * length)  # the tokens of the second copy but its last
-    scores = torch.zeros(len(model.layers), model.layers[0].attn.heads)
+    layers = _blocks(model.layers)
+    scores = torch.zeros(len(layers), layers[0].attn.heads)
     step = Step.make(model.config, [0], [count], count, model.device)
     hidden = torch.ones(count, count, device=model.device).triu(1).bool()
     for tokens in twice:
         x = model.embed(tokens[None].to(model.device))
-        for number, layer in enumerate(model.layers):
+        for number, layer in enumerate(layers):
             h, attn = layer.attn_norm(x), layer.attn
             q = torch.cat(attn.queries(h, step), -1).transpose(1, 2)
             k, _ = attn.wkv_b(attn.latents(h, step).to(model.precision.core(model.device)))
@@ -243,7 +249,7 @@ def facts_prompt(
     lines = [said for said, _ in told[1:]]
     room = distance - sum(len(pack(tokenizer, [text])) for text in (*lines, question + "?"))
     while True:
-        line = filler[rng.integers(len(filler))] + "\n"
+        line = filler[int(rng.integers(len(filler)))] + "\n"
         room -= len(pack(tokenizer, [line]))
         if room < 0:
             break

@@ -46,6 +46,7 @@ class Corpus:
                 + [
                     domain.make(np.random.default_rng(number), 256)
                     for domain in made
+                    if domain.make
                     for number in range(_SAMPLES)
                 ]
             ).encode()

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dsv3.data.arithmetic import NAMES, task
+from dsv3.data.arithmetic import NAMES, SHORT_LINES, task
 from dsv3.data.vocabulary import BOS, pack
 from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
@@ -30,9 +30,6 @@ LENGTHS = (64, 128, 192, 256, 384, 512, 768, 1000)
 DEPTHS = (0.1, 0.5, 0.9)
 EDGES = (0, 256, 512, 1024)
 DISTRACTORS = 3
-
-# The arithmetic between the values: kinds that are one short line.
-_FILLER = {"difference": 0.3, "product": 0.3, "quotient": 0.2, "comparison": 0.2}
 
 
 def haystack(
@@ -60,7 +57,7 @@ def haystack(
             expected=f"a length of at least {length - room}, a depth of 0 to 1",
         )
     while True:
-        line = " ".join(task(rng, held_out=True, kinds=_FILLER)) + "\n"
+        line = " ".join(task(rng, held_out=True, kinds=SHORT_LINES)) + "\n"
         room -= len(pack(tokenizer, [line]))
         if room < 0:
             break
