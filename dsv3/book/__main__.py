@@ -1,6 +1,8 @@
 """``python -m dsv3.book NOTEBOOK ...``: run chapters and store outputs and measured budgets.
 
 ``python -m dsv3.book --reset NOTEBOOK ...``: bring chapters back as they were shipped.
+
+``python -m dsv3.book --count NOTEBOOK ...``: print their words, pictures and exercises.
 """
 
 import sys
@@ -11,10 +13,16 @@ from dsv3.errors import DSV3Error
 
 def main(arguments: list[str]) -> int | str:
     back = arguments[:1] == ["--reset"]
-    names = arguments[back:]
+    counts = arguments[:1] == ["--count"]
+    names = arguments[back or counts :]
     if not names or any(name.startswith("-") for name in names):
         print(__doc__)
         return 2
+    if counts:
+        from dsv3.book.count import table
+
+        print(table([Path(name) for name in names]))
+        return 0
     for name in names:
         try:
             print(f"{name}: {_reset(Path(name)) if back else _run(Path(name))}")
@@ -43,4 +51,5 @@ def _run(path: Path):
     return run(path)
 
 
-sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
