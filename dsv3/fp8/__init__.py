@@ -1,6 +1,7 @@
 """Chapter 4: block-scaled FP8. Numbers (formats), tensors (quantize), layers (product), their
-gradients (training)."""
+gradients (training), and what a tensor core loses in its sums (accumulation)."""
 
+from dsv3.fp8.accumulation import Accumulator
 from dsv3.fp8.formats import decode_e4m3, decode_scale, encode_e4m3, encode_scale
 from dsv3.fp8.product import linear, matmul
 from dsv3.fp8.quantize import (
@@ -14,6 +15,7 @@ from dsv3.fp8.quantize import (
 from dsv3.fp8.training import Fp8Recipe, fp8_linear
 
 __all__ = [
+    "Accumulator",
     "Fp8Recipe",
     "QuantizedTensor",
     "WEIGHT_BLOCK",
