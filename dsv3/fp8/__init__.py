@@ -1,5 +1,5 @@
-"""Chapter 4: block-scaled FP8. Numbers (formats), tensors (quantize), layers (product), their
-gradients (training), and what a tensor core loses in its sums (accumulation)."""
+"""Chapter 4: block-scaled FP8. Numbers (small_floats, formats), tensors (quantize), layers
+(product), their gradients (training), and what a tensor core loses in its sums (accumulation)."""
 
 from dsv3.fp8.accumulation import Accumulator
 from dsv3.fp8.formats import decode_e4m3, decode_scale, encode_e4m3, encode_scale

@@ -24,6 +24,9 @@ Three things go wrong in careless code, and this module is where they are settle
 Training keeps one kind of activation in E5M6 (TR 3.3.3): a sign, five bits of exponent and six of
 mantissa. It is IEEE's float16 with four bits less of mantissa, so a float16 holds it.
 
+Everything here works on whole tensors and is fast. The plain definition, of these and of other
+small formats, one number at a time, is ``dsv3.fp8.small_floats``; a test holds the two together.
+
 A scale in the format "ue8m0" is a power of two. It can be stored in one byte, the exponent + 127
 (0xFF is NaN). Its exponent is read from the bits of the float: log2 in FP32 says 10 for
 1024 * (1 + 2^-23), where the next power of two is 2^11.
