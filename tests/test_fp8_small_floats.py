@@ -64,7 +64,7 @@ def test_every_code_is_the_number_torch_takes_it_for(kind):
     assert (kind.largest, kind.smallest_normal) == (info.max, info.smallest_normal)
     positive = expected[expected > 0]
     assert kind.smallest == positive.min()
-    small = (0 < expected.abs()) & (expected.abs() < info.smallest_normal)
+    small = (expected.abs() > 0) & (expected.abs() < info.smallest_normal)
     assert [k == "subnormal" for k in kinds] == small.tolist()
 
 

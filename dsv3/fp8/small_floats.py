@@ -7,8 +7,8 @@ A float is a sign, an exponent and a mantissa, cut out of a row of bits:
 Exponent bits buy range, mantissa bits buy precision, and in 8 bits you cannot have both: E4M3
 reaches 448 in steps of 6 to 12.5 percent, E5M2 reaches 57344 in steps of 12.5 to 25. Where the
 exponent's bits are all 0 the leading 1 is dropped, and the numbers go down to zero in equal steps
-(*subnormals*). Where they are all 1, IEEE formats keep infinity and NaN; E4M3 gives up only its very
-last code for NaN and counts on. "ue8m0" is the format of scales: eight bits of exponent and
+(*subnormals*). Where they are all 1, IEEE formats keep infinity and NaN; E4M3 gives up only its
+very last code for NaN and counts on. "ue8m0" is the format of scales: eight bits of exponent and
 nothing else, so every code is a power of two, and there is no sign and no zero.
 
 ``SmallFloat`` is the specification: one number at a time, in Python's floats (whose 53 bits hold
