@@ -26,6 +26,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, Locator, sync_playwright
 
 from dsv3.commands import doctor
+from dsv3.viz.scene import Scene, Text
 
 # No update checks, no first-run pages: nothing is asked of the network.
 FLAGS = [
@@ -269,3 +270,19 @@ class Notebook:
         return self.page.evaluate("""() => ({
             key: document.activeElement.dataset.key ?? null,
             pressed: document.activeElement.getAttribute("aria-pressed")})""")
+
+
+def words(scene: Scene) -> list[str]:
+    return [mark.text for mark in scene.marks if isinstance(mark, Text)]
+
+
+def check_shown(page: Notebook, title: str, scene: Scene) -> None:
+    """The drawing shows this scene, word by word and mark by mark (waits for it)."""
+    page.wait_for_words(title, words(scene))
+    drawing = page.panel(title).locator(".dsv3-drawing svg")
+    kinds = drawing.evaluate("svg => [...svg.children].slice(1).map(node => node.tagName)")
+    assert kinds == [
+        {"Line": "polyline"}.get(type(mark).__name__, type(mark).__name__.lower())
+        for mark in scene.marks
+    ]
+    assert scene.alt in drawing.get_attribute("aria-label")

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from lab import JupyterLab, Notebook, open_browser
+from lab import JupyterLab, Notebook, check_shown, open_browser
 
 from dsv3 import load_model, load_tokenizer
 from dsv3.book.saved import clean
 from dsv3.commands import doctor
-from dsv3.viz.scene import Scene, Text
 from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer
 
 pytestmark = pytest.mark.slow
@@ -85,22 +84,6 @@ def new_explorer() -> RoutingExplorer:
     """The same widget on this side, to say what the page has to show."""
     model = load_model(ROOT / "assets" / "dsv3-mini", precision="fp32")
     return RoutingExplorer(model, load_tokenizer(ROOT / "assets" / "dsv3-mini"), TEXT)
-
-
-def words(scene: Scene) -> list[str]:
-    return [mark.text for mark in scene.marks if isinstance(mark, Text)]
-
-
-def check_shown(page: Notebook, title: str, scene: Scene) -> None:
-    """The drawing shows this scene, word by word and mark by mark (waits for it)."""
-    page.wait_for_words(title, words(scene))
-    drawing = page.panel(title).locator(".dsv3-drawing svg")
-    kinds = drawing.evaluate("svg => [...svg.children].slice(1).map(node => node.tagName)")
-    assert kinds == [
-        {"Line": "polyline"}.get(type(mark).__name__, type(mark).__name__.lower())
-        for mark in scene.marks
-    ]
-    assert scene.alt in drawing.get_attribute("aria-label")
 
 
 def test_first_pictures_are_those_of_the_still_ones(page, explorer, tmp_path):

@@ -7,6 +7,7 @@ import re
 import warnings
 from pathlib import Path
 
+import matplotlib.image
 import matplotlib.lines
 import matplotlib.patches
 import pytest
@@ -24,7 +25,12 @@ from dsv3.viz import show
 from dsv3.viz.cache_scene import size, times
 from dsv3.viz.routing_scene import routing_scene
 from dsv3.viz.scene import Scene, still
-from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer
+from dsv3.viz.widgets import (
+    KVCacheCalculator,
+    LoadBalanceSimulator,
+    RoutingExplorer,
+    ScaleMicroscope,
+)
 from dsv3.viz.widgets.explorer import reroute, router_scores, routers, token_text
 from dsv3.viz.widgets.panel import AT_REST
 
@@ -42,12 +48,13 @@ def explorer(shipped):
     return RoutingExplorer(*shipped, TEXT)
 
 
-@pytest.fixture(params=["explorer", "calculator", "simulator"])
+@pytest.fixture(params=["explorer", "calculator", "simulator", "microscope"])
 def widget(request, shipped):
     return {
         "explorer": lambda: RoutingExplorer(*shipped, TEXT),
         "calculator": KVCacheCalculator,
         "simulator": LoadBalanceSimulator,
+        "microscope": lambda: ScaleMicroscope(SHIPPED),
     }[request.param]()
 
 
@@ -77,6 +84,7 @@ def test_the_still_picture_has_one_artist_for_each_mark(widget):
         scenes.Circle: matplotlib.patches.Ellipse,
         scenes.Line: matplotlib.lines.Line2D,
         scenes.Text: matplotlib.text.Text,
+        scenes.Image: matplotlib.image.AxesImage,
     }
     axes = widget.still().axes[0]
     drawn = sorted(
@@ -85,7 +93,7 @@ def test_the_still_picture_has_one_artist_for_each_mark(widget):
             for artist in axes.get_children()
             if artist.get_zorder() is not None
             and type(artist) in kinds.values()
-            and artist in [*axes.patches, *axes.lines, *axes.texts]
+            and artist in [*axes.patches, *axes.lines, *axes.texts, *axes.images]
         ],
         key=lambda artist: artist.zorder,
     )

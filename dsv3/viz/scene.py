@@ -12,16 +12,23 @@ for backgrounds, "grey", and the names of Okabe and Ito's colours.
 
 from __future__ import annotations
 
+import base64
+import io
 import unicodedata
 from dataclasses import asdict, dataclass, field
 from functools import cache
 
+import numpy
 from matplotlib import font_manager
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse, FancyBboxPatch
 from matplotlib.text import Text as TextArtist
+from PIL import Image as Raster
 
 from dsv3.viz import figure as book
 
@@ -114,6 +121,28 @@ class Text(Mark):
     code: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Image(Mark):
+    """Many small cells in one mark, drawn without smoothing: ``url`` is a PNG, as ``png`` writes
+    it, stretched over the rectangle. Its colours are the same on every page."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    url: str
+
+
+_DATA = "data:image/png;base64,"
+
+
+def png(colours: numpy.ndarray) -> str:
+    """The url of an image of cells (rows, columns, 3), uint8: red, green and blue of each."""
+    buffer = io.BytesIO()
+    Raster.fromarray(colours).save(buffer, format="png")
+    return _DATA + base64.b64encode(buffer.getvalue()).decode()
+
+
 @dataclass(frozen=True)
 class Scene:
     """Marks on a page of width x height, from back to front; alt: what is to be seen, in words."""
@@ -134,6 +163,10 @@ class Scene:
 
     def text(self, x: float, y: float, text: str, *, fill: str = "ink", **more) -> None:
         self.marks.append(Text(x=x, y=y, text=text, fill=fill, **more))
+
+    def image(self, x: float, y: float, width: float, height: float, colours, **more) -> None:
+        """colours: (rows, columns, 3) uint8, see ``png``."""
+        self.marks.append(Image(x=x, y=y, width=width, height=height, url=png(colours), **more))
 
     def labels(self) -> list[str]:
         """What the marks say of themselves."""
@@ -197,8 +230,12 @@ def still(scene: Scene) -> Figure:
     axes.set(xlim=(-_MARGIN, scene.width + _MARGIN), ylim=(scene.height + _MARGIN, -_MARGIN))
     axes.axis("off")
     for order, mark in enumerate(scene.marks):
-        axes.add_artist(_ARTIST[type(mark)](mark)).set(zorder=order, clip_on=False)
+        axes.add_artist(_artist(mark, axes)).set(zorder=order, clip_on=False)
     return figure
+
+
+def _artist(mark: Mark, axes: Axes) -> Artist:
+    return _image(mark, axes) if isinstance(mark, Image) else _ARTIST[type(mark)](mark)
 
 
 def _points(pixels: float) -> float:
@@ -249,6 +286,13 @@ def _text(mark: Text) -> TextArtist:
         family="DejaVu Sans Mono" if mark.code else "DejaVu Sans",
         weight="bold" if mark.bold else "normal",
     )
+
+
+def _image(mark: Image, axes: Axes) -> AxesImage:
+    extent = (mark.x, mark.x + mark.width, mark.y + mark.height, mark.y)
+    image = AxesImage(axes, extent=extent, origin="upper", interpolation="nearest")
+    image.set_data(Raster.open(io.BytesIO(base64.b64decode(mark.url.removeprefix(_DATA)))))
+    return image
 
 
 def _printable(text: str, code: bool) -> str:

@@ -9,5 +9,12 @@ from dsv3.viz.widgets.balance import LoadBalanceSimulator
 from dsv3.viz.widgets.drawing import Drawing
 from dsv3.viz.widgets.explorer import RoutingExplorer
 from dsv3.viz.widgets.kv_calculator import KVCacheCalculator
+from dsv3.viz.widgets.microscope import ScaleMicroscope
 
-__all__ = ["Drawing", "KVCacheCalculator", "LoadBalanceSimulator", "RoutingExplorer"]
+__all__ = [
+    "Drawing",
+    "KVCacheCalculator",
+    "LoadBalanceSimulator",
+    "RoutingExplorer",
+    "ScaleMicroscope",
+]

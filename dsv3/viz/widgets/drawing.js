@@ -14,6 +14,9 @@ function build(mark) {
   if (kind === "rect")
     return shape("rect", { x, y, width: mark.width || 0, height: mark.height || 0,
                            rx: mark.rounded || 0 });
+  if (kind === "image")
+    return shape("image", { x, y, width: mark.width, height: mark.height, href: mark.url,
+                            preserveAspectRatio: "none" });
   if (kind === "circle") return shape("circle", { cx: x, cy: y, r: mark.radius });
   if (kind === "line")
     return shape("polyline", { points: mark.points.map((point) => point.join(",")).join(" "),

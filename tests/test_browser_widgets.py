@@ -1,0 +1,90 @@
+"""Chapter 4's and 5's widgets as a reader moves them: a real JupyterLab in a real browser.
+
+Needs Chromium, see tests/test_browser.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from lab import JupyterLab, Notebook, check_shown, open_browser, words
+
+from dsv3.commands import doctor
+from dsv3.viz.widgets import ScaleMicroscope
+
+pytestmark = pytest.mark.slow
+
+SHIPPED = Path(__file__).parents[1] / "assets" / "dsv3-mini"
+
+CELLS = [
+    f"""\
+from dsv3.viz.widgets import ScaleMicroscope
+ScaleMicroscope({str(SHIPPED)!r})"""
+]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    if doctor.browser() is None:
+        reason = f"no browser found, looked for {', '.join(doctor.BROWSERS)}"
+        (pytest.fail if os.environ.get("DSV3_NEED_BROWSER") else pytest.skip)(reason)
+    folder = tmp_path_factory.mktemp("book")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, folder / "widgets.ipynb")
+    with JupyterLab(folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser(lab):
+    with open_browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture(scope="module")
+def page(lab, browser):
+    """All of them in one notebook, on a light page."""
+    notebook = Notebook(browser, lab, "widgets.ipynb", height=2400)
+    notebook.run_all()
+    yield notebook
+    assert notebook.complaints == []
+
+
+def choose(page: Notebook, title: str, description: str, option: str) -> None:
+    """Another option of a drop-down list, by the words before it."""
+    page.panel(title).get_by_label(description, exact=True).select_option(label=option)
+
+
+def test_a_block_is_looked_into(page, tmp_path):
+    """Another matrix from the list, a block by the pointer, the next by the keyboard; hover."""
+    ours = ScaleMicroscope(SHIPPED)
+    check_shown(page, ours.title, ours.scene())
+    choose(page, ours.title, "Matrix", "attn.wq_b")
+    ours.matrix.value = "attn.wq_b"
+    check_shown(page, ours.title, ours.scene())
+    panel = page.panel(ours.title)
+    panel.locator("[data-key='block 3 1']").click()
+    ours.drawing.choose("block 3 1")
+    check_shown(page, ours.title, ours.scene())
+    assert panel.locator("image").count() == 4
+    page.page.keyboard.press("ArrowDown")
+    page.page.keyboard.press("Enter")
+    ours.drawing.choose("block 4 1")
+    check_shown(page, ours.title, ours.scene())
+    assert page.focused() == {"key": "block 4 1", "pressed": "true"}
+    panel.locator("[aria-label^='exponent 12']").hover()
+    assert re.search(r"of 16,384 codes", panel.locator(".tip").inner_text())
+    choose(page, ours.title, "Colour by", "error, one scale for the matrix")
+    choose(page, ours.title, "Matrix", "x of attn.wo")
+    ours.show.value, ours.matrix.value = "tensor", "x of attn.wo"
+    check_shown(page, ours.title, ours.scene())
+    panel.screenshot(path=tmp_path / "microscope.png")
+    assert (
+        words(ours.scene())[0]
+        == "layer 2, x of attn.wo, 42 × 1024: activations, quantised as the model reads them"
+    )
