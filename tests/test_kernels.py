@@ -14,6 +14,7 @@ from dsv3.errors import DSV3Error
 pytest.importorskip("triton", reason="Triton is not installed (there is none for this platform)")
 
 from dsv3.kernels import act_quant, fp8_gemm, weight_dequant
+from dsv3.kernels.compiled import compile_for
 
 pytestmark = pytest.mark.slow
 
@@ -149,36 +150,61 @@ def run_without_interpreter(code: str, cache) -> subprocess.CompletedProcess:
     )
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from dsv3.kernels import act_quant, fp8_gemm, weight_dequant
-
-def compiled(kernel, types, constants, **options):
-    types = dict(zip(kernel.arg_names, types)) | {name: "constexpr" for name in constants}
-    source = ASTSource(kernel, types, constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-
-sizes = ["i32"] * 3
-for x in ("*fp32", "*bf16"):
-    ptx = compiled(act_quant.act_quant_kernel, [x, "*u8", "*fp32", *sizes],
-                   dict(POWER_OF_TWO=True, ROWS=16, BLOCK=128))
-    assert "div.rn" in ptx and "div.full" not in ptx
-compiled(weight_dequant.weight_dequant_kernel, ["*u8", "*fp32", "*i16", *sizes],
-         dict(BFLOAT16=True, ROWS=32, BLOCK=128))
-ptx = compiled(fp8_gemm.fp8_gemm_kernel.fn,
-               ["*fp8e4nv", "*fp32", "*fp8e4nv", "*fp32", "*fp32", *sizes, "i32"],
-               dict(ROWS=64, COLS=128, BLOCK=128, GROUP=8), num_warps=4, num_stages=4)
-assert "wgmma" in ptx and "e4m3" in ptx
-print("compiled")
-"""
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler needs Linux")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler needs Linux")
-def test_kernels_compile_for_hopper_without_a_gpu(tmp_path):
-    done = run_without_interpreter(COMPILE, tmp_path)
-    assert done.stdout.strip() == "compiled", done.stderr
+@pytest.fixture
+def afresh(tmp_path, monkeypatch) -> None:
+    """Nothing compiled yet; and whether this process interprets kernels plays no part."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@on_linux
+def test_kernels_compile_for_hopper_without_a_gpu(afresh):
+    found = compile_for("act_quant", POWER_OF_TWO=True)
+    assert ".target sm_90" in found.ptx and not found.products
+    # Division rounds correctly, as the specification's does.
+    assert "div.rn" in found.ptx and "div.full" not in found.ptx
+    found = compile_for("weight_dequant")
+    assert "weight_dequant_kernel" in found.ptx and found.threads == 128
+    assert 0 < found.registers <= 255
+
+
+@on_linux
+def test_a_block_of_128_is_four_instructions_of_hopper(afresh):
+    """Each 32 deep, E4M3 times E4M3 into f32: 128 products between two promotions (TR 3.3.2)."""
+    found = compile_for("fp8_gemm", "sm_90")
+    assert found.products == {"wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3": 4}
+    assert 64 * 128 // found.threads < found.registers <= 255  # the tile's sums, and more
+    assert found.shared <= 228 * 1024
+    # Tiles too low for wgmma are multiplied as float16, which Triton does on its own.
+    (low,) = compile_for("fp8_gemm", "sm_90", ROWS=16, COLS=32).products
+    assert low.startswith("mma.sync") and low.endswith("f32.f16.f16.f32")
+
+
+@on_linux
+@pytest.mark.parametrize("gpu, product", [("sm_89", "mma.sync"), ("sm_100", "tcgen05.mma")])
+def test_other_chips_have_other_instructions(afresh, gpu, product):
+    (found,) = compile_for("fp8_gemm", gpu).products
+    assert found.startswith(product)
+
+
+def test_what_cannot_be_compiled_is_said_in_one_line(afresh, monkeypatch):
+    with pytest.raises(DSV3Error, match="unknown kernel.*act_quant, weight_dequant, fp8_gemm"):
+        compile_for("softmax")
+    with pytest.raises(DSV3Error, match="gpu: not a kind of GPU"):
+        compile_for("act_quant", "H100")
+    with pytest.raises(DSV3Error, match="act_quant: no such constant.*COLS.*ROWS"):
+        compile_for("act_quant", COLS=3)
+    with pytest.raises(DSV3Error, match="act_quant for sm_90: the compiler took too long"):
+        compile_for("act_quant", timeout_s=0.01)
+    if sys.platform == "linux":  # Ampere has no E4M3
+        with pytest.raises(DSV3Error, match="fp8_gemm for sm_80: Triton cannot.*fp8e4nv"):
+            compile_for("fp8_gemm", "sm_80")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DSV3Error, match="Triton is not installed"):
+        compile_for("act_quant")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
