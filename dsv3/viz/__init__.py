@@ -38,6 +38,7 @@ from dsv3.viz.latent import (
 from dsv3.viz.memory import memory_per_rank_figure
 from dsv3.viz.model_map import PARTS, model_map
 from dsv3.viz.routing import routing_figure
+from dsv3.viz.scene import draw
 
 __all__ = [
     "PARTS",
@@ -49,6 +50,7 @@ __all__ = [
     "choice_figure",
     "dispatch_figure",
     "domain_figure",
+    "draw",
     "energy_figure",
     "forms_figure",
     "kept_directions_figure",

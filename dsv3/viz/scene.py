@@ -22,11 +22,13 @@ import numpy
 from matplotlib import font_manager
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse, FancyBboxPatch
+from matplotlib.patches import Polygon as PolygonArtist
 from matplotlib.text import Text as TextArtist
 from PIL import Image as Raster
 
@@ -59,12 +61,14 @@ _MARGIN = 14
 class Mark:
     """What all marks share.
 
-    fill, stroke: names of colours, or None; stroke_width: pixels; label: what is said of it under
+    fill, stroke: names of colours, or None; opacity: of the fill, None where it covers what is
+    below it; stroke_width: pixels; label: what is said of it under
     the pointer, on keyboard focus and by a screen reader; key: what is reported when it is
     chosen, None where there is nothing to choose; chosen: whether it is the chosen one.
     """
 
     fill: str | None = None
+    opacity: float | None = None
     stroke: str | None = None
     stroke_width: float = 1.0
     label: str | None = None
@@ -105,6 +109,13 @@ class Line(Mark):
 
     points: tuple[tuple[float, float], ...]
     dashed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polygon(Mark):
+    """A surface with straight edges from corner to corner."""
+
+    points: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +172,9 @@ class Scene:
     def line(self, *points: tuple[float, float], stroke: str = "line", **more) -> None:
         self.marks.append(Line(points=points, stroke=stroke, **more))
 
+    def polygon(self, *points: tuple[float, float], **more) -> None:
+        self.marks.append(Polygon(points=points, **more))
+
     def text(self, x: float, y: float, text: str, *, fill: str = "ink", **more) -> None:
         self.marks.append(Text(x=x, y=y, text=text, fill=fill, **more))
 
@@ -191,7 +205,7 @@ def _plain(mark: Mark) -> dict:
     for name, value in asdict(mark).items():
         if value not in (None, False, "", 0.0):
             values[name] = round(value, 2) if isinstance(value, float) else value
-    if isinstance(mark, Line):
+    if isinstance(mark, (Line, Polygon)):
         values["points"] = [[round(x, 2), round(y, 2)] for x, y in mark.points]
     for name in ("x", "y"):
         if hasattr(mark, name):
@@ -238,13 +252,18 @@ def _artist(mark: Mark, axes: Axes) -> Artist:
     return _image(mark, axes) if isinstance(mark, Image) else _ARTIST[type(mark)](mark)
 
 
+def draw(scene: Scene) -> book.Picture:
+    """The still picture for a notebook cell, with the scene's own alt text."""
+    return book.show(still(scene), alt=scene.alt)
+
+
 def _points(pixels: float) -> float:
     return pixels * 72 / _PIXELS
 
 
 def _look(mark: Mark) -> dict:
     return {
-        "facecolor": COLOURS[mark.fill] if mark.fill else "none",
+        "facecolor": to_rgba(COLOURS[mark.fill], mark.opacity) if mark.fill else "none",
         "edgecolor": COLOURS[mark.stroke] if mark.stroke else "none",
         "linewidth": _points(mark.stroke_width) if mark.stroke else 0,
     }
@@ -271,6 +290,10 @@ def _line(mark: Line) -> Line2D:
         dashes=(4, 3) if mark.dashed else (),
         solid_joinstyle="round",
     )
+
+
+def _polygon(mark: Polygon) -> PolygonArtist:
+    return PolygonArtist(mark.points, closed=True, joinstyle="miter", **_look(mark))
 
 
 def _text(mark: Text) -> TextArtist:
@@ -301,9 +324,18 @@ def _printable(text: str, code: bool) -> str:
     return "".join(letter if font.get_char_index(ord(letter)) else "▯" for letter in text)
 
 
+def text_width(text: str, size: float, *, bold: bool = False, code: bool = False) -> float:
+    """Pixels that a line of text takes in the still picture."""
+    font = _font("DejaVu Sans Mono" if code else "DejaVu Sans", "bold" if bold else "normal")
+    font.set_size(size, 72)
+    font.set_text(_printable(text, code))
+    return font.get_width_height()[0] / 64
+
+
 @cache
-def _font(family: str) -> FT2Font:
-    return font_manager.get_font(font_manager.findfont(family))
+def _font(family: str, weight: str = "normal") -> FT2Font:
+    described = font_manager.FontProperties(family=family, weight=weight)
+    return font_manager.get_font(font_manager.findfont(described))
 
 
-_ARTIST = {Rect: _rect, Circle: _circle, Line: _line, Text: _text}
+_ARTIST = {Rect: _rect, Circle: _circle, Line: _line, Polygon: _polygon, Text: _text}

@@ -21,6 +21,8 @@ function build(mark) {
   if (kind === "line")
     return shape("polyline", { points: mark.points.map((point) => point.join(",")).join(" "),
                                "stroke-dasharray": mark.dashed ? "5 4" : "none" });
+  if (kind === "polygon")
+    return shape("polygon", { points: mark.points.map((point) => point.join(",")).join(" ") });
   const node = shape("text", { x, y, "font-size": mark.size, "text-anchor": mark.anchor,
                                "dominant-baseline": "central" });
   node.textContent = mark.text;
@@ -32,6 +34,7 @@ function build(mark) {
 function paint(node, mark, hatch) {
   node.style.fill = mark.hatched ? `url(#${hatch})` : colour(mark.fill);
   node.style.stroke = mark.hatched ? "none" : colour(mark.stroke);
+  if (mark.opacity) node.style.fillOpacity = mark.opacity;
   node.style.strokeWidth = mark.stroke_width || 1;
   if (!mark.label && !mark.key) return;
   node.classList.add("says");
