@@ -11,7 +11,7 @@ of one prompt share its prefill: its latents are computed once and copied.
 
 Three doors lead to the same loop: ``stream`` gives tokens one by one, ``complete`` runs to the end
 and gives a full account, ``generate`` gives the ids alone. What may be asked for stands in
-``dsv3.generation.sampling``; how a step can give two tokens a row in
+``dsv3.generation.sampling``; how a step can give several tokens a row in
 ``dsv3.generation.speculative``. Both ways of decoding share everything else here.
 """
 
@@ -33,7 +33,7 @@ from dsv3.generation.rows import (
     check_unused,
 )
 from dsv3.generation.sampling import Choice, Chooser, Sampling
-from dsv3.generation.speculative import Speculative
+from dsv3.generation.speculative import Pass, Speculative
 
 OnToken = Callable[[int, int], None]
 
@@ -82,10 +82,11 @@ class Plain:
     """Decodes a batch one token a row and step: the form that speculative decoding must equal."""
 
     watch = None  # nothing to keep of prefill but the cache
-    acceptance = None  # nothing is drafted
+    acceptance = accepted_by_depth = None  # nothing is drafted
 
     def __init__(self, model, cache, choose: Chooser):
         self.model, self.cache, self.choose = model, cache, choose
+        self.last_pass = [None] * len(choose.generators)
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +171,14 @@ class Stream(Iterator[Token]):
             rows.chosen,
             ["".join(pieces) for pieces in rows.pieces] if self._has_texts else None,
             rows.logprobs if self._sampling.logprobs else None,
+            decoder.accepted_by_depth if decoder else None,
         )
+
+    @property
+    def last_pass(self) -> Sequence[Pass | None]:
+        """What the last pass drafted and verified for each row (on rank 0); None for a row without
+        drafts. The tokens read since are those of its ``chosen``."""
+        return self._decoder.last_pass if self._decoder else [None] * len(self._rows.ids)
 
     @torch.inference_mode()
     def _run(self) -> Generator[Token, None, None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import NamedTuple
 
 from dsv3.cache import check_is_cache
 from dsv3.errors import DSV3Error
@@ -23,6 +24,16 @@ class Token:
     logprob: float | None = None
 
 
+class Depth(NamedTuple):
+    """What became of the drafts of one depth, the first, second ... of their passes.
+
+    verified: those whose forerunners in the pass had all been accepted; accepted: of these.
+    """
+
+    verified: int
+    accepted: int
+
+
 @dataclass
 class Generation:
     """What a run gave. With n samples, row n i + k is sample k of prompt i.
@@ -35,6 +46,7 @@ class Generation:
     used; passes: how often a row was fed after prefill, over all rows; chosen: tokens of each row
     with those that only ended it. texts: of each row, where a tokenizer was given. logprobs: of
     each id, where they were asked for (``generation.sampling.Choice`` says of which distribution).
+    accepted_by_depth: of the first draft of a pass, the second ..., None where nothing was drafted.
 
     A text ends before its stop string. Its ids are those of the tokens that begin before it, so
     the last of them may run on into it.
@@ -49,10 +61,12 @@ class Generation:
     chosen: Sequence[int] = ()
     texts: list[str] | None = None
     logprobs: list[list[float | None]] | None = None
+    accepted_by_depth: list[Depth] | None = None
 
     @property
     def tokens_per_pass(self) -> float | None:
-        """Tokens a row got from a pass after prefill: 1 in plain decoding, up to 2 with drafts."""
+        """Tokens a row got from a pass after prefill: 1 in plain decoding, up to k + 1 with k
+        drafts."""
         return (sum(self.chosen) - len(self.chosen)) / self.passes if self.passes else None
 
     @property

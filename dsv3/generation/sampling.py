@@ -43,8 +43,9 @@ class Sampling:
     prompt, over one prefill. eos_ids: tokens that end a row; None for the model's own, () for
     none. stop: texts that end a row, wherever they lie in its tokens. banned_ids: ids that are
     never chosen. logprobs: whether each chosen token's log-probability is wanted. speculative:
-    draft with the MTP module and verify; the same tokens when greedy. prefill_chunk: prompt tokens
-    per row in one pass, None for all at once.
+    draft with the MTP module and verify; the same tokens when greedy. num_draft_tokens: drafts of
+    each pass, where there are any. prefill_chunk: prompt tokens per row in one pass, None for all
+    at once.
 
     Raises DSV3Error, naming the field, for a value that makes no sense.
     """
@@ -60,10 +61,17 @@ class Sampling:
     banned_ids: Iterable[int] | Tensor = ()
     logprobs: bool = False
     speculative: bool = False
+    num_draft_tokens: int = 1
     prefill_chunk: int | None = None
 
     def __post_init__(self):
-        for name, least in (("max_new_tokens", 0), ("top_k", 0), ("seed", None), ("n", 1)):
+        for name, least in (
+            ("max_new_tokens", 0),
+            ("top_k", 0),
+            ("seed", None),
+            ("n", 1),
+            ("num_draft_tokens", 1),
+        ):
             self._check_whole(name, least)
         if self.prefill_chunk is not None:
             self._check_whole("prefill_chunk", 1)

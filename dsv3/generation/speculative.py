@@ -1,16 +1,19 @@
-"""Speculative decoding: the MTP module guesses one token, the model checks it (TR 2.2, 5.4.3).
+"""Speculative decoding: the MTP module guesses tokens, the model checks them (TR 2.2, 5.4.3).
 
 Decoding is limited by reading the weights, once for every pass, whether the pass holds one token
-or two. So let something cheap guess the next token, and check the guess in the pass that is due
-anyway. Two tokens come out of one pass whenever the guess was right. Nothing is lost when it was
-wrong: the pass has also computed what should have stood there.
+or a few. So let something cheap guess the next tokens, and check the guesses in the pass that is
+due anyway. More than one token comes out of it whenever a guess was right. Nothing is lost when it
+was wrong: the pass has also computed what should have stood there.
 
-The text is t_0 ... t_n, where t_n has been chosen and not been fed. One step:
+The text is t_0 ... t_n, where t_n has been chosen and not been fed. One step with k drafts:
 
-    draft     q = MTP(h_{n-1}, t_n);  d ~ q            a guess at t_{n+1}
-    verify    p, p' = model([t_n, d])                  true distributions at n+1, and after d
-    accept d  with probability min(1, p(d) / q(d)):    t_{n+1} = d, t_{n+2} ~ p'
-    or else   t_{n+1} ~ max(p - q, 0), normalised      d is taken out of the cache again
+    draft     q_1 = MTP(h_{n-1}, t_n);      d_1 ~ q_1      a guess at t_{n+1}
+              q_2 = MTP(g_1, d_1);          d_2 ~ q_2      a guess at t_{n+2}, and so on to d_k
+    verify    p_1 ... p_{k+1} = model([t_n, d_1 ... d_k])  true distributions at n+1 ... n+k+1
+    from the left, accept d_j with probability min(1, p_j(d_j) / q_j(d_j)): t_{n+j} = d_j
+    the first that is not accepted is replaced by a token from max(p_j - q_j, 0), normalised;
+    it and the drafts after it are taken out of the cache again
+    if all are accepted, one more: t_{n+k+1} ~ p_{k+1}
 
 A token x leaves this either accepted, with probability q(x) min(1, p(x)/q(x)) = min(p, q), or as
 a replacement. The replacements make up for exactly what is missing, since
@@ -19,12 +22,24 @@ drafts are worth; bad drafts only cost time. Drawing the replacement from p inst
 tokens that the draft disfavours. Greedy is the case in which p and q are certain: d is accepted
 when it is the model's own choice, and the tokens are those of plain decoding, one by one.
 
-With acceptance rate a, a pass yields 1 + a tokens. The report measures a = 85 to 90% and 1.8
-times the speed (TR 5.4.3).
+Every pass gives one token that is no draft. Draft j is added if it and all before it are accepted:
+with a_j, the acceptance of those drafts whose forerunners were accepted, a pass yields
+
+    1 + a_1 + a_1 a_2 + a_1 a_2 a_3 + ...   tokens.
+
+With one draft, as DeepSeek-V3 serves, that is 1 + a; the report measures a = 85 to 90% and 1.8
+times the speed (TR 5.4.3). Each term is smaller than the one before it, and each costs a run of
+the module and one more token in the pass: after two or three drafts little is left to gain.
+
+g_j, the module's own state behind d_j, stands where the model's state h_{n+j-1} belongs. The head
+reads the next token from either, so they are alike, and serving systems draft so with one module.
+But they are not the same: in training the module saw states of the model alone. From g_1 on it
+reads what it has not been trained on, with its own errors in it, and guesses grow worse with each
+step. Acceptance by depth measures it.
 
 The module has a cache of its own, whose entry i is made of the state h_i and the token t_{i+1}.
-Every state that the model computes goes in as soon as the token after it is certain. So it never
-holds a guess, and nothing is ever taken back from it. In prefill it sees all prompt tokens but
+Every state that the model computes goes in as soon as the token after it is certain. Entries made
+of guesses are taken back as soon as the drafts are drawn. In prefill it sees all prompt tokens but
 the last, whose successor is the first token chosen.
 
 A model with several MTP modules drafts with the first one only.
@@ -32,18 +47,43 @@ A model with several MTP modules drafts with the first one only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from dsv3.cache import LatentCache
 from dsv3.errors import DSV3Error
+from dsv3.generation.rows import Depth
 from dsv3.generation.sampling import Choice, Chooser, draw
 
 
-def verify(p: torch.Tensor, q: torch.Tensor, draft: int, generator: torch.Generator) -> int:
+@dataclass(frozen=True)
+class Pass:
+    """What one pass of draft and verify did for one row.
+
+    drafts: the k guesses; q: what each was drawn from; p: the model's distributions in their places
+    and after the last, of which those behind a rejected draft count for nothing; chosen: the tokens
+    that came out, the accepted drafts and one more (also where the text ended before the last of
+    them); accepted: how many of the drafts.
+    """
+
+    drafts: tuple[int, ...]
+    q: Float64[Tensor, "k vocab"]
+    p: Float64[Tensor, "n vocab"]  # n = k + 1
+    chosen: tuple[int, ...]
+    accepted: int
+
+
+def verify(
+    p: Float64[Tensor, " v"], q: Float64[Tensor, " v"], draft: int, generator: torch.Generator
+) -> int:
     """The token that follows, given what ``draft`` was drawn from: ``draft``, or a replacement.
 
-    p, q: (v,) float64, the model's distribution and the draft's. A replacement never equals the
-    draft, because p < q there.
+    p, q: the model's distribution and the draft's. A replacement never equals the draft, because
+    p < q there.
     """
     u = torch.rand((), dtype=torch.float64, device="cpu", generator=generator).item()
     if u * q[draft] < p[draft]:  # with probability min(1, p(d) / q(d))
@@ -53,10 +93,30 @@ def verify(p: torch.Tensor, q: torch.Tensor, draft: int, generator: torch.Genera
     return draw(missing, generator) if missing.any() else draft
 
 
-class Speculative:
-    """Decodes a batch by drafting and verifying; one step gives each row one or two tokens.
+def judge(
+    p: Float64[Tensor, "n v"],
+    q: Float64[Tensor, "k v"],
+    drafts: Sequence[int],
+    generator: torch.Generator,
+) -> Pass:
+    """What follows a row's text: its drafts up to the first that is rejected, and one token more.
 
-    accepted, drafts: of all rows so far.
+    p, q: the model's distributions, where the drafts stand and after them, and the drafts'; both
+    may be longer. Without drafts this is plain decoding.
+    """
+    k = len(drafts)
+    for place, guess in enumerate(drafts):
+        follows = verify(p[place], q[place], guess, generator)
+        if follows != guess:
+            return Pass(tuple(drafts), q[:k], p[: k + 1], (*drafts[:place], follows), place)
+    return Pass(tuple(drafts), q[:k], p[: k + 1], (*drafts, draw(p[k], generator)), k)
+
+
+class Speculative:
+    """Decodes a batch by drafting and verifying; one step gives each row 1 to k + 1 tokens.
+
+    k is the sampling's ``num_draft_tokens``. last_pass: what the last step did for each row, None
+    for one without drafts; on rank 0, which alone decides, and None for all rows on the others.
     """
 
     def __init__(
@@ -71,6 +131,17 @@ class Speculative:
                 expected="1 or more",
                 fix="Leave out --speculative, or use a checkpoint with its MTP layer",
             )
+        k = choose.sampling.num_draft_tokens
+        most = max(model.config.max_position_embeddings - 3, 1)
+        if k > most:
+            raise DSV3Error(
+                "more drafts than a text has room for",
+                where="num_draft_tokens",
+                found=k,
+                expected=f"at most {most}: the context of "
+                f"{model.config.max_position_embeddings} also holds a prompt, the token that is "
+                "fed with the drafts, and one after them",
+            )
         if draft_cache is None:
             draft_cache = model.new_draft_cache(len(cache.lengths), cache.max_seq_len)
         if draft_cache.lengths != cache.lengths:
@@ -82,11 +153,13 @@ class Speculative:
                 fix=f"Cut both back with truncate, at most to "
                 f"{list(map(min, cache.lengths, draft_cache.lengths))}",
             )
-        self.model, self.cache, self.choose = model, cache, choose
+        self.model, self.cache, self.choose, self.k = model, cache, choose, k
         self.draft_cache = draft_cache
         # (b, s, d): states of the last pass, which the draft cache has not seen; from prefill on.
-        self.hidden: torch.Tensor
-        self.accepted = self.drafts = 0
+        self.hidden: Tensor
+        self.last_pass: list[Pass | None] = [None] * len(choose.generators)
+        self._drafts = 0
+        self._verified, self._accepted = [0] * k, [0] * k  # by depth, over all rows
 
     @property
     def nbytes(self) -> int:
@@ -96,11 +169,15 @@ class Speculative:
     @property
     def acceptance(self) -> float | None:
         """Share of the drafts that were accepted; None before the first one."""
-        return self.accepted / self.drafts if self.drafts else None
+        return sum(self._accepted) / self._drafts if self._drafts else None
 
-    def watch(
-        self, start: int, hidden: torch.Tensor, prompts: torch.Tensor, counts: list[int]
-    ) -> None:
+    @property
+    def accepted_by_depth(self) -> list[Depth] | None:
+        """What became of the first, second, ... draft of a pass; None before the first one."""
+        counts = zip(self._verified, self._accepted)
+        return [Depth(*pair) for pair in counts] if self._drafts else None
+
+    def watch(self, start: int, hidden: Tensor, prompts: Tensor, counts: list[int]) -> None:
         """A chunk of prefill: hidden (b, s, d) at positions ``start`` and on.
 
         prompts (b, longest) and counts (b) are those of the whole prompts.
@@ -127,76 +204,94 @@ class Speculative:
         """The tokens that follow ``chosen``, those of the last step.
 
         left: how many tokens each row may still take; 0 for a row that has ended. Such a row is
-        fed nothing, and a row with room for one token alone needs no draft.
+        fed nothing (and gets a 0 that nobody reads). A row has no more drafts than room for them
+        and the token after.
         """
-        device = self.hidden.device
-        drafting = [room >= 2 for room in left]
-        guesses, q = self.draft(chosen, drafting) if any(drafting) else ([0] * len(left), None)
-        before, width = self.cache.lengths, 2 if any(drafting) else 1
-        fed = torch.tensor(
-            [[ids[-1], guess][:width] for ids, guess in zip(chosen, guesses)], device=device
-        )
+        counts = [min(room, self.k + 1) for room in left]  # t_n and the drafts
+        width = max(counts)
+        drafts, q = self.draft(chosen, counts)
+        fed = [_padded([ids[-1], *guesses], width) for ids, guesses in zip(chosen, drafts)]
+        before = self.cache.lengths
         logits, self.hidden = self.model(
-            fed, cache=self.cache, lengths=[min(room, 2) for room in left], return_hidden=True
+            torch.tensor(fed, device=self.hidden.device),
+            cache=self.cache,
+            lengths=counts,
+            return_hidden=True,
         )
-        ids = self.judge(logits, q, guesses, left) if self.choose.decides else None
+        ids = None
+        if self.choose.decides:
+            p = self.choose.distribution(logits)
+            passes = [
+                judge(p[row], q[row], drafts[row], self.choose.generators[row]) if count else None
+                for row, count in enumerate(counts)
+            ]
+            self.last_pass = [done if done and done.drafts else None for done in passes]
+            ids = [id for done in passes for id in _padded(done.chosen if done else [0], width, -1)]
         answer = self.choose.agree(logits, ids)
         after = [
             [choice for choice in answer[width * row : width * (row + 1)] if choice.id >= 0]
             for row in range(len(left))
         ]
-        self.drafts += sum(drafting)
-        self.accepted += sum(len(choices) == 2 for choices in after)
+        for guesses, choices in zip(drafts, after):
+            self._drafts += len(guesses)
+            for depth in range(min(len(choices), len(guesses))):
+                self._verified[depth] += 1
+                self._accepted[depth] += depth < len(choices) - 1
         self.cache.truncate(
             [
-                length + len(choices) if room else length
-                for length, choices, room in zip(before, after, left)
+                length + min(len(choices), count)
+                for length, choices, count in zip(before, after, counts)
             ]
         )
         return after
 
     def draft(
-        self, chosen: list[list[int]], drafting: list[bool]
-    ) -> tuple[list[int], torch.Tensor]:
-        """A guess for each drafting row (0 for the others), and the distributions (b, v) behind it.
+        self, chosen: list[list[int]], counts: list[int]
+    ) -> tuple[list[list[int]], Float64[Tensor, "b k v"]]:
+        """Guesses for each row, one fewer than its ``counts``, and the distributions behind them
+        (on rank 0).
 
         The states of the last pass enter the draft cache here, each with the token chosen after it.
         """
-        width = self.hidden.shape[1]
-        following = torch.tensor([(ids + [0])[:width] for ids in chosen], device=self.hidden.device)
-        counts = [len(ids) if drafts else 0 for ids, drafts in zip(chosen, drafting)]
-        logits, _ = self.model.mtp_logits(
-            self.hidden, following, cache=self.draft_cache, lengths=counts, last_only=True
+        rows, device = len(counts), self.hidden.device
+        most = max(max(counts) - 1, 0)
+        drafts: list[list[int]] = [[] for _ in counts]
+        q = torch.empty(
+            rows, most, self.model.config.vocab_size, dtype=torch.float64, device=device
         )
-        q = self.choose.distribution(logits)
-        ids = None
-        if self.choose.decides:
-            ids = [
-                draw(q_row, generator) if drafts else 0
-                for q_row, generator, drafts in zip(q, self.choose.generators, drafting)
-            ]
-        return [guess.id for guess in self.choose.agree(logits, ids)], q
+        # First the model's states with tokens that are certain, then the module's own with guesses.
+        hidden, width = self.hidden, self.hidden.shape[1]
+        following = [_padded(ids, width) for ids in chosen]
+        entering = [len(ids) if count > 1 else 0 for ids, count in zip(chosen, counts)]
+        certain = [
+            length + new for length, new in zip(self.draft_cache.lengths, entering, strict=True)
+        ]
+        for depth in range(most):
+            logits, states = self.model.mtp_logits(
+                hidden,
+                torch.tensor(following, device=device),
+                cache=self.draft_cache,
+                lengths=entering,
+                last_only=True,
+            )
+            ids = None
+            if self.choose.decides:
+                q[:, depth] = self.choose.distribution(logits)
+                ids = [
+                    draw(q_row, generator) if new else 0
+                    for q_row, generator, new in zip(q[:, depth], self.choose.generators, entering)
+                ]
+            guesses = [guess.id for guess in self.choose.agree(logits, ids)]
+            for row, new in enumerate(entering):
+                drafts[row] += guesses[row : row + 1] if new else []
+            last = torch.tensor(entering, device=device) - 1
+            hidden = states[torch.arange(rows, device=device), last][:, None]
+            following = [[guess] for guess in guesses]
+            entering = [int(count > depth + 2) for count in counts]
+        self.draft_cache.truncate(certain)
+        return drafts, q
 
-    def judge(
-        self, logits: torch.Tensor, q: torch.Tensor | None, guesses: list[int], left: list[int]
-    ) -> list[int]:
-        """The tokens after a pass with logits (b, 1 or 2, vocab): one or two numbers a row, flat.
 
-        The second is -1 where the draft was rejected or there was none. An ended row has 0 first.
-        """
-        # p: the model's, where the draft d stands ([row, 0]) and after it ([row, 1]);
-        # q: what d was drawn from.
-        p = self.choose.distribution(logits)
-        answer = []
-        for row, (room, guess) in enumerate(zip(left, guesses)):
-            generator = self.choose.generators[row]
-            first, second = 0, -1
-            if room >= 2:
-                assert q is not None  # what the guess was drawn from
-                first = verify(p[row, 0], q[row], guess, generator)
-                if first == guess:
-                    second = draw(p[row, 1], generator)
-            elif room == 1:
-                first = draw(p[row, 0], generator)
-            answer += [first, second][: logits.shape[1]]
-        return answer
+def _padded(ids: Sequence[int], width: int, by: int = 0) -> list[int]:
+    """ids, and ``by`` behind them up to ``width``."""
+    return [*ids, *[by] * (width - len(ids))]
