@@ -1,0 +1,224 @@
+"""Schematics: their numbers are computed, and nothing on them is cut or covered."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from dsv3 import viz
+from dsv3.viz import fp8_schematics as fp8
+from dsv3.viz import schematic
+from dsv3.viz.scene import Circle, Line, Polygon, Rect, Scene, Text, still, text_width
+
+MODULES = [fp8]
+# Other arguments that a chapter may give.
+MORE = {
+    "bits_of(0.3)": lambda: fp8.bits_of(0.3),
+    "encode_by_hand(-15.9)": lambda: fp8.encode_by_hand(-15.9),
+    "encode_by_hand(0.016)": lambda: fp8.encode_by_hand(0.016),
+    "outlier_block(small)": lambda: fp8.outlier_block([[1, 2, -0.5], [3, 1e5, 0.1]]),
+}
+
+
+def pictures() -> list[tuple[str, object]]:
+    """Every schematic with what it draws unasked, and the cases of ``MORE``."""
+    found = {
+        f"{name}()": draw
+        for module in MODULES
+        for name, draw in inspect.getmembers(module, inspect.isfunction)
+        if inspect.signature(draw).return_annotation == "Scene"
+        and draw.__module__ == module.__name__
+        and not name.startswith("_")
+    }
+    return list((found | MORE).items())
+
+
+@pytest.fixture(params=pictures(), ids=lambda case: case[0])
+def scene(request) -> Scene:
+    return request.param[1]()
+
+
+def texts(scene: Scene) -> list[str]:
+    return [mark.text for mark in scene.marks if isinstance(mark, Text)]
+
+
+def edges(mark) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom; of a text, of its small letters and digits."""
+    if isinstance(mark, Rect):
+        return mark.x, mark.y, mark.x + mark.width, mark.y + mark.height
+    if isinstance(mark, Circle):
+        r = mark.radius
+        return mark.x - r, mark.y - r, mark.x + r, mark.y + r
+    if isinstance(mark, (Line, Polygon)):
+        xs, ys = zip(*mark.points)
+        return min(xs), min(ys), max(xs), max(ys)
+    width = text_width(mark.text, mark.size, bold=mark.bold, code=mark.code)
+    left = mark.x - {"start": 0, "middle": width / 2, "end": width}[mark.anchor]
+    return left, mark.y - 0.42 * mark.size, left + width, mark.y + 0.42 * mark.size
+
+
+def test_nothing_lies_outside_the_page(scene):
+    assert scene.width <= 760
+    for mark in scene.marks:
+        left, top, right, bottom = edges(mark)
+        assert left >= -2 and top >= -2, mark
+        assert right <= scene.width + 2 and bottom <= scene.height + 2, mark
+
+
+def test_no_text_lies_on_another_and_none_is_tiny(scene):
+    written = [mark for mark in scene.marks if isinstance(mark, Text)]
+    assert min(mark.size for mark in written) >= 11
+    places = [(mark, edges(mark)) for mark in written]
+    for (one, a), (other, b) in itertools.combinations(places, 2):
+        apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        assert apart, f"{one.text!r} on {other.text!r}"
+
+
+def _crosses(start, end, area) -> bool:
+    """Whether a segment enters the area (Liang and Barsky)."""
+    enter, leave = 0.0, 1.0
+    for axis in (0, 1):
+        step = end[axis] - start[axis]
+        for bound, sign in ((area[axis], -1), (area[axis + 2], 1)):
+            room = sign * (bound - start[axis])
+            if step == 0:
+                if room < 0:
+                    return False
+            elif sign * step < 0:
+                enter = max(enter, room / (sign * step))
+            else:
+                leave = min(leave, room / (sign * step))
+    return enter < leave
+
+
+def test_no_line_runs_through_a_text(scene):
+    """Unless a surface lies between them, as in a sign on an arrow's circle."""
+    lines = [(place, mark) for place, mark in enumerate(scene.marks) if isinstance(mark, Line)]
+    for above, text in enumerate(scene.marks):
+        if not isinstance(text, Text):
+            continue
+        left, top, right, bottom = edges(text)
+        for place, line in lines:
+            for start, end in itertools.pairwise(line.points):
+                if not _crosses(start, end, (left + 1, top + 1, right - 1, bottom - 1)):
+                    continue
+                hidden = any(
+                    isinstance(mark, (Rect, Circle)) and mark.fill and not mark.opacity
+                    for mark in scene.marks[place:above]
+                    if (box := edges(mark))[0] <= left and box[2] >= right
+                )
+                assert hidden, f"a line through {text.text!r}"
+
+
+def test_a_text_stays_in_its_box(scene):
+    boxes = [mark for mark in scene.marks if isinstance(mark, Rect)]
+    for text in (mark for mark in scene.marks if isinstance(mark, Text)):
+        left, _, right, _ = edges(text)
+        around = [
+            box
+            for box in boxes
+            if box.x < text.x < box.x + box.width and box.y < text.y < box.y + box.height
+        ]
+        for box in around if text.anchor == "middle" else []:
+            assert left >= box.x - 0.5 and right <= box.x + box.width + 0.5, text.text
+
+
+def test_the_picture_says_what_it_shows(scene):
+    assert len(scene.alt.split()) >= 8 and scene.alt.endswith(".")
+    shown = viz.draw(scene)
+    assert shown.data.startswith(b"\x89PNG") and shown.alt == scene.alt
+
+
+# Parts ------------------------------------------------------------------------------------------
+
+
+def test_width_of_a_text_is_that_of_the_still_picture():
+    page = Scene(400, 40, "Some letters on a page.")
+    page.text(0, 20, "exponent 1/512 − Σ", size=13, bold=True)
+    figure = still(page)
+    drawn = figure.axes[0].texts[0].get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    assert text_width("exponent 1/512 − Σ", 13, bold=True) == pytest.approx(
+        drawn.width / figure.dpi * 80, rel=0.05
+    )
+
+
+def test_an_arrow_ends_in_a_head_and_bad_ones_are_refused():
+    page = Scene(100, 100, "An arrow.")
+    schematic.arrow(page, (0, 50), (80, 50), label="x (b, s, d)")
+    line, head, label = page.marks
+    assert line.points == ((0, 50), (72, 50)) and head.points[0] == (80, 50)
+    assert label.y < 50 and label.text == "x (b, s, d)"
+    with pytest.raises(ValueError, match="two points"):
+        schematic.arrow(page, (0, 0))
+    with pytest.raises(ValueError, match="no such side"):
+        schematic.arrow(page, (0, 0), (9, 9), label="x", side="inside")
+
+
+def test_numbers_are_written_for_people():
+    assert [schematic.number(v) for v in (458752.0, -0.25, 1e-5, 0.0, float("nan"))] == [
+        "458,752",
+        "−0.25",
+        "0.0000100",
+        "0",
+        "NaN",
+    ]
+    assert schematic.power(-9) == "2⁻⁹"
+
+
+# Chapter 4 --------------------------------------------------------------------------------------
+
+
+def test_the_bits_are_those_of_the_formats():
+    """Read off the picture and decoded by the definition of each format."""
+    scene = fp8.bits_of(11.4)
+    bits = [mark for mark in scene.marks if isinstance(mark, Text) and mark.text in ("0", "1")]
+    rows = {}
+    for mark in (mark for mark in bits if mark.code):
+        rows[mark.y] = rows.get(mark.y, "") + mark.text
+    brain, e5m6, e5m2, e4m3, scale = rows.values()
+    for word, exponent, bias, near in (
+        (brain, 8, 127, 11.375),
+        (e5m6, 5, 15, 11.375),
+        (e5m2, 5, 15, 12),
+        (e4m3, 4, 7, 11),
+    ):
+        power, fraction = int(word[1 : 1 + exponent], 2), word[1 + exponent :]
+        assert 2 ** (power - bias) * (1 + int(fraction, 2) / 2 ** len(fraction)) == near
+    assert 2 ** (int(scale, 2) - 127) == 16
+    for words in ("11.375", "12", "11", "16", "128", "64", "4", "8", "65,024", "57,344", "448"):
+        assert words in texts(scene)
+    with pytest.raises(ValueError, match="448"):
+        fp8.bits_of(500)
+
+
+def test_the_table_of_codes_is_torchs():
+    shown = texts(fp8.e4m3_codes())
+    values = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    finite = values[~values.isnan()].tolist()
+    read = [eval(text.replace(",", "")) for text in shown if text[0].isdigit() and " " not in text]
+    assert set(finite) <= set(read) and "NaN" in shown
+    assert any("253 numbers" in text for text in shown)
+
+
+@pytest.mark.parametrize("value", [11.4, -0.3, 15.9, 0.016, 440])
+def test_encoding_by_hand_ends_in_torchs_code(value):
+    shown = texts(fp8.encode_by_hand(value))
+    code = torch.tensor(value).to(torch.float8_e4m3fn)
+    assert f"= 0x{int(code.view(torch.uint8)):02X}" in shown
+    assert schematic.number(float(code), 4) in shown
+    with pytest.raises(ValueError, match="448"):
+        fp8.encode_by_hand(1000)
+
+
+def test_the_outlier_hurts_its_own_row_only():
+    scene = fp8.outlier_block()
+    wrong = [mark for mark in scene.marks if isinstance(mark, Rect) and mark.fill == "vermillion"]
+    assert len(wrong) == 11 + 2 + 1  # one is the legend's
+    assert len({mark.y for mark in wrong[11:13]}) == 1
+    x, scale = torch.tensor(fp8.OUTLIER, dtype=torch.float32), 458752 / 448
+    back = (x / scale).to(torch.float8_e4m3fn).float() * scale
+    assert int(((back - x).abs() > x / 16).sum()) == 11
+    with pytest.raises(ValueError, match="rows"):
+        fp8.outlier_block([1, 2])
