@@ -327,9 +327,9 @@ def _printable(text: str, code: bool) -> str:
 def text_width(text: str, size: float, *, bold: bool = False, code: bool = False) -> float:
     """Pixels that a line of text takes in the still picture."""
     font = _font("DejaVu Sans Mono" if code else "DejaVu Sans", "bold" if bold else "normal")
-    font.set_size(size, 72)
+    font.set_size(8 * size, 72)  # large: no letter is moved to a whole pixel
     font.set_text(_printable(text, code))
-    return font.get_width_height()[0] / 64
+    return font.get_width_height()[0] / (8 * 64)
 
 
 @cache
