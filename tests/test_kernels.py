@@ -13,6 +13,7 @@ from dsv3.errors import DSV3Error
 
 pytest.importorskip("triton", reason="Triton is not installed (there is none for this platform)")
 
+from benchmarks import kernels_against_torch
 from dsv3.kernels import act_quant, fp8_gemm, weight_dequant
 from dsv3.kernels.compiled import compile_for
 
@@ -74,6 +75,7 @@ def test_act_quant_scales_around_powers_of_two():
     )
     x = torch.zeros(450, 128)
     x[:, 77] = -steps.flatten()
+    # fact 39
     assert_same_quantisation(x, "ue8m0")
     _, scale = act_quant.act_quant(x.to(DEVICE), "ue8m0")
     up = torch.ldexp(torch.ones(150), exponents)
@@ -86,7 +88,7 @@ def test_act_quant_on_any_shape(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(320, 200), (128, 128), (1, 1), (0, 128)])
+@pytest.mark.parametrize("shape", [(576, 300), (320, 200), (128, 128), (1, 1), (0, 128)])
 def test_weight_dequant(shape, dtype):
     q = fp8.quantize_weight(torch.randn(shape))
     found = weight_dequant.weight_dequant(q.data.to(DEVICE), q.scale.to(DEVICE), dtype).cpu()
@@ -103,6 +105,35 @@ def test_weight_dequant_on_every_code(dtype):
         spec = weight_dequant.weight_dequant_spec(codes, scale, dtype)
         assert torch.equal(found.isnan(), spec.isnan())
         assert same_bits(found.nan_to_num(1.0), spec.nan_to_num(1.0))
+
+
+def test_no_byte_differs_on_any_kind_of_input():
+    """What the benchmark prints: ties, subnormals, saturation, special values, every code."""
+    compared = list(kernels_against_torch.comparisons())
+    assert len(compared) > 50 and all(line.numbers and line.bytes for line in compared)
+    assert {line.kernel.split()[0].strip(",") for line in compared} == {
+        "act_quant",
+        "weight_dequant",
+        "fp8_gemm",
+    }
+    assert [line for line in compared if line.differ] == []
+
+
+def test_the_inputs_of_the_comparison_are_what_their_names_say():
+    kinds = dict(kernels_against_torch.activations())
+    codes = {kind: act_quant.act_quant_spec(x)[0].float() for kind, x in kinds.items()}
+    ties = kinds["ties"]
+    moved = (ties - codes["ties"]).abs()[:, 1:]
+    assert (moved > 0).sum() == 126 and (ties[:, 0] == codes["ties"][:, 0]).all()
+    assert ((codes["subnormal"].abs() < 2**-6) & (codes["subnormal"] != 0)).sum() > 100
+    beyond = kinds["beyond the range"]
+    assert (codes["beyond the range"][beyond.abs() > 448].abs() == 448).all()
+    wrong = codes["ties"].clone()
+    wrong[0, 1] += 1
+    found = kernels_against_torch.compare(
+        "", "", 1, [wrong.to(torch.float8_e4m3fn)], [codes["ties"].to(torch.float8_e4m3fn)]
+    )
+    assert found.differ == 1 and found.bytes == wrong.numel()
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)
