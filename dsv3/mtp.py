@@ -41,6 +41,12 @@ class MTPModule(Block):
         self.eh_proj = Linear(2 * d, d, precision.plain, device=device)  # M_k
         self.norm = RMSNorm(d, config.rms_norm_eps, device)
 
+    def join(
+        self, hidden: Float[Tensor, "b s d"], embedded: Float[Tensor, "b s d"]
+    ) -> Float[Tensor, "b s d"]:
+        """What the layer reads: hidden h^{k-1}_i and embedded Emb(t_{i+k}) -> h'^k_i."""
+        return self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1))  # eq. 21
+
     def forward(
         self,
         hidden: Float[Tensor, "b s d"],
@@ -50,5 +56,5 @@ class MTPModule(Block):
         slot: int = 0,
     ) -> Float[Tensor, "b s d"]:
         """hidden h^{k-1}_i and embedded Emb(t_{i+k}) -> normed h^k_i."""
-        joined = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1))  # eq. 21
+        joined = self.join(hidden, embedded)
         return self.norm(super().forward(joined, step, cache, slot))  # eq. 22
