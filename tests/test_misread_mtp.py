@@ -86,9 +86,7 @@ def reach_of_the_gradient() -> float:
 def test_misread_mtp_for_speed(as_in_use):
     """Its gradient trains the layers of the main model, which does not need it afterwards."""
     assert reach_of_the_gradient() > 0
-    with mutated(
-        objective.mtp_logits, "mtp_logits(hidden, fed", "mtp_logits(hidden.detach(), fed"
-    ):
+    with mutated(objective.mtp_logits, "mtp_logits(hidden, fed", "mtp_logits(hidden.detach(), fed"):
         assert reach_of_the_gradient() == 0
     model = Transformer(TINY).init_weights(0)
     with torch.inference_mode():
@@ -129,9 +127,7 @@ def test_a_leak_of_the_target_is_found():
 
 def test_the_suspects_of_the_exercise_are_what_its_answer_says():
     model = Transformer(TINY).init_weights(0, embedding_std=1.0, by_width=True)
-    found = {
-        name: reach(lambda text: suspect(model, text)) for name, suspect in suspects.items()
-    }
+    found = {name: reach(lambda text: suspect(model, text)) for name, suspect in suspects.items()}
     assert found == {"A": 0, "B": 2, "C": 1, "D": 1}
 
 

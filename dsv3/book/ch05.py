@@ -170,12 +170,7 @@ def _suspect_d(model, window: Int[Tensor, "b w"]) -> Float[Tensor, "b s v"]:
 
 
 # Four ways to say what is asked about at each position: (model, window (b, T + 2)) -> (b, T, V).
-suspects: dict[str, Callable] = {
-    "A": _suspect_a,
-    "B": _suspect_b,
-    "C": _suspect_c,
-    "D": _suspect_d,
-}
+suspects: dict[str, Callable] = {"A": _suspect_a, "B": _suspect_b, "C": _suspect_c, "D": _suspect_d}
 
 
 def reach(answer: dict[str, int | None]) -> Verdict:
