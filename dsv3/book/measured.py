@@ -1,0 +1,53 @@
+"""What was measured on a GPU and committed, for readers who have none.
+
+``benchmarks/fp8_gemm.py`` writes ``assets/measurements/fp8_gemm.json`` on a machine with a GPU:
+
+    {"chip": "NVIDIA H100 80GB HBM3", "driver": "...", "date": "2026-11-26",
+     "torch": "2.13.0", "triton": "3.7.1",
+     "points": [{"layer": "wq_b", "m": 64, "n": 24576, "k": 1536, "microseconds": 21.0,
+                 "tflops": 230.1, "bytes": 44138496, "gb_per_s": 2101.8,
+                 "bf16_microseconds": 38.0, "bf16_ratio": 1.81, "error": 0.0004}, ...]}
+
+A point is the block-scaled product of m tokens with one weight; bytes are all operands, scales and
+the result, each counted once; bf16_ratio is how many times as long torch's BF16 product takes.
+"""
+
+from __future__ import annotations
+
+import json
+
+from dsv3.book.ledger import ROOT
+
+FILE = ROOT / "assets" / "measurements" / "fp8_gemm.json"
+
+
+def fp8_gemm_measurement() -> dict | None:
+    """The committed measurement of the FP8 product, as above; None where there is none yet."""
+    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else None
+
+
+def in_words(found: dict | None) -> str:
+    """One line for the chapter: where and when it was measured, and the best point; or that no
+    measurement exists yet."""
+    if found is None:
+        return (
+            "No measurement on a GPU exists yet. On one that multiplies E4M3 (Ada, Hopper or "
+            "later), benchmarks/fp8_gemm.py makes it."
+        )
+    best = max(found["points"], key=lambda point: point["tflops"])
+    return (
+        f"Measured on {found['chip']} (driver {found['driver']}), {found['date']}, torch "
+        f"{found['torch']}, Triton {found['triton']}: {best['tflops']:.0f} TFLOP/s at best, for "
+        f"{best['m']:,} tokens of {best['layer']}, {best['bf16_ratio']:.1f} times as fast as BF16"
+    )
+
+
+def roofline_points(found: dict) -> dict[str, tuple[float, float]]:
+    """Name of a point -> (FLOPs per byte, FLOPs a second), for ``viz.roofline_figure``."""
+    return {
+        f"{point['layer']}, {point['m']:,} tokens": (
+            2.0 * point["m"] * point["n"] * point["k"] / point["bytes"],
+            point["tflops"] * 1e12,
+        )
+        for point in found["points"]
+    }
