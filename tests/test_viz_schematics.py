@@ -10,16 +10,23 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dsv3 import viz
+from dsv3.fp8 import quantize_activation, quantize_weight
+from dsv3.viz import fp8_products_schematics as products
 from dsv3.viz import fp8_schematics as fp8
+from dsv3.viz import fp8_training_schematics as training
 from dsv3.viz import schematic
 from dsv3.viz.scene import Circle, Line, Polygon, Rect, Scene, Text, still, text_width
 
-MODULES = [fp8]
+MODULES = [fp8, products, training]
 # Other arguments that a chapter may give.
 MORE = {
     "bits_of(0.3)": lambda: fp8.bits_of(0.3),
     "encode_by_hand(-15.9)": lambda: fp8.encode_by_hand(-15.9),
     "encode_by_hand(0.016)": lambda: fp8.encode_by_hand(0.016),
+    "tiles_and_blocks(large)": lambda: products.tiles_and_blocks(8, 768, 700),
+    "scales_in_product(other)": lambda: products.scales_in_product(3, 4, lit=0, k=0),
+    "accumulation(14)": lambda: products.accumulation((300.0, 0.1), kept=14),
+    "retiling(one)": lambda: training.retiling([0.5], (0, 3), (1.0, 0.9)),
     "outlier_block(small)": lambda: fp8.outlier_block([[1, 2, -0.5], [3, 1e5, 0.1]]),
 }
 
@@ -224,3 +231,52 @@ def test_the_outlier_hurts_its_own_row_only():
     assert int(((back - x).abs() > x / 16).sum()) == 11
     with pytest.raises(ValueError, match="rows"):
         fp8.outlier_block([1, 2])
+
+
+def test_blocks_and_tiles_are_counted_as_quantised_tensors_have_them():
+    scene = products.tiles_and_blocks(tokens=3, channels=300, rows=576)
+    x, w = quantize_activation(torch.ones(3, 300)), quantize_weight(torch.ones(576, 300))
+    for tensor in (x, w):
+        assert " × ".join(map(str, tensor.scale.shape)) + " scales" in texts(scene)
+    assert any("64 of 128 rows" in text for text in texts(scene))
+    with pytest.raises(ValueError, match="tokens"):
+        products.tiles_and_blocks(tokens=9)
+
+
+def test_the_scales_that_meet_share_the_block_of_k_and_the_output_block():
+    scene = products.scales_in_product(blocks=4, out_blocks=3, lit=1, k=2)
+    assert {"sx[m, 2]", "sw[1, 2]", "sx[m, 2] · sw[1, 2]"} <= set(texts(scene))
+    place = {mark.text: mark for mark in scene.marks if isinstance(mark, Text)}
+    assert place["sw[1, 2]"].x == place["y"].x and place["sx[m, 2]"].y == place["y"].y
+    with pytest.raises(ValueError, match="block from 0 to 3"):
+        products.scales_in_product(k=4)
+
+
+def test_what_is_kept_of_aligned_products_is_a_floor():
+    shown = texts(products.accumulation((448.0, 60.0, 9.5, 3.25, 0.8125), kept=8))
+    step = 2**8 / 2**7  # the largest begins at 2^8; the eighth bit is worth 2
+    kept = [p // step * step for p in (448.0, 60.0, 9.5, 3.25, 0.8125)]
+    assert schematic.number(sum(kept)) in shown and "521.5625" in shown
+    with pytest.raises(ValueError, match="products"):
+        products.accumulation((1.0,))
+
+
+def test_the_summed_axis_has_the_same_size_in_both_operands():
+    shown = texts(training.training_products(256, 384, 512))
+    shapes = [
+        tuple(map(int, t[1:-1].split(","))) for t in shown if re.fullmatch(r"\(\d+, \d+\)", t)
+    ]
+    for one, two, result in (shapes[:3], shapes[3:6], shapes[6:]):
+        assert one[1] == two[0] and result == (one[0], two[1])
+    assert shapes[8] == (512, 384)  # of dW as of W
+    with pytest.raises(ValueError, match="128"):
+        training.training_products(tokens=64)
+
+
+def test_new_power_of_two_scales_keep_every_mantissa():
+    scene = training.retiling()
+    shown = texts(scene)
+    assert shown.count("0") >= 3 and sum("%" in text for text in shown) == 3
+    assert "powers of two the exponent bits move, the mantissa bits stay and 0 values" in scene.alt
+    with pytest.raises(ValueError, match="448"):
+        training.retiling([400.0])
