@@ -4,6 +4,7 @@ import inspect
 import itertools
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def pictures() -> list[tuple[str, object]]:
     return list((found | MORE).items())
 
 
-@pytest.fixture(params=pictures(), ids=lambda case: case[0])
+@pytest.fixture(scope="module", params=pictures(), ids=lambda case: case[0])
 def scene(request) -> Scene:
     return request.param[1]()
 
@@ -163,6 +164,24 @@ def test_an_arrow_ends_in_a_head_and_bad_ones_are_refused():
         schematic.arrow(page, (0, 0))
     with pytest.raises(ValueError, match="no such side"):
         schematic.arrow(page, (0, 0), (9, 9), label="x", side="inside")
+
+
+def test_surfaces_reach_the_browser_with_corners_and_opacity():
+    page = Scene(50, 50, "A surface.")
+    page.polygon((0, 0), (9.123, 0), (0, 9), fill="blue", opacity=0.25)
+    assert page.as_dict()["marks"] == [
+        {
+            "kind": "polygon",
+            "fill": "blue",
+            "opacity": 0.25,
+            "stroke_width": 1.0,
+            "points": [[0, 0], [9.12, 0], [0, 9]],
+        }
+    ]
+    surface = still(page).axes[0].patches[0]
+    assert len(surface.get_xy()) == 4 and surface.get_facecolor()[3] == 0.25
+    drawn = (Path(viz.__file__).parent / "widgets" / "drawing.js").read_text()
+    assert 'kind === "polygon"' in drawn and "fillOpacity = mark.opacity" in drawn
 
 
 def test_numbers_are_written_for_people():

@@ -128,7 +128,7 @@ def framework() -> Scene:
     forward = box(scene, 246, 104, 130, 48, "forward", "y = x Wᵀ", colour=product)
     y = box(scene, 706, 104, 92, 44, "y", "BF16", colour=brain)
     master = box(scene, 246, 208, 130, 44, "master W", "FP32", colour=full)
-    adam = box(scene, 396, 208, 110, 44, "AdamW", "moments BF16", colour=brain)
+    adam = box(scene, 390, 208, 110, 44, "AdamW", "moments BF16", colour=brain)
     wgrad = box(scene, 546, 208, 124, 48, "gradient of W", "dyᵀ x", colour=product)
     dgrad = box(scene, 246, 312, 130, 48, "gradient of x", "dy W", colour=product)
     dy = box(scene, 706, 312, 92, 44, "dy", "BF16", colour=brain)
