@@ -252,6 +252,7 @@ def test_turning_tiles_adds_no_error_with_powers_of_two():
         once = fp8.quantize_activation(x, scale_format).dequantize()
         return once, fp8.quantize_columns(once, scale_format).dequantize()
 
+    # fact 34
     once, twice = turned(x, "float32")
     assert 0.024 < error(twice, once.double()) < 0.028
     assert (once != twice).float().mean() > 0.9
@@ -267,11 +268,20 @@ def test_turning_tiles_adds_no_error_with_powers_of_two():
 def test_blocks_lose_the_gradients_of_small_tokens():
     """Appendix B.2: within a block one token decides about the scale of 128 of them."""
     dy = token_sized(1024, 512)
+
+    def share(kept: torch.Tensor) -> float:
+        """Of tokens that are off by more than half."""
+        return ((kept - dy).norm(dim=1) > 0.5 * dy.norm(dim=1)).float().mean().item()
+
     lost = {}
     for gradients_in in ("tile", "block"):
         kept = training.quantize_gradient(dy, Fp8Recipe(gradients=gradients_in)).dequantize()
-        lost[gradients_in] = ((kept - dy).norm(dim=1) > 0.5 * dy.norm(dim=1)).float().mean().item()
-    assert lost["tile"] == 0.0 and 0.04 < lost["block"] < 0.12  # FACTS 1.8: 0.075
+        lost[gradients_in] = share(kept)
+    # fact 35
+    assert lost["tile"] == 0.0 and 0.05 < lost["block"] < 0.12  # FACTS 1.8: 0.075
+    # One scale for all tokens is worse; how much hangs on the largest of them (FACTS: 0.165).
+    scale = dy.abs().max() / 448
+    assert share(formats.round_e4m3(dy / scale) * scale) > 1.5 * lost["block"]
     # And so at the end of dgrad.
     _, w, _ = case(1, 256, 512)
     exact = dy.double() @ w.double()
@@ -328,7 +338,9 @@ def test_e5m6_keeps_seven_bits():
     x, _, _ = case(300, 200, 1)
     codes, scale = training.quantize_e5m6(x)
     assert scale.shape == (300, 2) and (torch.frexp(scale).mantissa == 0.5).all()
+    # fact 38
     assert 0.0030 < error(training.dequantize_kept(codes, scale), x.double()) < 0.0036
+    assert 0.0015 < error(x.bfloat16().float(), x.double()) < 0.0018  # one bit more, half of it
     # Its range is wide: 2^-35 is the smallest number next to 1.
     x[0, :2] = torch.tensor([1.0, 2.0**-35])
     x[0, 2:128] = 0.0
