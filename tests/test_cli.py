@@ -140,6 +140,7 @@ def test_json_on_one_rank_and_two(tiny_checkpoint, here):
             "precision": "fp32",
             "tp": ranks,
             "acceptance": None,
+            "accepted_by_depth": None,
             "results": [
                 {
                     "prompt": prompt,
@@ -232,6 +233,26 @@ def test_chat_and_speculative(tiny_checkpoint, here):
     )
     assert drafted["results"] == plain["results"]
     assert plain["acceptance"] is None and 0 <= drafted["acceptance"] <= 1
+    implied = json.loads(here(*words, "--num-draft-tokens", 3)[0])
+    assert implied["results"] == plain["results"]
+    counts = [(depth["verified"], depth["accepted"]) for depth in implied["accepted_by_depth"]]
+    assert len(counts) == 3 and counts[0][0] > 0
+    assert all(counts[j + 1][0] <= counts[j][1] <= counts[j][0] for j in range(2))
+    assert here(*words[:-2], "--num-draft-tokens", 3, "--max-new-tokens", 4)  # rows with less room
+
+
+@pytest.mark.parametrize(
+    "count, message",
+    [
+        (0, "num_draft_tokens: not a usable value (found 0, expected an integer of at least 1)"),
+        (10**6, "num_draft_tokens: more drafts than a text has room for (found 1000000, expected"),
+    ],
+)
+def test_numbers_of_drafts_that_make_no_sense(tiny_checkpoint, here, count, message):
+    _, errors = here(
+        "generate", tiny_checkpoint, "--prompt", "x", "--num-draft-tokens", count, code=2
+    )
+    assert message in one_line(errors)
 
 
 def test_samples_stop_strings_and_logprobs(tiny_checkpoint, here):

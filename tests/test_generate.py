@@ -290,6 +290,8 @@ def test_bad_prompts(prompts, message):
         ("top_k", -1),
         ("top_k", True),
         ("n", 0),
+        ("num_draft_tokens", 0),
+        ("num_draft_tokens", 1.5),
         ("eos_ids", ["x"]),
         ("eos_ids", 3),
         ("eos_ids", [-1]),

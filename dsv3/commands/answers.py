@@ -139,6 +139,8 @@ class Job:
                     "results": results,
                     "tokens_per_second": round(result.tokens_per_second, 2),
                     "acceptance": result.acceptance,
+                    "accepted_by_depth": result.accepted_by_depth
+                    and [depth._asdict() for depth in result.accepted_by_depth],
                 }
             )
             + "\n"
@@ -175,6 +177,13 @@ class Job:
                 f"acceptance  {result.acceptance:.0%} of the drafted tokens, "
                 f"{result.tokens_per_pass:.2f} tokens a pass and row"
             )
+        if self.sampling.num_draft_tokens > 1 and result.accepted_by_depth:
+            shares = [
+                f"{depth.accepted / depth.verified:.0%}"
+                for depth in result.accepted_by_depth
+                if depth.verified
+            ]
+            note(f"by depth    {', '.join(shares)}, each of those whose forerunners were accepted")
         for rank, seen in enumerate(ranks):
             size = {name: _size(count) for name, count in seen.items()}
             note(

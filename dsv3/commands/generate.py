@@ -102,6 +102,13 @@ def add_options(parser: ArgumentParser) -> None:
         action="store_true",
         help="draft with the MTP module and verify: the same text, often faster",
     )
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        metavar="N",
+        help="draft N tokens a pass with the one module, fed with its own state; implies "
+        "--speculative (default: 1)",
+    )
     parser.add_argument("--no-stream", action="store_true", help="print only when all is done")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else"

@@ -12,6 +12,7 @@ from dsv3.errors import DSV3Error
 from dsv3.generation.prompts import read_prompts as prompts_of_file
 from dsv3.generation.rows import check_prompts
 from dsv3.generation.sampling import Sampling
+from dsv3.generation.speculative import check_can_draft
 from dsv3.generation.tokenizer import Tokenizer, load_tokenizer
 from dsv3.model import Transformer
 from dsv3.parallel.environment import place
@@ -40,6 +41,8 @@ class Request:
         """What ``args`` ask of a model on so many ranks; DSV3Error for what cannot be."""
         sampling = sampling_of(args)
         config = ModelConfig.from_pretrained(args.model)
+        if sampling.speculative:
+            check_can_draft(config, sampling.num_draft_tokens)
         own = GenerationConfig.beside(args.model, config.vocab_size)
         check_sharding(
             config, ranks, blocks=args.precision == "fp8" or config.quantization_config is not None
@@ -73,7 +76,7 @@ def sampling_of(args: Namespace) -> Sampling:
     """What the flags ask for, checked; flags that were not given are at their defaults."""
     given = {
         name: value
-        for name in ("temperature", "top_k", "top_p")
+        for name in ("temperature", "top_k", "top_p", "num_draft_tokens")
         if (value := getattr(args, name)) is not None
     }
     sampling = Sampling(
@@ -82,7 +85,7 @@ def sampling_of(args: Namespace) -> Sampling:
         n=args.n,
         stop=args.stop,
         logprobs=args.logprobs,
-        speculative=args.speculative,
+        speculative=args.speculative or args.num_draft_tokens is not None,
         prefill_chunk=_PREFILL_CHUNK,
         **given,
     )

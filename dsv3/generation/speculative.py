@@ -29,7 +29,7 @@ with a_j, the acceptance of those drafts whose forerunners were accepted, a pass
 
 With one draft, as DeepSeek-V3 serves, that is 1 + a; the report measures a = 85 to 90% and 1.8
 times the speed (TR 5.4.3). Each term is smaller than the one before it, and each costs a run of
-the module and one more token in the pass: after two or three drafts little is left to gain.
+the module and one more token in the pass.
 
 g_j, the module's own state behind d_j, stands where the model's state h_{n+j-1} belongs. The head
 reads the next token from either, so they are alike, and serving systems draft so with one module.
@@ -55,6 +55,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from dsv3.cache import LatentCache
+from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.generation.rows import Depth
 from dsv3.generation.sampling import Choice, Chooser, draw
@@ -112,6 +113,28 @@ def judge(
     return Pass(tuple(drafts), q[:k], p[: k + 1], (*drafts, draw(p[k], generator)), k)
 
 
+def check_can_draft(config: ModelConfig, num_draft_tokens: int) -> None:
+    """Raise DSV3Error unless such a model has a module to draft with, and room for the drafts."""
+    if not config.num_nextn_predict_layers:
+        raise DSV3Error(
+            "the model cannot draft",
+            where="speculative",
+            found="num_nextn_predict_layers 0",
+            expected="1 or more",
+            fix="Leave out --speculative, or use a checkpoint with its MTP layer",
+        )
+    # A prompt, the token that is fed with the drafts, and the one after them.
+    most = max(config.max_position_embeddings - 3, 1)
+    if num_draft_tokens > most:
+        raise DSV3Error(
+            "more drafts than a text has room for",
+            where="num_draft_tokens",
+            found=num_draft_tokens,
+            expected=f"at most {most} (max_position_embeddings - 3)",
+            fix="Draft fewer: each one more is less often accepted",
+        )
+
+
 class Speculative:
     """Decodes a batch by drafting and verifying; one step gives each row 1 to k + 1 tokens.
 
@@ -123,25 +146,8 @@ class Speculative:
         self, model, cache: LatentCache, choose: Chooser, draft_cache: LatentCache | None = None
     ):
         """Both caches hold the same beginning of each text, if any."""
-        if not len(model.mtp):
-            raise DSV3Error(
-                "the model cannot draft",
-                where="speculative",
-                found="num_nextn_predict_layers 0",
-                expected="1 or more",
-                fix="Leave out --speculative, or use a checkpoint with its MTP layer",
-            )
         k = choose.sampling.num_draft_tokens
-        most = max(model.config.max_position_embeddings - 3, 1)
-        if k > most:
-            raise DSV3Error(
-                "more drafts than a text has room for",
-                where="num_draft_tokens",
-                found=k,
-                expected=f"at most {most}: the context of "
-                f"{model.config.max_position_embeddings} also holds a prompt, the token that is "
-                "fed with the drafts, and one after them",
-            )
+        check_can_draft(model.config, k)
         if draft_cache is None:
             draft_cache = model.new_draft_cache(len(cache.lengths), cache.max_seq_len)
         if draft_cache.lengths != cache.lengths:
