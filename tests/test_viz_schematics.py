@@ -267,6 +267,7 @@ def test_the_scales_that_meet_share_the_block_of_k_and_the_output_block():
     assert {"sx[m, 2]", "sw[1, 2]", "sx[m, 2] · sw[1, 2]"} <= set(texts(scene))
     place = {mark.text: mark for mark in scene.marks if isinstance(mark, Text)}
     assert place["sw[1, 2]"].x == place["y"].x and place["sx[m, 2]"].y == place["y"].y
+    assert all(place[text].bold for text in ("sw[1, 2]", "sx[m, 2]", "y"))  # and lit
     with pytest.raises(ValueError, match="block from 0 to 3"):
         products.scales_in_product(k=4)
 

@@ -232,8 +232,8 @@ def accumulation(products: Sequence[float] = PRODUCTS, kept: int = 8) -> Scene:
         WIDTH,
         bottom + 176,
         f"{len(products)} products in binary, lined up at the exponent {e} of the largest. Bits "
-        f"after the first {kept} are cut off: the sum is {number(sum(cut), 7)} instead of "
-        f"{number(sum(products), 7)}. Below, sums of {BLOCK} products are added in FP32.",
+        f"after the first {kept} are cut off: the sum is {number(sum(cut), 9)} instead of "
+        f"{number(sum(products), 9)}. Below, sums of {BLOCK} products are added in FP32.",
     )
     headline(scene, f"Lined up, then cut: {kept} bits are kept")
     edge = left + bit * kept
@@ -255,8 +255,8 @@ def accumulation(products: Sequence[float] = PRODUCTS, kept: int = 8) -> Scene:
         _aligned(scene, value, e, kept, columns, left, y, bit)
         scene.text(kept_at, y + 12, number(short, 6), anchor="end", bold=True)
     scene.line((edge + 4, 48), (edge + 4, bottom + 8), stroke="vermillion", stroke_width=2)
-    scene.text(left - 12, bottom + 20, number(sum(products), 7), anchor="end")
-    scene.text(kept_at, bottom + 20, number(sum(cut), 6), anchor="end", bold=True)
+    scene.text(left - 12, bottom + 20, number(sum(products), 9), anchor="end")
+    scene.text(kept_at, bottom + 20, number(sum(cut), 9), anchor="end", bold=True)
     scene.text(left, bottom + 20, "true sum", size=SMALL, fill="soft")
     scene.text(kept_at - 64, bottom + 20, "kept sum", anchor="end", size=SMALL, fill="soft")
     scene.text(edge + 14, bottom + 20, "cut off", size=SMALL, fill="vermillion")
