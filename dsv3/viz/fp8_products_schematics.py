@@ -11,9 +11,10 @@ import math
 from collections.abc import Sequence
 
 from dsv3.fp8.quantize import WEIGHT_BLOCK, scale_shape
-from dsv3.viz.scene import Scene
+from dsv3.viz.scene import Scene, text_width
 from dsv3.viz.schematic import (
     SMALL,
+    TEXT,
     TINT,
     WIDTH,
     Box,
@@ -258,7 +259,14 @@ def accumulation(products: Sequence[float] = PRODUCTS, kept: int = 8) -> Scene:
     scene.text(left - 12, bottom + 20, number(sum(products), 9), anchor="end")
     scene.text(kept_at, bottom + 20, number(sum(cut), 9), anchor="end", bold=True)
     scene.text(left, bottom + 20, "true sum", size=SMALL, fill="soft")
-    scene.text(kept_at - 64, bottom + 20, "kept sum", anchor="end", size=SMALL, fill="soft")
+    scene.text(
+        kept_at - text_width(number(sum(cut), 9), TEXT, bold=True) - 8,
+        bottom + 20,
+        "kept sum",
+        anchor="end",
+        size=SMALL,
+        fill="soft",
+    )
     scene.text(edge + 14, bottom + 20, "cut off", size=SMALL, fill="vermillion")
     _promotion(scene, bottom + 118)
     return scene
