@@ -15,10 +15,11 @@ from dsv3.fp8 import quantize_activation, quantize_weight
 from dsv3.viz import fp8_products_schematics as products
 from dsv3.viz import fp8_schematics as fp8
 from dsv3.viz import fp8_training_schematics as training
+from dsv3.viz import mtp_schematics as mtp
 from dsv3.viz import schematic
 from dsv3.viz.scene import Circle, Line, Polygon, Rect, Scene, Text, still, text_width
 
-MODULES = [fp8, products, training]
+MODULES = [fp8, products, training, mtp]
 # Other arguments that a chapter may give.
 MORE = {
     "bits_of(0.3)": lambda: fp8.bits_of(0.3),
@@ -29,6 +30,8 @@ MORE = {
     "accumulation(14)": lambda: products.accumulation((300.0, 0.1), kept=14),
     "retiling(one)": lambda: training.retiling([0.5], (0, 3), (1.0, 0.9)),
     "outlier_block(small)": lambda: fp8.outlier_block([[1, 2, -0.5], [3, 1e5, 0.1]]),
+    "time_shift(leak)": lambda: mtp.time_shift(leak=True),
+    "time_shift(10 tokens)": lambda: mtp.time_shift(tuple("abcdefghij"), at=8),
 }
 
 
