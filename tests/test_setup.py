@@ -344,10 +344,10 @@ def test_contributing_names_files_that_exist():
 
 
 def test_contributing_names_what_its_files_have():
-    """Names in capitals in brackets or after "in": `tests/test_chapters.py` (`TAUGHT`)."""
+    """Names in capitals in brackets or after "in": `tests/test_chapters.py` (`SECOND`)."""
     text = CONTRIBUTING.read_text()
     for name, file in {
-        "TAUGHT": "tests/test_chapters.py",
+        "SECOND": "tests/test_chapters.py",
         "CHAPTERS": "tests/test_exercises.py",
         "FAMILIES": "dsv3/families.py",
         "FIXED": "dsv3/families.py",
