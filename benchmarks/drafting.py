@@ -30,7 +30,7 @@ from dsv3.training import exam
 
 MODEL = Path(__file__).parents[1] / "assets" / "dsv3-mini"
 DEPTHS, BATCHES, NEW = 4, (1, 2, 4, 8, 16, 32), 17
-WINDOWS, LENGTH, EVERY = 16, 96, 8  # held-out text by domain; a draft begins at each 8th token
+WINDOWS, LENGTH, EVERY = 16, 96, 4  # held-out text by domain; drafts begin at each 4th token
 
 
 @torch.inference_mode()
