@@ -14,16 +14,16 @@ import pytest
 from lab import JupyterLab, Notebook, check_shown, open_browser, words
 
 from dsv3.commands import doctor
-from dsv3.viz.widgets import ScaleMicroscope
+from dsv3.viz.widgets import NumberLine, ScaleMicroscope
 
 pytestmark = pytest.mark.slow
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "dsv3-mini"
 
 CELLS = [
-    f"""\
-from dsv3.viz.widgets import ScaleMicroscope
-ScaleMicroscope({str(SHIPPED)!r})"""
+    "from dsv3.viz.widgets import NumberLine, ScaleMicroscope",
+    f"ScaleMicroscope({str(SHIPPED)!r})",
+    "NumberLine()",
 ]
 
 
@@ -88,3 +88,38 @@ def test_a_block_is_looked_into(page, tmp_path):
         words(ours.scene())[0]
         == "layer 2, x of attn.wo, 42 × 1024: activations, quantised as the model reads them"
     )
+
+
+def test_a_number_is_dragged_typed_and_chosen(page, tmp_path):
+    ours = NumberLine()
+    check_shown(page, ours.title, ours.scene())
+    page.press_slider(ours.title, "Drag the value", "ArrowRight", 3)
+    ours.drag.value += 3 * ours.drag.step
+    check_shown(page, ours.title, ours.scene())
+    panel = page.panel(ours.title)
+    field = panel.get_by_label("Value, then Enter", exact=True)
+    field.fill("10.5")
+    field.press("Enter")
+    ours.value.value = "10.5"
+    check_shown(page, ours.title, ours.scene())
+    panel.locator("[data-key='point 85']").click()  # 0x55: 13
+    ours.drawing.choose("point 85")
+    check_shown(page, ours.title, ours.scene())
+    page.page.keyboard.press("ArrowLeft")
+    page.page.keyboard.press("Enter")
+    ours.drawing.choose("point 84")
+    check_shown(page, ours.title, ours.scene())
+    assert page.focused() == {"key": "point 84", "pressed": "true"}
+    field.fill("eleven")
+    field.press("Enter")
+    panel.get_by_text("this is no number").wait_for()
+    choose(page, ours.title, "Cases", "464: half a step beyond it")
+    ours.case.value = "464"
+    check_shown(page, ours.title, ours.scene())
+    page.press_slider(ours.title, "Power of two", "ArrowLeft", 2)
+    ours.power.value = -2
+    check_shown(page, ours.title, ours.scene())
+    panel.locator("[data-key='format E5M2']").click()
+    ours.format.value = "E5M2"
+    check_shown(page, ours.title, ours.scene())
+    panel.screenshot(path=tmp_path / "number_line.png")

@@ -28,6 +28,7 @@ from dsv3.viz.scene import Scene, still
 from dsv3.viz.widgets import (
     KVCacheCalculator,
     LoadBalanceSimulator,
+    NumberLine,
     RoutingExplorer,
     ScaleMicroscope,
 )
@@ -48,13 +49,14 @@ def explorer(shipped):
     return RoutingExplorer(*shipped, TEXT)
 
 
-@pytest.fixture(params=["explorer", "calculator", "simulator", "microscope"])
+@pytest.fixture(params=["explorer", "calculator", "simulator", "microscope", "number line"])
 def widget(request, shipped):
     return {
         "explorer": lambda: RoutingExplorer(*shipped, TEXT),
         "calculator": KVCacheCalculator,
         "simulator": LoadBalanceSimulator,
         "microscope": lambda: ScaleMicroscope(SHIPPED),
+        "number line": NumberLine,
     }[request.param]()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,15 @@ from safetensors.torch import load_file
 from dsv3 import load_model, load_tokenizer
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import QuantizedTensor, quantize_activation, quantize_weight
+from dsv3.fp8.small_floats import FORMATS, SmallFloat
 from dsv3.viz import scene as scenes
 from dsv3.viz.microscope_scene import SHOWS, microscope_scene, number, percent
+from dsv3.viz.reading import written
 from dsv3.viz.scene import Scene, still
 from dsv3.viz.specimen import Specimen
-from dsv3.viz.widgets import ScaleMicroscope
+from dsv3.viz.widgets import NumberLine, ScaleMicroscope
 from dsv3.viz.widgets.microscope import activations, stored_matrices
+from dsv3.viz.widgets.number_line import CASES
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "dsv3-mini"
 TEXT = "To be, or not to be"
@@ -260,3 +265,185 @@ def test_a_large_matrix_is_shown_in_part():
 def test_numbers_are_written_in_three_digits(value, said):
     assert number(value) == said
     assert [percent(share) for share in (0, 0.0267, 0.999)] == ["0%", "2.7%", "100%"]
+
+
+# The number line --------------------------------------------------------------------------------
+
+
+NAMED = {
+    "E4M3": torch.float8_e4m3fn,
+    "E5M2": torch.float8_e5m2,
+    "FP16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def named(name: str) -> SmallFloat:
+    return next(format for format in FORMATS if format.name == name)
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("scale", [1.0, 2.0**-6, 0.0025])
+def test_the_number_line_rounds_as_torch_does(name, scale):
+    line = NumberLine(format=name, scale=scale)
+    for value in (11.4, 10.5, 11.5, -3.3, 0.001, 1e-9, 0.0, 447.0, 300.1):
+        scaled = torch.tensor(value / scale, dtype=torch.float64)
+        if name == "E4M3":
+            scaled = scaled.clamp(-448, 448)
+        stored = scaled.float().to(NAMED[name])
+        line.value.value = repr(value)
+        reading = line.reading()
+        assert reading.rounded == float(stored) and reading.result == float(stored) * scale
+        width = torch.uint8 if stored.itemsize == 1 else torch.uint16
+        assert reading.code == int(stored.view(width))
+        if math.isfinite(reading.error):
+            assert reading.error == pytest.approx(float(stored) * scale - value, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", [format.name for format in FORMATS])
+@pytest.mark.parametrize("case", [value for value in CASES.values() if value])
+def test_every_telling_case_in_every_format_is_drawn_and_said(name, case):
+    line = NumberLine(format=name)
+    line.case.value = case
+    assert line.value.value == case and line.case.value == case
+    assert line.message() == "" and len(line.reading().verdict()) < 110
+    scene = line.scene()
+    still(scene)
+    assert line.reading().verdict() == texts(scene)[0]
+    for mark in scene.marks:
+        assert not isinstance(mark, scenes.Circle) or -1 <= mark.x <= scene.width + 1
+
+
+@pytest.mark.parametrize(
+    "value, format, said",
+    [
+        ("10.5", "E4M3", "10.5 is halfway from 10 to 11: a tie, and 10 has the even code"),
+        ("11.5", "E4M3", "11.5 is halfway from 11 to 12: a tie, and 12 has the even code"),
+        ("11", "E4M3", "11 is a number of E4M3: nothing is lost"),
+        ("500", "E4M3", "500 lies beyond 448, the largest number: it saturates, to 448"),
+        ("-inf", "E4M3", "−∞ lies beyond −448, the largest number: it saturates, to −448"),
+        ("70000", "FP16", "70000 lies beyond 65504, the largest number: it becomes infinity"),
+        ("inf", "E5M2", "infinity stays infinity: E5M2 has a code for it"),
+        ("nan", "BF16", "NaN stays NaN, in BF16 too"),
+        ("1e-9", "E4M3", "1·10⁻⁹ is nearer to 0 than to 0.001953125: it becomes 0"),
+        ("0.3", "UE8M0", "0.3 lies between 0.25 and 0.5: a scale is rounded up, to 0.5"),
+        ("-1", "UE8M0", "a scale is never 0 or negative"),
+    ],
+)
+def test_what_happens_is_said(value, format, said):
+    line = NumberLine(format=format)
+    line.value.value = value
+    assert said in line.reading().verdict() and said in line.alt
+
+
+def test_bits_and_formula_are_those_of_the_code():
+    scene = NumberLine(10.5).scene()
+    bits = [mark.text for mark in scene.marks if isinstance(mark, scenes.Text) and mark.code]
+    assert "".join(bits) == f"{0x52:08b}" and "0x52" in texts(scene)
+    assert "2^(10 − 7) × (1 + 2/8) = 10" in texts(scene)
+    assert "2^−6 × 1/8 = 0.001953125" in texts(NumberLine(0.001).scene())
+
+
+def test_the_slider_stops_at_numbers_and_at_ties():
+    line = NumberLine(10.0)
+    assert line.drag.value == 0x52
+    line.drag.value += 0.5
+    assert line.value.value == "10.5" and line.reading().around.tie
+    line.drag.value += 1e-9  # as browsers add up
+    assert line.value.value == "10.5"
+    line.value.value = "10.4"
+    assert (line.drag.value, line.value.value) == (0x52 + 3 / 8, "10.4")
+    line.drag.value += 1 / 8
+    line.drag.value = 126.5  # half a step beyond the last
+    assert line.value.value == "464"
+    line.drag.value = -1.0
+    assert float(line.value.value) == -(2.0**-9)
+    line.scale.value = "0.5"
+    line.drag.value = 0x52
+    assert line.value.value == "5" and line.reading().scaled == 10.0
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_a_point_is_chosen_by_its_key(format):
+    line = NumberLine(11.4, format.name, 0.25)
+    keys = line.scene().keys()
+    points = [key for key in keys if key.startswith("point")]
+    assert 5 <= len(points) <= 40
+    for key in (points[0], points[-1]):
+        line.drawing._hear(None, {"chosen": key}, None)
+        assert line.reading().code == int(key.removeprefix("point "))
+        assert line.reading().error == 0
+        line.value.value = "11.4"
+    line.drawing._hear(None, {"chosen": "format E5M2"}, None)
+    assert line.format.value == "E5M2" and line.reading().format == named("E5M2")
+
+
+@pytest.mark.parametrize(
+    "control, value",
+    [
+        ("format", "E5M2"),
+        ("case", "0.001"),
+        ("value", "-7.7"),
+        ("drag", 33.25),
+        ("scale", "0.3"),
+        ("power", -3),
+    ],
+)
+def test_each_control_of_the_number_line_changes_the_picture(control, value):
+    line = NumberLine()
+    before = line.drawing.scene
+    getattr(line, control).value = value
+    assert line.drawing.scene != before and line.drawing.scene["alt"] != before["alt"]
+    assert line.drawing.scene == line.scene().as_dict()
+
+
+def test_the_two_ways_to_give_a_scale_agree():
+    line = NumberLine()
+    line.power.value = -6
+    assert line.scale.value == "0.015625" and line.reading().scale == 2.0**-6
+    line.scale.value = "2^3"
+    assert line.power.value == 3 and line.reading().scale == 8.0
+    line.scale.value = "0.0025"
+    assert line.power.value == 3 and line.reading().scale == 0.0025
+
+
+@pytest.mark.parametrize(
+    "field, text, said",
+    [
+        ("value", "", "this is no number"),
+        ("value", "eleven", "this is no number"),
+        ("value", "1/0", "this is no number"),
+        ("value", "2^9999", "this is no number"),
+        ("scale", "0", "a scale is a positive number"),
+        ("scale", "-1", "a scale is a positive number"),
+        ("scale", "nan", "a scale is a positive number"),
+        ("scale", "inf", "a scale is a positive number"),
+        ("scale", "x", "this is no number"),
+    ],
+)
+def test_what_is_no_number_is_refused_in_words(field, text, said):
+    line = NumberLine()
+    before = line.drawing.scene
+    getattr(line, field).value = text
+    assert said in line.message() and "still shows" in line.message()
+    assert line.drawing.scene == before
+    getattr(line, field).value = "2"
+    assert line.message() == "" and line.drawing.scene != before
+
+
+def test_a_very_large_or_small_number_is_shown():
+    line = NumberLine()
+    for value in ("1e308", "-1e308", "5e-324", "−∞", "3/8"):
+        line.value.value = value
+        assert line.message() == ""
+        for power in (-16, 16):
+            line.power.value = power
+            still(line.scene())
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [(11.4, "11.4"), (-0.0, "−0"), (2.0**-133, "9.184·10⁻⁴¹"), (math.inf, "∞"), (math.nan, "NaN")],
+)
+def test_numbers_of_the_line_are_written_out(value, said):
+    assert written(value) == said and not re.search("e|-", written(value))

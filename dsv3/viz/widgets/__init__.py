@@ -10,11 +10,13 @@ from dsv3.viz.widgets.drawing import Drawing
 from dsv3.viz.widgets.explorer import RoutingExplorer
 from dsv3.viz.widgets.kv_calculator import KVCacheCalculator
 from dsv3.viz.widgets.microscope import ScaleMicroscope
+from dsv3.viz.widgets.number_line import NumberLine
 
 __all__ = [
     "Drawing",
     "KVCacheCalculator",
     "LoadBalanceSimulator",
+    "NumberLine",
     "RoutingExplorer",
     "ScaleMicroscope",
 ]
