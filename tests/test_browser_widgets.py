@@ -13,17 +13,23 @@ import nbformat
 import pytest
 from lab import JupyterLab, Notebook, check_shown, open_browser, words
 
+from dsv3 import load_model, load_tokenizer
 from dsv3.commands import doctor
-from dsv3.viz.widgets import NumberLine, ScaleMicroscope
+from dsv3.viz.widgets import DraftExplorer, NumberLine, ScaleMicroscope
 
 pytestmark = pytest.mark.slow
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "dsv3-mini"
 
+PROMPT = "To be, or not to be"
 CELLS = [
-    "from dsv3.viz.widgets import NumberLine, ScaleMicroscope",
+    "from dsv3.viz.widgets import DraftExplorer, NumberLine, ScaleMicroscope",
     f"ScaleMicroscope({str(SHIPPED)!r})",
     "NumberLine()",
+    f"""\
+from dsv3 import load_model, load_tokenizer
+model = load_model({str(SHIPPED)!r}, precision="fp32")
+DraftExplorer(model, load_tokenizer({str(SHIPPED)!r}), {PROMPT!r})""",
 ]
 
 
@@ -49,7 +55,7 @@ def browser(lab):
 @pytest.fixture(scope="module")
 def page(lab, browser):
     """All of them in one notebook, on a light page."""
-    notebook = Notebook(browser, lab, "widgets.ipynb", height=2400)
+    notebook = Notebook(browser, lab, "widgets.ipynb", height=2600)
     notebook.run_all()
     yield notebook
     assert notebook.complaints == []
@@ -123,3 +129,36 @@ def test_a_number_is_dragged_typed_and_chosen(page, tmp_path):
     ours.format.value = "E5M2"
     check_shown(page, ours.title, ours.scene())
     panel.screenshot(path=tmp_path / "number_line.png")
+
+
+def test_a_text_is_drafted_and_stepped_through(page, tmp_path):
+    ours = DraftExplorer(load_model(SHIPPED, precision="fp32"), load_tokenizer(SHIPPED), PROMPT)
+    page.scroll_to(ours.title)
+    check_shown(page, ours.title, ours.scene())
+    page.press_slider(ours.title, "Drafts a pass", "ArrowRight", 1)
+    ours.drafts.value += 1
+    check_shown(page, ours.title, ours.scene())
+    panel = page.panel(ours.title)
+    panel.locator("[data-key='token 12']").click()
+    ours.drawing.choose("token 12")
+    check_shown(page, ours.title, ours.scene())
+    assert "pass" in panel.locator(".tip").inner_text()
+    page.press_slider(ours.title, "Stage", "ArrowLeft", 1)
+    ours.stage.value = 2
+    check_shown(page, ours.title, ours.scene())
+    panel.locator("[data-key='later']").click()
+    ours.drawing.choose("later")
+    check_shown(page, ours.title, ours.scene())
+    page.page.keyboard.press("ArrowLeft")
+    page.page.keyboard.press("Enter")
+    ours.drawing.choose("earlier")
+    check_shown(page, ours.title, ours.scene())
+    field = panel.get_by_label("Prompt, then Enter", exact=True)
+    field.fill("")
+    field.press("Enter")
+    panel.get_by_text("there is no text").wait_for()
+    field.fill("O Romeo, Romeo!")
+    field.press("Enter")
+    ours.prompt.value = "O Romeo, Romeo!"
+    check_shown(page, ours.title, ours.scene())
+    panel.screenshot(path=tmp_path / "drafts.png")

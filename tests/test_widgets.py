@@ -26,6 +26,7 @@ from dsv3.viz.cache_scene import size, times
 from dsv3.viz.routing_scene import routing_scene
 from dsv3.viz.scene import Scene, still
 from dsv3.viz.widgets import (
+    DraftExplorer,
     KVCacheCalculator,
     LoadBalanceSimulator,
     NumberLine,
@@ -49,7 +50,9 @@ def explorer(shipped):
     return RoutingExplorer(*shipped, TEXT)
 
 
-@pytest.fixture(params=["explorer", "calculator", "simulator", "microscope", "number line"])
+@pytest.fixture(
+    params=["explorer", "calculator", "simulator", "microscope", "number line", "drafts"]
+)
 def widget(request, shipped):
     return {
         "explorer": lambda: RoutingExplorer(*shipped, TEXT),
@@ -57,6 +60,7 @@ def widget(request, shipped):
         "simulator": LoadBalanceSimulator,
         "microscope": lambda: ScaleMicroscope(SHIPPED),
         "number line": NumberLine,
+        "drafts": lambda: DraftExplorer(*shipped, TEXT),
     }[request.param]()
 
 

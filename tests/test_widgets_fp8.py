@@ -353,6 +353,8 @@ def test_the_slider_stops_at_numbers_and_at_ties():
     assert line.value.value == "10.5"
     line.value.value = "10.4"
     assert (line.drag.value, line.value.value) == (0x52 + 3 / 8, "10.4")
+    line.drag.value += 1e-9
+    assert line.value.value == "10.4"
     line.drag.value += 1 / 8
     line.drag.value = 126.5  # half a step beyond the last
     assert line.value.value == "464"

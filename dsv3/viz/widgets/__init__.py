@@ -6,6 +6,7 @@ widgets are shown is a fixed text, so that a stored notebook compares equal when
 """
 
 from dsv3.viz.widgets.balance import LoadBalanceSimulator
+from dsv3.viz.widgets.draft_explorer import DraftExplorer
 from dsv3.viz.widgets.drawing import Drawing
 from dsv3.viz.widgets.explorer import RoutingExplorer
 from dsv3.viz.widgets.kv_calculator import KVCacheCalculator
@@ -13,6 +14,7 @@ from dsv3.viz.widgets.microscope import ScaleMicroscope
 from dsv3.viz.widgets.number_line import NumberLine
 
 __all__ = [
+    "DraftExplorer",
     "Drawing",
     "KVCacheCalculator",
     "LoadBalanceSimulator",

@@ -101,9 +101,10 @@ class NumberLine(Panel):
         return next(each for each in FORMATS if each.name == self.format.value)
 
     def _changed(self, change) -> None:
-        if self._busy:
+        owner = change["owner"]
+        if self._busy or (owner is self.drag and self._stands()):
             return
-        self._busy, self._refusal, owner = True, "", change["owner"]
+        self._busy, self._refusal = True, ""
         try:
             if owner is self.case and self.case.value:
                 self.value.value = self.case.value
@@ -142,6 +143,11 @@ class NumberLine(Panel):
         power = math.log2(self._reading.scale)
         if power.is_integer() and abs(power) <= POWERS:
             self.power.value = int(power)
+
+    def _stands(self) -> bool:
+        """Whether the slider is where the value has put it: the browser says so once more, in its
+        own sums of steps."""
+        return _stop(self.drag.value) == _place(self._format, self._reading.scaled)
 
     def _choose(self, key: str) -> None:
         what, _, which = key.partition(" ")
@@ -196,5 +202,5 @@ def _place(format: SmallFloat, number: float) -> float:
 
 
 def _stop(place: float) -> float:
-    """The stop of the slider nearest to a place: the browser sends its own sums of steps."""
+    """The stop of the slider nearest to a place."""
     return round(place * _PART) / _PART
