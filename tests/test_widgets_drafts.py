@@ -185,13 +185,12 @@ def test_stages_show_only_what_is_known_by_then(explorer):
     for stage in range(len(STAGES)):
         explorer.stage.value = stage
         shown = texts(explorer.scene())
+        rects = [mark for mark in explorer.scene().marks if isinstance(mark, scenes.Rect)]
         seen.append(
             (
-                any(text.startswith("p 0.") or text.startswith("p 1.") for text in shown),
+                any(text.startswith(("p 0.", "p 1.")) for text in shown),
                 any(text.startswith("✗") for text in shown),
-                any(
-                    mark.hatched for mark in explorer.scene().marks if isinstance(mark, scenes.Rect)
-                ),
+                any(rect.hatched for rect in rects),
             )
         )
     assert seen == [
