@@ -37,11 +37,18 @@ from dsv3.viz.latent import (
 )
 from dsv3.viz.memory import memory_per_rank_figure
 from dsv3.viz.model_map import PARTS, model_map
+from dsv3.viz.numbers import (
+    accumulation_figure,
+    error_map_figure,
+    outlier_figure,
+    relative_error_figure,
+)
 from dsv3.viz.routing import routing_figure
 from dsv3.viz.scene import draw
 
 __all__ = [
     "PARTS",
+    "accumulation_figure",
     "attention_maps_figure",
     "balance_price_figure",
     "break_even_figure",
@@ -52,6 +59,7 @@ __all__ = [
     "domain_figure",
     "draw",
     "energy_figure",
+    "error_map_figure",
     "forms_figure",
     "kept_directions_figure",
     "load_history_figure",
@@ -60,8 +68,10 @@ __all__ = [
     "model_map",
     "new_figure",
     "nodes_figure",
+    "outlier_figure",
     "overlap_figure",
     "rank_error_figure",
+    "relative_error_figure",
     "relative_figure",
     "roofline_figure",
     "rotation_figure",

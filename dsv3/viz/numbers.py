@@ -1,0 +1,107 @@
+"""Figures of chapter 4: what numbers of few bits cost, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from dsv3.viz.figure import BLUE, GREEN, GREY, ORANGE, VERMILLION, new_figure, styled
+
+_LINES = (VERMILLION, ORANGE, BLUE, GREEN)
+_MARKS = ("o", "s", "^", "D")
+_ERRORS = LinearSegmentedColormap.from_list("errors", ["#ffffff", VERMILLION, "#5e2a00"])
+
+
+@styled
+def relative_error_figure(
+    sizes: torch.Tensor, errors: Mapping[str, torch.Tensor], ends: Mapping[str, float]
+) -> Figure:
+    """Relative rounding error over the size of a number, and where a format ends.
+
+    sizes: (n,) ascending; errors: name of a format -> (n,), as a share of the number. ends: what
+    stands at a vertical line -> where it is.
+    """
+    figure, axes = new_figure(9.2, 3.2)
+    for (name, error), colour in zip(errors.items(), (BLUE, ORANGE, GREEN)):
+        axes.plot(sizes, error, color=colour, linewidth=0.9, label=name)
+    for words, where in ends.items():
+        axes.axvline(where, color=GREY, linestyle=":", linewidth=1)
+        axes.text(where, 1.3, " " + words, color=GREY, ha="left", va="bottom", fontsize=9)
+    axes.set_xscale("log", base=2)
+    axes.set(
+        yscale="log",
+        ylim=(1e-3, 4),
+        xlim=(float(sizes[0]), float(sizes[-1])),
+        xlabel="size of the number",
+        ylabel="error, as a share of it",
+    )
+    axes.legend(loc="lower left", frameon=True)
+    return figure
+
+
+@styled
+def outlier_figure(
+    factors: Sequence[float], panels: Mapping[str, Mapping[str, Sequence[float]]]
+) -> Figure:
+    """Error of all other values over the size of an outlier.
+
+    factors: how many times larger than its neighbours. panels: where the outlier is -> name of a
+    grouping -> relative error for each factor.
+    """
+    figure, axes = new_figure(9.2, 3.3, ncols=len(panels), sharey=True)
+    for panel, (title, lines) in zip(axes, panels.items()):
+        for (name, values), colour, mark in zip(lines.items(), _LINES, _MARKS):
+            panel.plot(factors, values, color=colour, marker=mark, markersize=4, label=name)
+        panel.set_xscale("log", base=2)
+        panel.set(title=title, xlabel="outlier, times its neighbours", yscale="log")
+    axes[0].set(ylabel="error of all others, as a share")
+    axes[0].legend(loc="upper left", frameon=True)
+    return figure
+
+
+@styled
+def error_map_figure(errors: Mapping[str, torch.Tensor]) -> Figure:
+    """Relative error of every value, side by side for several ways to group scales.
+
+    errors: name -> (tokens, channels), shares of the value; 1 is a value lost altogether.
+    """
+    figure, axes = new_figure(9.6, 3.4, ncols=len(errors), sharey=True)
+    for panel, (title, error) in zip(axes, errors.items()):
+        shown = panel.imshow(error, cmap=_ERRORS, vmin=0, vmax=1, aspect="auto")
+        panel.set(title=title, xlabel="channel")
+    axes[0].set(ylabel="token")
+    figure.colorbar(shown, ax=list(axes), label="error, as a share of the value", shrink=0.9)
+    return figure
+
+
+@styled
+def accumulation_figure(
+    lengths: Sequence[int], errors: Mapping[str, Sequence[float]], seen: float
+) -> Figure:
+    """Largest relative error of a sum over its length; dashed where it is promoted.
+
+    errors: name -> one value for each length; names with "promoted" in them are dashed. seen: what
+    the report measured at the last length.
+    """
+    figure, axes = new_figure(9.2, 3.5)
+    colours = {}
+    for name, values in errors.items():
+        reading = name.split(",")[0]
+        colour = colours.setdefault(reading, (VERMILLION, BLUE)[len(colours) % 2])
+        axes.plot(
+            lengths,
+            values,
+            color=colour,
+            linestyle="--" if "promoted" in name else "-",
+            marker="o",
+            markersize=4,
+            label=name,
+        )
+    axes.plot(lengths[-1], seen, "*", color=GREEN, markersize=14, label="the report, nearly 2%")
+    axes.set_xscale("log", base=2)
+    axes.set(yscale="log", xlabel="K, products in the sum", ylabel="largest error, as a share")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
