@@ -2,8 +2,9 @@
 
 An exercise is a cell with a gap and a call of its check at the end. Left open it says so, which
 is no error: the chapter runs from top to bottom before any exercise is done. A wrong answer is
-compared with the answers that common mistakes would give; where one fits, the check says which
-mistake it was. Only if none does, it says how far off the answer is and on which input.
+compared with the answers that common mistakes would give; the check names all that fit. If none
+does, it says how far off the answer is and on which input. Either way it shows the first element
+that differs, as a place to look.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def judge(
     """Compare the reader's function with ``right`` on every case.
 
     cases: tuples of arguments; each call gets copies of its own. mistakes: what to say -> a
-    function that makes that mistake; the first one that agrees with the answer on all cases, and
-    differs from ``right`` on one, is named. tolerance: of the largest difference, relative to the
+    function that makes that mistake; all that agree with the answer on all cases, and differ from
+    ``right`` on one, are named. tolerance: of the largest difference, relative to the
     largest value where that is above 1. praise: what the reader now has, said after "right".
 
     Results may be tensors, arrays, numbers, booleans, strings, and lists, tuples or dicts of them.
@@ -95,18 +96,30 @@ def judge(
                 break
     if not isinstance(worst, str) and worst <= tolerance:
         return Verdict(name, "right", praise or f"equal on {_cases(len(cases))}")
-    for message, mistake in (mistakes or {}).items():
-        if _explains(mistake, cases, found, wanted, tolerance):
-            return Verdict(name, "wrong", message)
-    where = _input(where + 1, cases[where])
+    fitting = [
+        message
+        for message, mistake in (mistakes or {}).items()
+        if _explains(mistake, cases, found, wanted, tolerance)
+    ]
+    if fitting:
+        at, first = next(
+            (at, text)
+            for at, (result, target) in enumerate(zip(found, wanted))
+            if (text := _first_difference(result, target, tolerance))
+        )
+        return Verdict(
+            name, "wrong", f"{_together(fitting)} (on {_input(at + 1, cases[at])} {first})"
+        )
+    on = f"on {_input(where + 1, cases[where])}"
     if isinstance(worst, str):
-        return Verdict(name, "wrong", f"on {where} {worst}")
+        return Verdict(name, "wrong", f"{on} {worst}")
+    first = _first_difference(found[where], wanted[where], tolerance)
     if math.isnan(worst):
-        return Verdict(name, "wrong", f"on {where} the result holds NaN (not a number)")
+        return Verdict(name, "wrong", f"{on} the result holds NaN (not a number), {first}")
     return Verdict(
         name,
         "wrong",
-        f"on {where} the result is off by up to {worst:.2g} (relative to the largest value)",
+        f"{on} the result is off by up to {worst:.2g} (relative to the largest value), {first}",
     )
 
 
@@ -136,9 +149,8 @@ def judge_value(
     if near(right):
         shown = f"{right:,.6g}" if isinstance(right, float) else f"{right:,}"
         return Verdict(name, "right", praise or f"{shown} {unit}".rstrip())
-    for value, message in (mistakes or {}).items():
-        if near(value):
-            return Verdict(name, "wrong", message)
+    if fitting := [message for value, message in (mistakes or {}).items() if near(value)]:
+        return Verdict(name, "wrong", _together(fitting))
     if answer == 0 or right == 0 or (answer < 0) != (right < 0):
         return Verdict(name, "wrong", "this is not near; go back to the formula")
     side, ratio = (
@@ -155,7 +167,7 @@ def judge_statements(
     why: Mapping[str, str],
     praise: str = "",
 ) -> Verdict:
-    """Compare true and false with the truth; the first wrong one is explained by ``why``."""
+    """Compare true and false with the truth; every wrong one is explained by ``why``."""
     if not isinstance(answers, Mapping):
         return (
             _open(name)
@@ -171,16 +183,26 @@ def judge_statements(
         return Verdict(name, "wrong", f"keep the keys as they were; these differ: {odd}")
     if all(value is None for value in answers.values()):
         return _open(name)
-    for key, truth in right.items():
+    wrong = [
+        f'"{key}": {why[key]}'
+        for key, truth in right.items()
+        if answers[key] is not None and bool(answers[key]) != truth
+    ]
+    if wrong:
+        return Verdict(name, "wrong", "look again at " + "; and at ".join(wrong))
+    for key in right:
         if answers[key] is None:
             return Verdict(name, "open", f'"{key}" has no answer yet')
-        if bool(answers[key]) != truth:
-            return Verdict(name, "wrong", f'look again at "{key}": {why[key]}')
     return Verdict(name, "right", praise or f"all {len(right)} statements")
 
 
 def _open(name: str) -> Verdict:
     return Verdict(name, "open", "nothing written yet; fill in the gap and run the cell again")
+
+
+def _together(messages: list[str]) -> str:
+    """All mistakes that fit; where these inputs cannot tell them apart, it may be either."""
+    return "; or: ".join(messages)
 
 
 def _cases(count: int) -> str:
@@ -237,16 +259,7 @@ def _difference(found, wanted) -> float | str:
             return f"the result has shape {tuple(found.shape)}, expected {tuple(wanted.shape)}"
         if wanted.is_complex() != found.is_complex():
             return f"the result has dtype {found.dtype}, expected {wanted.dtype}"
-        a, b = (
-            t.detach().to(torch.complex128 if wanted.is_complex() else torch.float64)
-            for t in (found, wanted)
-        )
-        same = (a == b) | (a.isnan() & b.isnan())  # equal infinities, and NaN where it belongs
-        if same.all():
-            return 0.0
-        apart = (a - b).abs().where(~same, 0.0).max()
-        size = b.abs().where(b.abs().isfinite(), 0.0).max().clamp(min=1.0)
-        return float(apart / size)
+        return float(_apart(found, wanted).max()) if wanted.numel() else 0.0
     if isinstance(wanted, torch.Tensor):
         wanted = wanted.item()
     if isinstance(found, torch.Tensor) and found.numel() == 1:
@@ -266,8 +279,50 @@ def _difference(found, wanted) -> float | str:
     return 0.0  # anything else is passed through and not compared
 
 
+def _apart(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """|found - wanted| of every element, relative to the largest wanted one where that is above 1.
+    0 for equal infinities, and for NaN where it belongs."""
+    a, b = (
+        t.detach().to(torch.complex128 if wanted.is_complex() else torch.float64)
+        for t in (found, wanted)
+    )
+    same = (a == b) | (a.isnan() & b.isnan())
+    size = b.abs().where(b.abs().isfinite(), 0.0).max().clamp(min=1.0)
+    return (a - b).abs().where(~same, 0.0) / size
+
+
 def _largest(gaps: list) -> float | str:
     for gap in gaps:
         if isinstance(gap, str) or math.isnan(gap):
             return gap
     return max(gaps, default=0.0)
+
+
+def _first_difference(found, wanted, tolerance: float, place: str = "") -> str:
+    """The first element that is off by more than the tolerance, and what it should be; "" if none.
+
+    As in ``_difference``, off is relative to the largest wanted value where that is above 1.
+    """
+    gap = _difference(found, wanted)
+    if isinstance(gap, str):
+        return f"at {place}: {gap}" if place else gap
+    if gap <= tolerance:
+        return ""
+    if isinstance(wanted, Mapping):
+        parts = [(f"[{key!r}]", found[key], wanted[key]) for key in wanted]
+    elif isinstance(wanted, (list, tuple)):
+        parts = [(f"[{i}]", a, b) for i, (a, b) in enumerate(zip(found, wanted))]
+    elif isinstance(wanted, torch.Tensor) and wanted.dim():
+        at = int((~(_apart(found, wanted) <= tolerance)).flatten().nonzero()[0])
+        index = [int(i) for i in torch.unravel_index(torch.tensor(at), wanted.shape)]
+        return f"first at {place}{index}: {_shown(found[*index])}, not {_shown(wanted[*index])}"
+    else:
+        where = f"first at {place}: " if place else ""
+        return f"{where}{_shown(found)}, not {_shown(wanted)}"
+    texts = (_first_difference(a, b, tolerance, place + name) for name, a, b in parts)
+    return next((text for text in texts if text), "")
+
+
+def _shown(value) -> str:
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return f"{value:.5g}" if isinstance(value, float) else repr(value)

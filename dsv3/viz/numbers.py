@@ -75,33 +75,3 @@ def error_map_figure(errors: Mapping[str, torch.Tensor]) -> Figure:
     axes[0].set(ylabel="token")
     figure.colorbar(shown, ax=list(axes), label="error, as a share of the value", shrink=0.9)
     return figure
-
-
-@styled
-def accumulation_figure(
-    lengths: Sequence[int], errors: Mapping[str, Sequence[float]], seen: float
-) -> Figure:
-    """Largest relative error of a sum over its length; dashed where it is promoted.
-
-    errors: name -> one value for each length; names with "promoted" in them are dashed. seen: what
-    the report measured at the last length.
-    """
-    figure, axes = new_figure(9.2, 3.5)
-    colours = {}
-    for name, values in errors.items():
-        reading = name.split(",")[0]
-        colour = colours.setdefault(reading, (VERMILLION, BLUE)[len(colours) % 2])
-        axes.plot(
-            lengths,
-            values,
-            color=colour,
-            linestyle="--" if "promoted" in name else "-",
-            marker="o",
-            markersize=4,
-            label=name,
-        )
-    axes.plot(lengths[-1], seen, "*", color=GREEN, markersize=14, label="the report, nearly 2%")
-    axes.set_xscale("log", base=2)
-    axes.set(yscale="log", xlabel="K, products in the sum", ylabel="largest error, as a share")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return figure
