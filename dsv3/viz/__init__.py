@@ -37,10 +37,14 @@ from dsv3.viz.latent import (
 )
 from dsv3.viz.memory import memory_per_rank_figure
 from dsv3.viz.model_map import PARTS, model_map
-from dsv3.viz.numbers import error_map_figure, outlier_figure, relative_error_figure
+from dsv3.viz.numbers import (
+    accumulation_figure,
+    error_map_figure,
+    outlier_figure,
+    relative_error_figure,
+)
 from dsv3.viz.routing import routing_figure
 from dsv3.viz.scene import draw
-from dsv3.viz.sums import accumulation_figure, token_error_figure
 
 __all__ = [
     "PARTS",
@@ -75,7 +79,6 @@ __all__ = [
     "routing_figure",
     "show",
     "stream_figure",
-    "token_error_figure",
     "violation_figure",
     "yarn_figure",
 ]

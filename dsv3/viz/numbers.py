@@ -75,3 +75,30 @@ def error_map_figure(errors: Mapping[str, torch.Tensor]) -> Figure:
     axes[0].set(ylabel="token")
     figure.colorbar(shown, ax=list(axes), label="error, as a share of the value", shrink=0.9)
     return figure
+
+
+@styled
+def accumulation_figure(
+    lengths: Sequence[int], errors: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> Figure:
+    """Largest relative error of sums by their length, a colour for each reading of the hardware.
+
+    errors: reading -> (errors without promotion, errors with it) for each of ``lengths``.
+    """
+    figure, axes = new_figure(8, 3.6)
+    for (name, (plain, promoted)), colour, mark in zip(errors.items(), (BLUE, ORANGE), "os"):
+        more = dict(color=colour, marker=mark, markersize=5)
+        axes.plot(lengths, plain, label=name, **more)
+        axes.plot(lengths, promoted, linestyle="--", label=f"{name}, promoted", **more)
+    axes.axhspan(0.018, 0.02, color=GREY, alpha=0.5, linewidth=0)
+    axes.text(lengths[0], 0.021, "“nearly 2%” at 4,096 (reported)", fontsize=8, va="bottom")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="products in one sum, K (log scale)",
+        ylabel="largest relative error (log scale)",
+    )
+    axes.set_xticks(list(lengths), labels=[f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
