@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dsv3 import viz
 from dsv3.fp8 import quantize_activation, quantize_weight
+from dsv3.viz import drafting_schematics as drafting
 from dsv3.viz import fp8_products_schematics as products
 from dsv3.viz import fp8_schematics as fp8
 from dsv3.viz import fp8_training_schematics as training
@@ -19,7 +20,7 @@ from dsv3.viz import mtp_schematics as mtp
 from dsv3.viz import schematic
 from dsv3.viz.scene import Circle, Line, Polygon, Rect, Scene, Text, still, text_width
 
-MODULES = [fp8, products, training, mtp]
+MODULES = [fp8, products, training, mtp, drafting]
 # Other arguments that a chapter may give.
 MORE = {
     "bits_of(0.3)": lambda: fp8.bits_of(0.3),
@@ -30,6 +31,17 @@ MORE = {
     "accumulation(14)": lambda: products.accumulation((300.0, 0.1), kept=14),
     "retiling(one)": lambda: training.retiling([0.5], (0, 3), (1.0, 0.9)),
     "outlier_block(small)": lambda: fp8.outlier_block([[1, 2, -0.5], [3, 1e5, 0.1]]),
+    "draft_and_verify(rejected)": lambda: drafting.draft_and_verify(chosen=(" say",)),
+    "draft_and_verify(2 of 3)": lambda: drafting.draft_and_verify(
+        drafts=(" be", ",", " and"), chosen=(" be", ",", " that")
+    ),
+    "draft_and_verify(4, long)": lambda: drafting.draft_and_verify(
+        ("word",) * 20, (" astonishing", "\n", "  ", "c"), (" astonishing", "d")
+    ),
+    "rejection_rule(other)": lambda: drafting.rejection_rule(
+        (0.9, 0.02, 0.08, 0.0), (0.1, 0.3, 0.05, 0.55), ("a", "b", "c", "d")
+    ),
+    "busy_batch(other)": lambda: drafting.busy_batch((8, 64, 512, 16384)),
     "time_shift(leak)": lambda: mtp.time_shift(leak=True),
     "time_shift(10 tokens)": lambda: mtp.time_shift(tuple("abcdefghij"), at=8),
 }
