@@ -6,6 +6,8 @@ is transformers' own MTP module, which reads the same checkpoint and the same st
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from test_mtp_oracle import BOUND, TOKENS, folder, gap, main, module, new_cache, their_logits
@@ -127,7 +129,7 @@ def test_a_leak_of_the_target_is_found():
 
 def test_the_suspects_of_the_exercise_are_what_its_answer_says():
     model = Transformer(TINY).init_weights(0, embedding_std=1.0, by_width=True)
-    found = {name: reach(lambda text: suspect(model, text)) for name, suspect in suspects.items()}
+    found = {name: reach(functools.partial(suspect, model)) for name, suspect in suspects.items()}
     assert found == {"A": 0, "B": 2, "C": 1, "D": 1}
 
 

@@ -14,6 +14,7 @@ from dsv3.viz.attention import (
     rotation_figure,
     stream_figure,
 )
+from dsv3.viz.drafts import acceptance_figure, depth_figure, gain_figure
 from dsv3.viz.experts import (
     balance_price_figure,
     choice_figure,
@@ -48,6 +49,7 @@ from dsv3.viz.scene import draw
 
 __all__ = [
     "PARTS",
+    "acceptance_figure",
     "accumulation_figure",
     "attention_maps_figure",
     "balance_price_figure",
@@ -55,12 +57,14 @@ __all__ = [
     "cache_bars_figure",
     "cache_lines_figure",
     "choice_figure",
+    "depth_figure",
     "dispatch_figure",
     "domain_figure",
     "draw",
     "energy_figure",
     "error_map_figure",
     "forms_figure",
+    "gain_figure",
     "kept_directions_figure",
     "load_history_figure",
     "loss_by_position_figure",
