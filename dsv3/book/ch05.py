@@ -39,8 +39,8 @@ def _numbers(
 def index_table(answer: dict[str, int | None]) -> Verdict:
     """Which token module k is fed at position i, which it is asked for, and where it ends."""
     right = {
-        "k = 1, i = 3: fed": 4,
-        "k = 1, i = 3: asked for": 5,
+        "k = 1, i = 5: fed": 6,
+        "k = 1, i = 5: asked for": 7,
         "k = 2, i = 3: fed": 5,
         "k = 2, i = 3: asked for": 6,
         "k = 2: last i": 4,
@@ -53,19 +53,19 @@ def index_table(answer: dict[str, int | None]) -> Verdict:
                 if value > 4
                 else f"go on: at position {value + 1} its target t_{value + 4} is still there"
             )
-        k = int(key[4])
-        if value == 3:
+        k, i = int(key[4]), int(key[11])
+        if value == i:
             return "that token is in the state already; module k is fed t_(i+k)"
         if key.endswith("fed"):
             return (
                 "that is the token it is asked for; fed with it, it would only have to repeat it"
-                if value == 4 + k
-                else f"module {k} is fed t_(i+k) at i = 3"
+                if value == i + k + 1
+                else f"module {k} is fed t_(i+k)"
             )
         return (
             "that is the token it was just fed; it is asked for the one after"
-            if value == 3 + k
-            else f"module {k} is asked for t_(i+k+1) at i = 3"
+            if value == i + k
+            else f"module {k} is asked for t_(i+k+1)"
         )
 
     return _numbers("index_table", answer, right, why, "fed t_(i+k), asked for t_(i+k+1)")

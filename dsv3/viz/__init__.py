@@ -14,7 +14,7 @@ from dsv3.viz.attention import (
     rotation_figure,
     stream_figure,
 )
-from dsv3.viz.drafts import acceptance_figure, depth_figure, gain_figure
+from dsv3.viz.drafts import acceptance_figure, gain_figure
 from dsv3.viz.experts import (
     balance_price_figure,
     choice_figure,
@@ -57,7 +57,6 @@ __all__ = [
     "cache_bars_figure",
     "cache_lines_figure",
     "choice_figure",
-    "depth_figure",
     "dispatch_figure",
     "domain_figure",
     "draw",

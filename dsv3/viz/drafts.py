@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 
 from dsv3.viz.figure import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILLION, new_figure, styled
 
-_COLOURS = (BLUE, ORANGE, GREEN)
-
 
 def kind(text: str) -> str:
     """What kind of token a text is: white space, digit, sign, new word or rest of a word."""
@@ -42,22 +40,6 @@ def acceptance_figure(rates: Mapping[str, tuple[float, int]], first: int = 3) ->
     axes.text(
         places[first] - 0.45, 1.06, "by the token that the model says", color=GREY, fontsize=9
     )
-    return figure
-
-
-@styled
-def depth_figure(kept: Mapping[str, Sequence[float]]) -> Figure:
-    """Share of drafts accepted given that all before were, by depth from 1 on, a line a text."""
-    figure, axes = new_figure(6.4, 2.9)
-    for (name, shares), colour in zip(kept.items(), _COLOURS):
-        axes.plot(range(1, len(shares) + 1), shares, marker="o", color=colour, label=name)
-    axes.set(
-        xlabel="depth of the draft",
-        xticks=range(1, max(map(len, kept.values())) + 1),
-        ylabel="accepted, if those\nbefore it were",
-        ylim=(0, 1),
-    )
-    axes.legend()
     return figure
 
 

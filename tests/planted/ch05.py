@@ -5,8 +5,8 @@ from __future__ import annotations
 from dsv3.book.ch05 import GREEDY, OVERLAP_AT_1, OVERLAP_AT_2, SHIFTED
 
 TABLE = {
-    "k = 1, i = 3: fed": 4,
-    "k = 1, i = 3: asked for": 5,
+    "k = 1, i = 5: fed": 6,
+    "k = 1, i = 5: asked for": 7,
     "k = 2, i = 3: fed": 5,
     "k = 2, i = 3: asked for": 6,
     "k = 2: last i": 4,
@@ -77,8 +77,8 @@ def never_stopping(p, q, drafts, u, v):
 
 PLANTED = {
     "index_table": [
-        (TABLE | {"k = 1, i = 3: fed": 5}, "the token it is asked for"),
-        (TABLE | {"k = 1, i = 3: fed": 3}, "in the state already"),
+        (TABLE | {"k = 1, i = 5: fed": 7}, "the token it is asked for"),
+        (TABLE | {"k = 1, i = 5: fed": 5}, "in the state already"),
         (TABLE | {"k = 2, i = 3: asked for": 5}, "it was just fed"),
         (TABLE | {"k = 2: last i": 5}, "t_8"),
         (TABLE | {"k = 2: last i": 3}, "go on"),
