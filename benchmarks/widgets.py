@@ -6,7 +6,9 @@ Python alone: making the widget, and drawing anew after a control has changed. E
 there is a Chromium: from the key that runs the cell, or that moves the slider, to the frame that
 shows the new picture, in a real JupyterLab. The simulator runs anew at every move, while in the
 book it remembers the runs it has made. Milliseconds; of the moves the median and the slowest
-of 20. The aims are 1000 for the first paint and 200 for a move, on two cores.
+of 20. The aims are 1000 for the first paint and 200 for a move, on two cores. The draft explorer's
+moves are its steps; the text that it writes when the prompt, the temperature, the drafts or the
+seed change is a line of its own, and part of its first paint.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, cycle, islice
 from pathlib import Path
 
@@ -25,7 +28,15 @@ import torch
 
 from dsv3 import load_model, load_tokenizer
 from dsv3.commands import doctor
-from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer, balance
+from dsv3.viz.widgets import (
+    DraftExplorer,
+    KVCacheCalculator,
+    LoadBalanceSimulator,
+    NumberLine,
+    RoutingExplorer,
+    ScaleMicroscope,
+    balance,
+)
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "assets" / "dsv3-mini"
@@ -34,8 +45,8 @@ MOVES = 20
 SETUP = f"""\
 import torch
 from dsv3 import load_model, load_tokenizer
-from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer
-from dsv3.viz.widgets import balance
+from dsv3.viz.widgets import DraftExplorer, KVCacheCalculator, LoadBalanceSimulator, NumberLine
+from dsv3.viz.widgets import RoutingExplorer, ScaleMicroscope, balance
 balance._run = balance._run.__wrapped__
 torch.set_num_threads(1)
 model, tokenizer = load_model({str(MODEL)!r}, precision="fp32"), load_tokenizer({str(MODEL)!r})"""
@@ -48,6 +59,9 @@ WIDGETS = [
     ),
     ("KV-cache calculator", "KVCacheCalculator()", "Tokens a text"),
     ("Load-balancing simulator", "LoadBalanceSimulator()", "Skew of experts"),
+    ("Number line", "NumberLine()", "Drag the value"),
+    ("Scale microscope", f"ScaleMicroscope({str(MODEL)!r})", "Layer"),
+    ("Draft explorer", 'DraftExplorer(model, tokenizer, "To be, or not to be")', "Stage"),
 ]
 # From the key that is pressed next to the frame that shows another picture of this title.
 WATCH = """title => { window.painted = new Promise(resolve => {
@@ -78,7 +92,7 @@ def moves(title: str, widget) -> Iterator[Callable[[], None]]:
         "Routing explorer": {
             "strength": [0.0, 0.5, 2.0],
             "token": [1, 4],
-            "layer": [1, 3],
+            "layer": [2, 3],
             "groups": [1, 3],
             "top_k": [2, 6],
         },
@@ -94,6 +108,18 @@ def moves(title: str, widget) -> Iterator[Callable[[], None]]:
             "tokens": [64, 512],
             "steps": [100, 200],
         },
+        "Number line": {
+            "drag": [10.5, 200.25, -3.0],
+            "value": ["11.4", "0.001"],
+            "format": ["E5M2", "BF16", "E4M3"],
+            "scale": ["0.3", "1"],
+        },
+        "Scale microscope": {
+            "layer": ["layers.0", "layers.3"],
+            "matrix": ["attn.wq_b", "x of attn.wo", "attn.wkv_b"],
+            "show": ["tensor", "value", "exponent"],
+        },
+        "Draft explorer": {"number": [2, 5, 9], "stage": [0, 1, 2, 3]},
     }[title]
     turns = [cycle([(name, value) for value in row]) for name, row in values.items()]
     for name, value in chain.from_iterable(zip(*turns)):
@@ -110,10 +136,20 @@ def in_python() -> Iterator[tuple[str, float, list[float]]]:
         lambda: RoutingExplorer(model, tokenizer, "To be, or not to be"),
         KVCacheCalculator,
         LoadBalanceSimulator,
+        NumberLine,
+        lambda: ScaleMicroscope(MODEL),
+        lambda: DraftExplorer(model, tokenizer, "To be, or not to be"),
     ]
     for (title, _, _), make in zip(WIDGETS, makers):
         first = milliseconds(make)
         yield title, first, [milliseconds(move) for move in islice(moves(title, make()), MOVES)]
+    drafts = DraftExplorer(model, tokenizer, "To be, or not to be")
+
+    def write(seed: int) -> None:
+        drafts.seed.value = seed
+
+    times = [milliseconds(partial(write, seed)) for seed in range(1, 6)]
+    yield "... its text of 40 tokens", times[0], times[1:]
 
 
 def in_browser() -> Iterator[tuple[str, float, list[float]]]:

@@ -153,7 +153,7 @@ def test_a_text_is_drafted_and_stepped_through(page, tmp_path):
     page.page.keyboard.press("Enter")
     ours.drawing.choose("earlier")
     check_shown(page, ours.title, ours.scene())
-    field = panel.get_by_label("Prompt, then Enter", exact=True)
+    field = panel.get_by_label("Prompt + Enter", exact=True)
     field.fill("")
     field.press("Enter")
     panel.get_by_text("there is no text").wait_for()

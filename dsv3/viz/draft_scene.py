@@ -174,6 +174,10 @@ def _stages(scene: Scene, drafted: Drafted, number: int, stage: int, y: float) -
             )
             scene.text(at + 42, y + 12, words, anchor="middle")
     scene.text(0, y + 42, _does(stage), fill="soft")
+    for x, colour, words in ((796, "orange", "q: the draft"), (796, "blue", "p: the model")):
+        down = 30 if colour == "orange" else 44
+        scene.rect(x, y + down, 11, 11, fill=colour)
+        scene.text(x + 16, y + down + 5.5, words, fill="soft", size=11)
 
 
 def _does(stage: int) -> str:
@@ -252,7 +256,7 @@ def _cache(scene: Scene, now: Round, stage: int, y: float, word: Callable[[int],
     scene.text(0, y, "Cache of the model, in tokens", bold=True, size=13)
     held = before if stage == 0 else fed if stage < 3 else after
     scene.text(WIDTH, y, _lengths(now, stage), anchor="end")
-    scene.rect(0, y + 16, 200, 26, rounded=3, fill="sky", label=f"{before} tokens held before")
+    scene.rect(0, y + 16, 200, 26, rounded=3, fill="blue", label=f"{before} tokens held before")
     scene.text(100, y + 29, f"{before} held before", anchor="middle", fill="white", bold=True)
     drafts = [place.draft.id for place in now.places if place.draft]
     for at in range(fed - before):
@@ -265,7 +269,7 @@ def _cache(scene: Scene, now: Round, stage: int, y: float, word: Callable[[int],
             120,
             26,
             rounded=3,
-            fill="sky" if read and not gone else None,
+            fill="blue" if read and not gone else None,
             stroke="line",
             hatched=gone,
             label=f"entry {before + at + 1}: "

@@ -45,7 +45,7 @@ class DraftExplorer(Panel):
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
         self._refusal, self._busy = "", False
         at_release = dict(continuous_update=False)
-        self.prompt = control(ipywidgets.Text, "Prompt, then Enter", value=prompt, **at_release)
+        self.prompt = control(ipywidgets.Text, "Prompt + Enter", value=prompt, **at_release)
         self.temperature = control(
             ipywidgets.FloatSlider,
             "Temperature",
