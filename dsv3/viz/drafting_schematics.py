@@ -23,11 +23,10 @@ STRONG = 0.35  # tint of tokens and latents
 
 @dataclass(frozen=True)
 class _Columns:
-    """Where the tokens of the text stand. known: how many of them are fed or chosen."""
+    """Where the tokens of the text stand."""
 
     left: float
     wide: float
-    known: int
 
     def middle(self, position: int) -> float:
         return self.left + (position + 0.5) * self.wide
@@ -56,7 +55,7 @@ def draft_and_verify(
     shown = list(tokens)[-(9 - k) :]
     n = len(shown) - 1  # the position of the token that is not fed yet
     left = 176
-    columns = _Columns(left, min(74.0, (WIDTH - left) / (n + k + 2)), n + 1)
+    columns = _Columns(left, min(74.0, (WIDTH - left) / (n + k + 2)))
     # Tops of the frames; the first needs more room where the draft cache holds guesses.
     verify = 108 if k == 1 else 126
     accept, roll_back, end = verify + 114, verify + 208, verify + 332
@@ -89,10 +88,10 @@ def _frame(scene: Scene, top: float, step: str, *rows: tuple[float, str]) -> Non
 
 
 def _token(scene: Scene, columns: _Columns, at: int, y: float, words: str, colour: str) -> None:
-    """A cell of the text; its blanks at the ends are not to be seen."""
+    """A cell of the text; of its blanks one sees those that stand alone."""
     x, wide = columns.middle(at) - columns.wide / 2 + 2, columns.wide - 4
     scene.rect(x, y, wide, 26, rounded=3, fill=colour, opacity=STRONG, stroke=colour)
-    shown = words.strip() or repr(words)[1:-1] or "∅"
+    shown = words.strip() or repr(words)[1:-1].replace(" ", "␣")
     while text_width(shown, 12) > wide - 4 and len(shown) > 2:
         shown = shown.removesuffix("…")[:-1] + "…"
     scene.text(x + wide / 2, y + 13, shown, anchor="middle")
