@@ -129,12 +129,12 @@ class ScaleMicroscope(Panel):
         self, source: str | Path | Transformer, tokenizer: Tokenizer | None = None, text: str = TEXT
     ):
         self.matrices = stored_matrices(source)
-        if isinstance(source, Transformer):
-            self.model, self.tokenizer = source, tokenizer
-        else:
-            self.model = load_model(source, precision="fp8")
-            self.tokenizer = tokenizer or load_tokenizer(model_folder(source))
-        self._refusal, self._activations = "", {}
+        self.source, self.tokenizer = source, tokenizer
+        if tokenizer is None and not isinstance(source, Transformer):
+            self.tokenizer = load_tokenizer(model_folder(source))
+        self._refusal = ""
+        self._ids: list[int] = []
+        self._activations: dict[str, Tensor] = {}  # of these ids; none before they are wanted
         if self.tokenizer is not None:
             self._read(text)
         layers = list(dict.fromkeys(_layer(name) for name in self.matrices))
@@ -175,7 +175,7 @@ class ScaleMicroscope(Panel):
         layer, name = self.layer.value, self.matrix.value
         where = f"{_layer_name(layer)}, {name}"
         if name.startswith("x of "):
-            x = self._activations[f"{layer}.{self._read_by[name]}"]
+            x = self._inputs()[f"{layer}.{self._read_by[name]}"]
             return Specimen(
                 where, x.float(), quantize_activation(x), True, axes=("tokens", "channels")
             )
@@ -197,9 +197,13 @@ class ScaleMicroscope(Panel):
         self._read_by = {
             f"x of {module.split('.')[0]}.{readers}": module
             for module, readers in READERS.items()
-            if layer + module in self._activations
+            if self._ids and self._has(layer + module)
         }
         return [*stored, *self._read_by]
+
+    def _has(self, module: str) -> bool:
+        """Whether this is an FP8 matrix or has one."""
+        return any(f"{name}.".startswith(f"{module}.") for name in self.matrices)
 
     def _settle(self) -> None:
         """The controls' limits and the place follow what is chosen."""
@@ -213,7 +217,7 @@ class ScaleMicroscope(Panel):
         self.place = tuple(min(at, many - 1) for at, many in zip(self.place, self._specimen.grid))
 
     def _read(self, text: str) -> None:
-        """Let the model read a text; one that it cannot read changes nothing but the message."""
+        """Take a text to be read; one that cannot be read changes nothing but the message."""
         if not text.strip():
             raise DSV3Error("there is no text", where="text", fix="Type a few words")
         ids = self.tokenizer.encode(text)
@@ -224,7 +228,16 @@ class ScaleMicroscope(Panel):
                 found=f"{len(ids)} tokens",
                 expected=f"at most {MOST_TOKENS}",
             )
-        self._activations = activations(self.model, ids)
+        self._ids, self._activations = ids, {}
+
+    def _inputs(self) -> dict[str, Tensor]:
+        """The activations of the text. A folder's model is loaded, and reads it, when they are
+        first looked at."""
+        if not self._activations:
+            if not isinstance(self.source, Transformer):
+                self.source = load_model(self.source, precision="fp8")
+            self._activations = activations(self.source, self._ids)
+        return self._activations
 
     def _choose(self, key: str) -> None:
         row, col = key.removeprefix("block ").split()
