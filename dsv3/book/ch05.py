@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv3.book.exercise import Verdict, judge, judge_statements, judge_value
-
-
-def _numbers(
-    name: str,
-    answer: Mapping[str, int | None] | None,
-    right: Mapping[str, int],
-    why: Callable[[str, int], str],
-    praise: str,
-) -> Verdict:
-    """Compare a table of whole numbers line by line; why(key, number) explains a wrong one."""
-    if not isinstance(answer, Mapping) or set(answer) != set(right):
-        return Verdict(name, "wrong", f"keep the table and its keys: {', '.join(right)}")
-    if all(value is None for value in answer.values()):
-        return Verdict(name, "open", "nothing written yet; fill in the gap and run the cell again")
-    wrong: dict[str, list[str]] = {}  # what to say -> the lines it is said of
-    for key, value in answer.items():
-        if value is not None and value != right[key]:
-            wrong.setdefault(why(key, value), []).append(f'"{key}"')
-    if wrong:
-        said = (f"{', '.join(keys)}: {message}" for message, keys in wrong.items())
-        return Verdict(name, "wrong", "; ".join(said))
-    missing = [key for key, value in answer.items() if value is None]
-    if missing:
-        return Verdict(name, "open", f'right so far; "{missing[0]}" has no answer yet')
-    return Verdict(name, "right", praise)
+from dsv3.book.exercise import Verdict, judge, judge_numbers, judge_statements, judge_value
 
 
 def index_table(answer: dict[str, int | None]) -> Verdict:
@@ -68,7 +43,7 @@ def index_table(answer: dict[str, int | None]) -> Verdict:
             else f"module {k} is asked for t_(i+k+1)"
         )
 
-    return _numbers("index_table", answer, right, why, "fed t_(i+k), asked for t_(i+k+1)")
+    return judge_numbers("index_table", answer, right, why, "fed t_(i+k), asked for t_(i+k+1)")
 
 
 def _slices(window: Tensor, k: int, fed: int, asked: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,7 +165,7 @@ def reach(answer: dict[str, int | None]) -> Verdict:
             return "t_(i+1) moves nothing there; this one is a parallel head in disguise"
         return "change the token at i + 1 alone, and look at the answer at i"
 
-    return _numbers(
+    return judge_numbers(
         "reach",
         answer,
         {"A": 0, "B": 2, "C": 1, "D": 1},

@@ -196,6 +196,33 @@ def judge_statements(
     return Verdict(name, "right", praise or f"all {len(right)} statements")
 
 
+def judge_numbers(
+    name: str,
+    answer: Mapping[str, int | None] | None,
+    right: Mapping[str, int],
+    why: Callable[[str, int], str],
+    praise: str,
+) -> Verdict:
+    """Compare a table of whole numbers line by line; why(key, number) explains a wrong one."""
+    if answer is None:
+        return _open(name)
+    if not isinstance(answer, Mapping) or set(answer) != set(right):
+        return Verdict(name, "wrong", f"keep the table and its keys: {', '.join(right)}")
+    if all(value is None for value in answer.values()):
+        return _open(name)
+    wrong: dict[str, list[str]] = {}  # what to say -> the lines it is said of
+    for key, value in answer.items():
+        if value is not None and value != right[key]:
+            wrong.setdefault(why(key, value), []).append(f'"{key}"')
+    if wrong:
+        said = (f"{', '.join(keys)}: {message}" for message, keys in wrong.items())
+        return Verdict(name, "wrong", "; ".join(said))
+    missing = [key for key, value in answer.items() if value is None]
+    if missing:
+        return Verdict(name, "open", f'right so far; "{missing[0]}" has no answer yet')
+    return Verdict(name, "right", praise)
+
+
 def _open(name: str) -> Verdict:
     return Verdict(name, "open", "nothing written yet; fill in the gap and run the cell again")
 
