@@ -23,6 +23,7 @@ SHAPED = [
     "dsv3.mtp",
     "dsv3.model",
     "dsv3.generation.sampling",
+    "dsv3.generation.speculative",
     "dsv3.fp8.accumulation",
     "dsv3.fp8.formats",
     "dsv3.fp8.product",
@@ -30,7 +31,10 @@ SHAPED = [
     "dsv3.fp8.training",
     "dsv3.data",
     "dsv3.training",
+    "dsv3.book.ch05",
     "dsv3.book.held_out",
+    "dsv3.viz.drafted",
+    "dsv3.viz.specimen",
     "dsv3.viz.widgets",
 ]
 jaxtyping.install_import_hook(SHAPED, "annotations.check")

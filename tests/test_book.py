@@ -106,7 +106,7 @@ def test_the_table_of_tensors_uses_symbols_of_the_notation():
 # What a symbol looks like in a docstring or comment, and words that look alike and are none.
 SYMBOL = re.compile(r"(?<![\w^`*.(/-])(?:W\^[A-Z]+|[dnNKM]_[a-zA-Z](?:\^[A-Z])?'?)(?![\w(.^`*])")
 SHAPE_NAMES = {"d_r", "d_v"}  # dsv3/__init__.py: sizes in annotations
-OTHERS = {"W^Q", "W^T"}  # queries that are not compressed; a transpose
+OTHERS = {"W^Q", "W^T", "d_j"}  # queries that are not compressed; a transpose; draft j of a pass
 
 
 def prose(path: Path) -> str:

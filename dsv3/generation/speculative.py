@@ -8,8 +8,8 @@ was wrong: the pass has also computed what should have stood there.
 The text is t_0 ... t_n, where t_n has been chosen and not been fed. One step with k drafts:
 
     draft     q_1 = MTP(h_{n-1}, t_n);      d_1 ~ q_1      a guess at t_{n+1}
-              q_2 = MTP(g_1, d_1);          d_2 ~ q_2      a guess at t_{n+2}, and so on to d_k
-    verify    p_1 ... p_{k+1} = model([t_n, d_1 ... d_k])  true distributions at n+1 ... n+k+1
+              q_2 = MTP(g_1, d_1);          d_2 ~ q_2      a guess at t_{n+2}, and so on, k times
+    verify    p_1 ... p_{k+1} = model([t_n, d_1, d_2 ...])  true distributions at n+1 ... n+k+1
     from the left, accept d_j with probability min(1, p_j(d_j) / q_j(d_j)): t_{n+j} = d_j
     the first that is not accepted is replaced by a token from max(p_j - q_j, 0), normalised;
     it and the drafts after it are taken out of the cache again
