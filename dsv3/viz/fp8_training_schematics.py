@@ -122,7 +122,11 @@ def framework() -> Scene:
         scene,
         400,
         10,
-        [(product, TINT, "FP8 product, FP32 sums"), (brain, TINT, "BF16"), (full, TINT, "FP32")],
+        [
+            (product, TINT, "FP8 product, promoted to FP32"),
+            (brain, TINT, "BF16"),
+            (full, TINT, "FP32"),
+        ],
     )
     x = box(scene, 48, 104, 92, 44, "x", "BF16", colour=brain)
     forward = box(scene, 246, 104, 130, 48, "forward", "y = x Wᵀ", colour=product)
@@ -136,7 +140,15 @@ def framework() -> Scene:
     arrow(scene, x.right, forward.left, label="FP8, 1×128")
     arrow(scene, forward.right, y.left, label="to BF16", side="below")
     scene.rect(540, 100, 12, 8, fill="paper")  # one arrow passes under the other
-    arrow(scene, x.top, (48, 58), (546, 58), wgrad.top, label="FP8, 128×1", side="below")
+    arrow(
+        scene,
+        x.top,
+        (48, 58),
+        (546, 58),
+        wgrad.top,
+        label="kept in FP8, re-tiled to 128×1",
+        side="below",
+    )
     arrow(scene, master.top, forward.bottom, label="FP8, 128×128")
     arrow(scene, master.bottom, dgrad.top, label="FP8, 128×128")
     arrow(scene, dy.left, dgrad.right, label="FP8, 1×128")

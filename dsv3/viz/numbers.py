@@ -38,7 +38,7 @@ def relative_error_figure(
         xlabel="size of the number",
         ylabel="error, as a share of it",
     )
-    axes.legend(loc="lower left", frameon=True)
+    axes.legend(loc="lower right", ncols=3)
     return figure
 
 
