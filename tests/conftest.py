@@ -31,7 +31,6 @@ SHAPED = [
     "dsv3.fp8.training",
     "dsv3.data",
     "dsv3.training",
-    "dsv3.book.ch05",
     "dsv3.book.held_out",
     "dsv3.viz.drafted",
     "dsv3.viz.specimen",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.book.exercise import Verdict, judge, judge_numbers, judge_statements, judge_value
@@ -123,22 +122,22 @@ def mtp_claims(answer: dict[str, bool | None]) -> Verdict:
 # --- the leak ---------------------------------------------------------------------------------
 
 
-def _suspect_a(model, window: Int[Tensor, "b w"]) -> Float[Tensor, "b s v"]:
+def _suspect_a(model, window: Tensor) -> Tensor:
     _, hidden = model(window[:, :-2], return_hidden=True)
     return model.mtp_logits(hidden, window[:, :-2])[0]  # fed what the state knows already
 
 
-def _suspect_b(model, window: Int[Tensor, "b w"]) -> Float[Tensor, "b s v"]:
+def _suspect_b(model, window: Tensor) -> Tensor:
     _, hidden = model(window[:, 1:-1], return_hidden=True)
     return model.mtp_logits(hidden, window[:, 2:])[0]  # all of it one place late: the leak
 
 
-def _suspect_c(model, window: Int[Tensor, "b w"]) -> Float[Tensor, "b s v"]:
+def _suspect_c(model, window: Tensor) -> Tensor:
     _, hidden = model(window[:, :-2], return_hidden=True)
     return model.mtp_logits(hidden, window[:, 1:-1])[0]  # right
 
 
-def _suspect_d(model, window: Int[Tensor, "b w"]) -> Float[Tensor, "b s v"]:
+def _suspect_d(model, window: Tensor) -> Tensor:
     _, hidden = model(window[:, :-2], return_hidden=True)
     before = torch.cat([hidden[:, :1], hidden[:, :-1]], 1)
     return model.mtp_logits(before, window[:, 1:-1])[0]  # each state one old
