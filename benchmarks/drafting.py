@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -156,6 +157,7 @@ def machine() -> dict[str, object]:
     return {
         "date": str(date.today()),
         "cpu": platform.machine(),
+        "cores": os.cpu_count(),
         "flags": [flag for flag in wanted if f" {flag} " in flags],
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -15,6 +15,7 @@ from ranks import run_ranks
 from test_speculative import (
     CASES,
     CONFIG,
+    accept_all,
     chi_square,
     drafting_model,
     greedy_text,
@@ -29,7 +30,7 @@ from dsv3.config import QuantizationConfig
 from dsv3.errors import DSV3Error
 from dsv3.generation import speculative
 from dsv3.generation.loop import Stream, complete, stream
-from dsv3.generation.sampling import probabilities
+from dsv3.generation.sampling import draw, probabilities
 from dsv3.generation.session import Session
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
@@ -234,9 +235,9 @@ def test_a_conversation_keeps_both_caches():
 def shipped():
     model = load_model("dsv3-mini", "fp8")
     words = load_tokenizer("dsv3-mini")
-    lines = "SCENE II. A hall.\n\n[Enter HAMLET]\n", "def add(self, x):\n", "58 + 67 =", "To be"
+    lines = "def add(self, x):\n", "58 + 67 ="
     rows = [words.encode(text) for text in lines]
-    return model, rows, complete(model, rows, max_new_tokens=16, logprobs=True)
+    return model, rows, complete(model, rows, max_new_tokens=12, logprobs=True)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -246,7 +247,7 @@ def test_fp8_on_the_shipped_model(shipped, k):
     model, rows, plain = shipped
     assert not any(layer.attn.prefers_expanded(k + 1) for layer in model.layers)
     run = complete(
-        model, rows, max_new_tokens=16, logprobs=True, speculative=True, num_draft_tokens=k
+        model, rows, max_new_tokens=12, logprobs=True, speculative=True, num_draft_tokens=k
     )
     assert run.ids == plain.ids
     assert (
@@ -279,7 +280,7 @@ def test_fp8_where_a_pass_takes_the_other_form(tmp_path, texts):
 
 # Sampling ----------------------------------------------------------------------------------------
 
-VOCAB, RUNS, PROMPT, NEW = 3, 2500, [2, 0, 1], 5
+VOCAB, RUNS, PROMPT, NEW = 3, 4000, [2, 0, 1], 5
 
 
 @pytest.fixture(scope="module")
@@ -347,21 +348,44 @@ def test_bad_drafts_cost_time_alone(small, monkeypatch, k, bad):
     assert value < bound
 
 
-@pytest.mark.parametrize("k", [2, 3])
-def test_the_statistic_sees_a_wrong_rule_in_later_drafts(small, monkeypatch, k):
-    """The right rule for the first draft of a pass, a wrong one behind it."""
-    right = speculative.judge
+def judge_by(rules):
+    """``judge`` with a rule for each place in the place of ``verify``."""
 
     def judge(p, q, drafts, generator):
-        first = right(p, q, drafts[:1], generator)
-        if not first.accepted or len(drafts) < 2:
-            return first if len(drafts) < 2 else right(p, q, drafts[:1], generator)
-        rest = [replace_by_p(p[1], q[1], drafts[1], generator)]
-        return speculative.Pass(tuple(drafts), q, p, (drafts[0], *rest), 1)
+        for place, guess in enumerate(drafts):
+            follows = rules[place](p[place], q[place], guess, generator)
+            if follows != guess:
+                return (*drafts[:place], follows)
+        return (*drafts, draw(p[len(drafts)], generator))
 
-    monkeypatch.setattr(speculative, "judge", judge)
-    value, bound = statistic(small, k, temperature=1.0)
-    assert value > bound
+    return judge
+
+
+RIGHT, TIMES = speculative.verify, 3000
+
+
+@pytest.mark.parametrize(
+    "judge, right",
+    [
+        (lambda *args: speculative.judge(*args).chosen, True),
+        (judge_by([RIGHT, RIGHT]), True),
+        (judge_by([RIGHT, replace_by_p]), False),
+        (judge_by([RIGHT, accept_all]), False),
+    ],
+)
+def test_the_rule_at_each_place_alone(judge, right):
+    """Three tokens after two drafts, against the product of the p; what a pass leaves open is drawn
+    from p. Whole texts see a wrong rule behind the first draft only in some 20,000 of them."""
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0.6, 0.3, 0.1]], dtype=torch.float64)
+    q = torch.tensor([[0.4, 0.2, 0.4], [0.7, 0.2, 0.1]], dtype=torch.float64)
+    generator, counts = torch.Generator().manual_seed(0), torch.zeros(3, 3, 3)
+    for _ in range(TIMES):
+        chosen = judge(p, q, [draw(row, generator) for row in q], generator)
+        rest = [draw(row, generator) for row in p[len(chosen) :]]
+        counts[(*chosen, *rest)] += 1
+    exact = TIMES * torch.einsum("i,j,k->ijk", *p).flatten()
+    value, bound = chi_square(counts.flatten(), exact)
+    assert (value < bound) == right
 
 
 def test_samples_of_one_prefill_and_neighbours(model):
