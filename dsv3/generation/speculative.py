@@ -33,9 +33,9 @@ the module and one more token in the pass.
 
 g_j, the module's own state behind d_j, stands where the model's state h_{n+j-1} belongs. The head
 reads the next token from either, so they are alike, and serving systems draft so with one module.
-But they are not the same: in training the module saw states of the model alone. From g_1 on it
-reads what it has not been trained on, with its own errors in it, and guesses grow worse with each
-step. Acceptance by depth measures it.
+But they are not the same: in training the module saw states of the model alone, and from g_1 on it
+reads what it was not trained on. What that costs is measured by acceptance by depth (chapter 5):
+in the small model it falls after the first draft, and not always further.
 
 The module has a cache of its own, whose entry i is made of the state h_i and the token t_{i+1}.
 Every state that the model computes goes in as soon as the token after it is certain. Entries made
