@@ -109,20 +109,20 @@ def _latents(scene: Scene, columns: _Columns, places, y: float, colour: str, out
             scene.rect(x, y, wide, 14, fill=colour, opacity=STRONG, stroke=colour)
 
 
-def _draft(scene: Scene, top: float, columns: _Columns, text, guesses) -> None:
-    n, k = len(text) - 1, len(guesses)
+def _begun(scene: Scene, top: float, columns: _Columns, name: str, text, guesses) -> None:
+    """What the first two frames share: the text with its guesses, and room for the caches."""
     _frame(
-        scene,
-        top,
-        "1  draft",
-        (top + 13, "text"),
-        (top + 49, "main cache"),
-        (top + 75, "draft cache"),
+        scene, top, name, (top + 13, "text"), (top + 49, "main cache"), (top + 75, "draft cache")
     )
     for at, words in text:
         _token(scene, columns, at, top, words, "blue")
     for at, words in guesses:
         _token(scene, columns, at, top, words, "orange")
+
+
+def _draft(scene: Scene, top: float, columns: _Columns, text, guesses) -> None:
+    n, k = len(text) - 1, len(guesses)
+    _begun(scene, top, columns, "1  draft", text, guesses)
     _latents(scene, columns, range(n), top + 42, "blue")
     _latents(scene, columns, range(n), top + 68, "blue")
     _latents(scene, columns, range(n, n + k - 1), top + 68, "orange")
@@ -137,18 +137,7 @@ def _draft(scene: Scene, top: float, columns: _Columns, text, guesses) -> None:
 
 def _verify(scene: Scene, top: float, columns: _Columns, text, guesses) -> None:
     n, k = len(text) - 1, len(guesses)
-    _frame(
-        scene,
-        top,
-        "2  verify",
-        (top + 13, "text"),
-        (top + 49, "main cache"),
-        (top + 75, "draft cache"),
-    )
-    for at, words in text:
-        _token(scene, columns, at, top, words, "blue")
-    for at, words in guesses:
-        _token(scene, columns, at, top, words, "orange")
+    _begun(scene, top, columns, "2  verify", text, guesses)
     for at in range(n, n + k + 1):
         arrow(scene, (columns.middle(at), top + 27), (columns.middle(at), top + 41), width=1.3)
     _latents(scene, columns, range(n + 1), top + 42, "blue")
