@@ -41,7 +41,9 @@ class Request:
         """What ``args`` ask of a model on so many ranks; DSV3Error for what cannot be."""
         sampling = sampling_of(args)
         config = ModelConfig.from_pretrained(args.model)
-        if sampling.speculative:
+        # A config without MTP is refused once the files were looked at: they may hold the layer,
+        # and then a note says which number to write.
+        if sampling.speculative and config.num_nextn_predict_layers:
             check_can_draft(config, sampling.num_draft_tokens)
         own = GenerationConfig.beside(args.model, config.vocab_size)
         check_sharding(
