@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -77,6 +78,12 @@ def shift(answer: Callable) -> Verdict:
             ),
             "that is right for k = 1 alone; the slices start at k and k + 1": (
                 lambda window, k: _slices(window, k, 1, 2)
+            ),
+            "these slices fit k = 1 alone": (
+                lambda window, k: (window[:, :-2], window[:, 1:-1], window[:, 2:])
+            ),
+            "all three have to be T wide: cut off their ends": (
+                lambda window, k: (window, window[:, k:], window[:, k + 1 :])
             ),
         },
         praise="what is fed starts at k, what is asked for at k + 1",
@@ -200,10 +207,7 @@ def tokens_per_pass(answer: Callable) -> Verdict:
         return sum(kept[0] ** depth for depth in range(len(kept) + 1)) if kept else 1.0
 
     def only_if_all(kept):
-        chance = 1.0
-        for share in kept:
-            chance *= share
-        return 1 + len(kept) * chance
+        return 1 + len(kept) * math.prod(kept)
 
     return judge(
         "tokens_per_pass",
@@ -218,6 +222,9 @@ def tokens_per_pass(answer: Callable) -> Verdict:
             "you use the first share at every depth; they fall": of_the_first,
             "a pass that keeps the first drafts and loses a later one still gives those": (
                 only_if_all
+            ),
+            "that counts a token only if all drafts are kept; each depth adds its own": (
+                lambda kept: 1 + (math.prod(kept) if kept else 0)
             ),
         },
         praise="1 + a1 + a1 a2 + ...",
@@ -249,6 +256,11 @@ def _draw(weights: Tensor, v: float) -> int:
     return int((weights.cumsum(0) > v * weights.sum()).nonzero()[0])
 
 
+def _draw_unscaled(weights: Tensor, v: float) -> int:
+    above = (weights.cumsum(0) > v).nonzero()
+    return int(above[0]) if len(above) else -1
+
+
 def _accept(
     p: Tensor,
     q: Tensor,
@@ -260,16 +272,18 @@ def _accept(
     leftover: Callable = lambda p, q: (p - q).clamp(min=0),
     bonus: bool = True,
     stops: bool = True,
-) -> list[int]:
+    draw: Callable = _draw,
+) -> list[str]:
     tokens: list[int] = []
     for depth, draft in enumerate(drafts):
         if u[depth] < ratio(p[depth][draft], q[depth][draft]):
             tokens.append(draft)
         else:
-            tokens.append(_draw(leftover(p[depth], q[depth]), v))
+            tokens.append(draw(leftover(p[depth], q[depth]), v))
             if stops:
-                return tokens
-    return [*tokens, _draw(p[len(drafts)], v)] if bonus else tokens
+                return [*map(str, tokens)]
+    tokens += [draw(p[len(drafts)], v)] if bonus else []
+    return [*map(str, tokens)]
 
 
 def accept_or_reject(answer: Callable) -> Verdict:
@@ -288,9 +302,13 @@ def accept_or_reject(answer: Callable) -> Verdict:
     def wrong(**how) -> Callable:
         return lambda *given: _accept(*given, **how)
 
+    def in_words(*given) -> list[str] | None:  # a token is another one, not a bit off
+        tokens = answer(*given)
+        return None if tokens is None or tokens is ... else [str(int(token)) for token in tokens]
+
     return judge(
         "accept_or_reject",
-        answer,
+        in_words if callable(answer) else answer,
         _accept,
         cases,
         {
@@ -298,6 +316,12 @@ def accept_or_reject(answer: Callable) -> Verdict:
             "it from what is missing, max(p - q, 0)": wrong(leftover=lambda p, q: p),
             "the replacement is drawn from q, the distribution that was just refused": wrong(
                 leftover=lambda p, q: q
+            ),
+            "max(p - q, 0) is what is missing, |p - q| is also what there is too much of": wrong(
+                leftover=lambda p, q: (p - q).abs()
+            ),
+            "what is missing does not sum to 1: compare its running sum with v times its total": (
+                wrong(draw=_draw_unscaled)
             ),
             "you keep a draft with q / p; it is p / q": wrong(ratio=lambda p, q: q / p),
             "you keep a draft only where p >= q. A draft with p < q is kept with chance p / q": (
@@ -331,6 +355,9 @@ def pays_up_to(answer: Callable) -> Verdict:
             "it gives 1 + p tokens": lambda n0, p, c: n0 / 2,
             "at n0 texts a plain pass is busy, and one with drafts takes twice as long": (
                 lambda n0, p, c: n0
+            ),
+            "that is right and rounded; leave the number as it is": (
+                lambda n0, p, c: math.floor(n0 * (1 + p) / (2 * (1 + c)))
             ),
             "the module's own cost c is missing": lambda n0, p, c: n0 * (1 + p) / 2,
             "each text brings two tokens to a pass with drafts: divide by 2": (

@@ -212,11 +212,14 @@ def judge_numbers(
         return _open(name)
     wrong: dict[str, list[str]] = {}  # what to say -> the lines it is said of
     for key, value in answer.items():
-        if value is not None and value != right[key]:
-            wrong.setdefault(why(key, value), []).append(f'"{key}"')
+        if value is None or (value == right[key] and not isinstance(value, bool)):
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        said = why(key, value) if whole else "a whole number is asked for"
+        wrong.setdefault(said, []).append(f'"{key}"')
     if wrong:
-        said = (f"{', '.join(keys)}: {message}" for message, keys in wrong.items())
-        return Verdict(name, "wrong", "; ".join(said))
+        lines = (f"{', '.join(keys)}: {message}" for message, keys in wrong.items())
+        return Verdict(name, "wrong", "; ".join(lines))
     missing = [key for key, value in answer.items() if value is None]
     if missing:
         return Verdict(name, "open", f'right so far; "{missing[0]}" has no answer yet')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dsv3.book.ch05 import GREEDY, OVERLAP_AT_1, OVERLAP_AT_2, SHIFTED
 
 TABLE = {
@@ -75,6 +77,17 @@ def never_stopping(p, q, drafts, u, v):
     return [*out, one(p[-1:], q[:0], [], [], v)[0]]
 
 
+def unscaled(p, q, drafts, u, v):
+    weights, out = p[-1], []
+    for j, x in enumerate(drafts):
+        if u[j] >= p[j, x] / q[j, x]:
+            weights = (p[j] - q[j]).clamp(min=0)
+            break
+        out.append(x)
+    above = (weights.cumsum(0) > v).nonzero()
+    return [*out, above[0] if len(above) else -1]
+
+
 PLANTED = {
     "index_table": [
         (TABLE | {"k = 1, i = 5: fed": 7}, "the token it is asked for"),
@@ -82,6 +95,7 @@ PLANTED = {
         (TABLE | {"k = 2, i = 3: asked for": 5}, "it was just fed"),
         (TABLE | {"k = 2: last i": 5}, "t_8"),
         (TABLE | {"k = 2: last i": 3}, "go on"),
+        (TABLE | {"k = 2: last i": "or"}, "a whole number"),
     ],
     "shift": [
         (leaking, "the leak"),
@@ -89,6 +103,8 @@ PLANTED = {
         (early, "one place too early"),
         (first_module, "right for k = 1 alone"),
         (overlong, "has shape (1, 8), expected (1, 7)"),
+        (lambda w, k: (w[:, :-2], w[:, 1:-1], w[:, 2:]), "fit k = 1 alone"),
+        (lambda w, k: (w, w[:, k:], w[:, k + 1 :]), "cut off their ends"),
     ],
     "mtp_claims": [
         (
@@ -114,6 +130,7 @@ PLANTED = {
     "tokens_per_pass": [
         (lambda kept: 1 + sum(kept), "you add the shares up"),
         (lambda kept: rebuilt_sum(kept) - 1, "every pass gives is missing"),
+        (lambda kept: 1 + (math.prod(kept) if kept else 0), "only if all drafts are kept"),
         (lambda kept: sum(kept[0] ** n for n in range(len(kept) + 1)) if kept else 1, "they fall"),
     ],
     "overlap": [
@@ -129,11 +146,14 @@ PLANTED = {
         (rebuilt(ratio=lambda p, q: p >= q), "only where p >= q"),
         (rebuilt(ratio=lambda p, q: p), "as if nobody had drawn it"),
         (rebuilt(last=False), "one more answer"),
+        (rebuilt(leftover=lambda p, q: (p - q).abs()), "too much of"),
+        (unscaled, "compare its running sum"),
         (never_stopping, "you go on after a rejected draft"),
     ],
     "pays_up_to": [
         (lambda n0, p, c: n0 / 2, "still pays a while"),
         (lambda n0, p, c: n0, "twice as long"),
+        (lambda n0, p, c: int(n0 * (1 + p) / (2 * (1 + c))), "right and rounded"),
         (lambda n0, p, c: n0 * (1 + p) / 2, "own cost c"),
         (lambda n0, p, c: n0 * (1 + p) / (1 + c), "divide by 2"),
     ],
