@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.style
 from IPython.display import Image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image as Raster  # matplotlib writes its PNG files with it
 
@@ -58,9 +59,10 @@ def show(figure: Figure, alt: str) -> Picture:
     """
     if not alt.strip():
         raise ValueError("a figure needs its alt text")
-    drawn, buffer = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", metadata={"Software": None})
-    Raster.open(drawn).convert("RGB").quantize(256, dither=Raster.Dither.NONE).save(
+    canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()
+    drawn = Raster.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+    drawn.convert("RGB").quantize(256, dither=Raster.Dither.NONE).save(
         buffer, format="png", optimize=True
     )
     return Picture(
