@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3 import fp8
+from dsv3.book import fp8_slips as slips
 from dsv3.book.exercise import Verdict, judge, judge_statements, judge_value
 
 
@@ -17,36 +17,19 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _e4m3(x: Tensor) -> Tensor:
-    """The values of the codes of x."""
-    return fp8.decode_e4m3(fp8.encode_e4m3(x))
-
-
 # Exercise 1
-
-
-def _decoded(
-    code: int, bias: int = 7, subnormals: str = "right", nan: bool = True, sign: bool = True
-) -> float:
-    exponent, mantissa = code >> 3 & 15, code & 7
-    if nan and code & 0x7F == 0x7F:
-        return math.nan
-    value = 2.0 ** (exponent - bias) * (1 + mantissa / 8)
-    if exponent == 0 and subnormals != "normal":
-        value = 2.0 ** ((1 if subnormals == "right" else 0) - bias) * mantissa / 8
-    return -value if sign and code & 0x80 else value
 
 
 def decode(answer: Callable) -> Verdict:
     """An E4M3 code, 0 to 255 -> its number."""
 
     def wrong(**how) -> Callable:
-        return lambda code: _decoded(code, **how)
+        return lambda code: slips.decoded(code, **how)
 
     return judge(
         "decode",
         answer,
-        _decoded,
+        slips.decoded,
         [(code,) for code in range(256)],
         {
             "exponent bits 0 are subnormal: the leading 1 is missing there": wrong(
@@ -59,6 +42,9 @@ def decode(answer: Callable) -> Verdict:
             "the sign bit is not used": wrong(sign=False),
             "the exponent is counted from -8 as if the bias were 8; it is 7": wrong(bias=8),
             "the exponent bits are counted from -7: take 7 off": wrong(bias=0),
+            "there is no infinity: 0x7F and 0xFF are NaN": wrong(infinity=True),
+            "normal numbers have a leading 1: 1 + mantissa / 8": wrong(leading=0),
+            "the powers of two alone: the mantissa is missing": wrong(mantissas=False),
         },
         tolerance=0.0,
         praise="equal for all 256 codes",
@@ -66,14 +52,6 @@ def decode(answer: Callable) -> Verdict:
 
 
 # Exercise 2
-
-
-def _tile_scales(
-    x: Tensor, width: int = 128, largest: float = 448.0, absolute: bool = True, floor: float = 1e-12
-) -> Tensor:
-    tiles = F.pad(x, (0, -x.shape[1] % width)).unflatten(1, (-1, width))
-    amax = tiles.abs().amax(-1) if absolute else tiles.amax(-1)
-    return (amax / largest).clamp(floor)
 
 
 def _shown_zeros(scales: Callable) -> Callable:
@@ -94,7 +72,11 @@ def tile_scales(answer: Callable) -> Verdict:
     cases = [(500 * _random(5, 256),), (negative,), (zeros,), (5e4 * _random(2, 60, seed=2),)]
 
     def wrong(**how) -> Callable:
-        return _shown_zeros(lambda x: _tile_scales(x, **how))
+        return _shown_zeros(lambda x: slips.tile_scales(x, **how))
+
+    @_shown_zeros
+    def inverse(x: Tensor) -> Tensor:
+        return 1 / slips.tile_scales(x)
 
     def whole_row(x: Tensor) -> Tensor:
         scale = (x.abs().amax(1, keepdim=True) / 448).clamp(1e-12)
@@ -107,7 +89,7 @@ def tile_scales(answer: Callable) -> Verdict:
     return judge(
         "tile_scales",
         _shown_zeros(answer) if callable(answer) else answer,
-        _shown_zeros(_tile_scales),
+        _shown_zeros(slips.tile_scales),
         cases,
         {
             "the largest magnitude counts: take abs() before the maximum": wrong(absolute=False),
@@ -116,6 +98,7 @@ def tile_scales(answer: Callable) -> Verdict:
                 largest=240.0
             ),
             "a tile of zeros needs a scale above 0, 1e-12": wrong(floor=0.0),
+            "that is 448 / amax; the scale is what codes are multiplied by, amax / 448": inverse,
             "that is one scale for a whole token; a tile has 128 channels": _shown_zeros(whole_row),
             "that is one scale for the whole tensor": _shown_zeros(whole_tensor),
         },
@@ -187,13 +170,14 @@ def underflow(answer: float | None) -> Verdict:
             20: "close: is that the first n with more than half, or the first at which you looked?",
             10: "at 1000 times next to nothing is lost: they move down by ten powers of two, and "
             "E4M3 has them",
+            14: "that is where the damage begins: 3% become 0; half of them take longer",
             15: "there 6% become 0, and the others are rounded badly; half of them take longer",
             16: "there a ninth become 0; half of them take longer",
             17: "there less than a quarter become 0; half of them take longer",
             2**19: "that is the outlier; n is its exponent",
         },
         tolerance=1e-9,
-        praise="19: the median 0.67 is half a step of 2^19 / 448",
+        praise="19: half a step of 2^19 / 448 is 1.14, and three quarters of them are smaller",
     )
 
 
@@ -209,8 +193,8 @@ def suspect_product(x: Tensor, w: Tensor) -> Tensor:
     w_blocks = F.pad(w, (0, -k % 128, 0, -n % 128)).view(-1, 128, blocks, 128)
     sx = (x_tiles.abs().amax(-1) / 448).clamp(1e-12)
     sw = (w_blocks.abs().amax((1, 3)) / 448).clamp(1e-12)
-    cx = _e4m3(x_tiles / sx[..., None])
-    cw = _e4m3(w_blocks / sw[:, None, :, None]).flatten(0, 1)[:n]
+    cx = slips.e4m3(x_tiles / sx[..., None])
+    cw = slips.e4m3(w_blocks / sw[:, None, :, None]).flatten(0, 1)[:n]
     y = torch.zeros(m, n)
     for b in range(blocks):
         y += cx[:, b] @ cw[:, b].T * sx[:, :1] * sw[:, b].repeat_interleave(128)[:n]
@@ -243,29 +227,6 @@ def wrong_line(answer: float | None) -> Verdict:
 # Exercise 6
 
 
-def _mx(
-    x: Tensor, width: int = 32, rounding: str = "floor", shift: int = 8, saturate: bool = True
-) -> Tensor:
-    blocks = F.pad(x, (0, -x.shape[1] % width)).unflatten(1, (-1, width))
-    amax = blocks.abs().amax(-1, keepdim=True)
-    mantissa, exponent = torch.frexp(amax)
-    power = exponent - 1 - shift
-    if rounding == "ceil":
-        power = power + (mantissa > 0.5).int()
-    scale = torch.where(amax > 0, torch.ldexp(torch.ones_like(amax), power), 1.0)
-    if rounding == "none":
-        scale = torch.where(amax > 0, amax / 448, 1.0)
-    elif rounding == "v3":
-        fits = torch.frexp(amax / 448)
-        power = fits.exponent - (fits.mantissa == 0.5).int()
-        scale = torch.where(amax > 0, torch.ldexp(torch.ones_like(amax), power), 1.0)
-    scaled = blocks / scale
-    codes = _e4m3(scaled)
-    if not saturate:  # beyond 448 the grid would go on in steps of 32
-        codes = torch.where(scaled.abs() > 448, (scaled / 32).round() * 32, codes)
-    return (codes * scale).flatten(1)[:, : x.shape[1]]
-
-
 def mx_blocks(answer: Callable) -> Verdict:
     """x (rows, columns) -> its values after MXFP8."""
     zeros = _random(3, 100, seed=6)
@@ -277,12 +238,12 @@ def mx_blocks(answer: Callable) -> Verdict:
     deep[:, 2] = deep[:, 40] = torch.tensor([1.3, 1.9, 1.0])
 
     def wrong(**how) -> Callable:
-        return lambda x: _mx(x, **how)
+        return lambda x: slips.mx_blocks(x, **how)
 
     return judge(
         "mx_blocks",
         answer,
-        _mx,
+        slips.mx_blocks,
         [(deep,), (zeros,), (_random(2, 256, seed=7) * torch.tensor([[1e-3], [100.0]]),)],
         {
             "blocks of MXFP8 are 32 wide, not 128": wrong(width=128),
@@ -317,7 +278,7 @@ def scale_kernel(answer: Callable) -> Verdict:
         return None if out.isnan().all() else out.cpu() * 448
 
     def spec(**how) -> Callable:
-        return lambda x: 448 * _tile_scales(x, floor=-math.inf, **how)
+        return lambda x: 448 * slips.tile_scales(x, floor=-math.inf, **how)
 
     def unmasked(x: Tensor) -> Tensor:
         """Each tile reads on into the next row, or behind the last."""
@@ -352,26 +313,6 @@ def scale_kernel(answer: Callable) -> Verdict:
 # Exercise 8
 
 
-def _by_blocks(
-    x: Tensor,
-    w: Tensor,
-    *,
-    x_scale: Callable = lambda s: s,
-    w_scale: Callable = lambda s: s,
-    x_group: tuple[int, int] = (1, 128),
-    w_group: tuple[int, int] = (128, 128),
-) -> Tensor:
-    def values(t: Tensor, group: tuple[int, int], scaled: Callable) -> Tensor:
-        rows, cols = (g or n for g, n in zip(group, t.shape))
-        blocks = F.pad(t, (0, -t.shape[1] % cols, 0, -t.shape[0] % rows))
-        blocks = blocks.unflatten(1, (-1, cols)).unflatten(0, (-1, rows))
-        scale = (blocks.abs().amax((1, 3), keepdim=True) / 448).clamp(1e-12)
-        codes = _e4m3(blocks / scale)
-        return (codes * scaled(scale)).flatten(2).flatten(0, 1)[: t.shape[0], : t.shape[1]]
-
-    return values(x, x_group, x_scale) @ values(w, w_group, w_scale).T
-
-
 def rebuild(answer: Callable) -> Verdict:
     """x (M, K), w (N, K) -> x w^T by FP8."""
     uneven = _random(7, 300, seed=1) * torch.exp(4 * _random(7, 1, seed=2))
@@ -384,16 +325,16 @@ def rebuild(answer: Callable) -> Verdict:
     cases = [(x, w), (uneven, rows)]
 
     def wrong(**how) -> Callable:
-        return lambda x, w: _by_blocks(x, w, **how)
+        return lambda x, w: slips.by_blocks(x, w, **how)
 
     def only_first(x: Tensor, w: Tensor) -> Tensor:
         whole = x.shape[1] // 128 * 128
-        return _by_blocks(x[:, :whole], w[:, :whole])
+        return slips.by_blocks(x[:, :whole], w[:, :whole])
 
     return judge(
         "rebuild",
         answer,
-        _by_blocks,
+        slips.by_blocks,
         cases,
         {
             "scales multiply; you divide by both": wrong(
@@ -405,6 +346,9 @@ def rebuild(answer: Callable) -> Verdict:
             "the scales of w are missing from the sum": wrong(w_scale=torch.ones_like),
             "no scales in the sum at all": wrong(x_scale=torch.ones_like, w_scale=torch.ones_like),
             "that is one scale for the whole of x": wrong(x_group=(0, 0)),
+            "that is one scale for the whole of x, and one for the whole of w": wrong(
+                x_group=(0, 0), w_group=(0, 0)
+            ),
             "w has a scale for each row and 128 columns; blocks are 128 x 128": wrong(
                 w_group=(1, 128)
             ),

@@ -17,16 +17,16 @@ _ERRORS = LinearSegmentedColormap.from_list("errors", ["#ffffff", VERMILLION, "#
 
 @styled
 def relative_error_figure(
-    sizes: torch.Tensor, errors: Mapping[str, torch.Tensor], ends: Mapping[str, float]
+    edges: torch.Tensor, errors: Mapping[str, torch.Tensor], ends: Mapping[str, float]
 ) -> Figure:
-    """Relative rounding error over the size of a number, and where a format ends.
+    """Largest relative rounding error over the size of a number, and where a format ends.
 
-    sizes: (n,) ascending; errors: name of a format -> (n,), as a share of the number. ends: what
-    stands at a vertical line -> where it is.
+    edges: (n + 1,) of the ranges of sizes; errors: name of a format -> (n,), as a share of the
+    number. ends: what stands at a vertical line -> where it is.
     """
     figure, axes = new_figure(9.2, 3.2)
     for (name, error), colour in zip(errors.items(), (BLUE, ORANGE, GREEN)):
-        axes.plot(sizes, error, color=colour, linewidth=0.9, label=name)
+        axes.stairs(error, edges, color=colour, linewidth=1.6, label=name, baseline=None)
     for words, where in ends.items():
         axes.axvline(where, color=GREY, linestyle=":", linewidth=1)
         axes.text(where, 1.3, " " + words, color=GREY, ha="left", va="bottom", fontsize=9)
@@ -34,9 +34,9 @@ def relative_error_figure(
     axes.set(
         yscale="log",
         ylim=(1e-3, 4),
-        xlim=(float(sizes[0]), float(sizes[-1])),
-        xlabel="size of the number",
-        ylabel="error, as a share of it",
+        xlim=(float(edges[0]), float(edges[-1])),
+        xlabel="size of the number (log scale)",
+        ylabel="largest error, as a share\nof the number (log scale)",
     )
     axes.legend(loc="lower right", ncols=3)
     return figure

@@ -151,11 +151,16 @@ PLANTED = {
         (no_nan, "are NaN, not 480"),
         (no_sign, "the sign bit is not used"),
         (no_bias, "take 7 off"),
+        (
+            lambda c: math.copysign(math.inf, 0.5 - (c > 127)) if c % 128 == 127 else no_nan(c),
+            "no infinity",
+        ),
     ],
     "tile_scales": [
         (lambda x: (tiles_of(x).amax(2) / 448).clamp(1e-12), "take abs()"),
         (lambda x: tiles_of(x).abs().amax(2).clamp(1e-12), "divide them by 448"),
         (lambda x: tiles_of(x).abs().amax(2) / 448, "needs a scale above 0"),
+        (lambda x: 448 / tiles_of(x).abs().amax(2).clamp(448e-12), "amax / 448"),
         (lambda x: (tiles_of(x).abs().amax(2) / 240).clamp(1e-12), "here it is 448"),
         (
             lambda x: x.abs().amax(1, keepdim=True).repeat(1, tiles_of(x).shape[1]) / 448,
@@ -174,7 +179,12 @@ PLANTED = {
         ),
         (believing("Hopper sums all FP8 products of a dot product in FP32"), "about 14 bits"),
     ],
-    "underflow": [(18, "half of the smallest step"), (10, "next to nothing"), (2**19, "exponent")],
+    "underflow": [
+        (18, "half of the smallest step"),
+        (14, "where the damage begins"),
+        (10, "next to nothing"),
+        (2**19, "exponent"),
+    ],
     "wrong_line": [
         (6, "w's columns"),
         (7, "would halve"),
@@ -205,5 +215,13 @@ PLANTED = {
         (product(w_rows=True), "w has a scale for each row"),
         (product(drop=True), "the last block along K"),
         (lambda x, w: x @ w.T, "nothing is rounded"),
+        (
+            lambda x, w: (
+                fp8(x / x.abs().max() * 448)
+                @ fp8(w / w.abs().max() * 448).T
+                * (x.abs().max() * w.abs().max() / 448**2)
+            ),
+            "and one for the whole of w",
+        ),
     ],
 }
