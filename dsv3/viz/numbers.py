@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from dsv3.viz.figure import BLUE, GREEN, GREY, ORANGE, VERMILLION, new_figure, styled
@@ -13,6 +13,7 @@ from dsv3.viz.figure import BLUE, GREEN, GREY, ORANGE, VERMILLION, new_figure, s
 _LINES = (VERMILLION, ORANGE, BLUE, GREEN)
 _MARKS = ("o", "s", "^", "D")
 _ERRORS = LinearSegmentedColormap.from_list("errors", ["#ffffff", VERMILLION, "#5e2a00"])
+_SHARES = BoundaryNorm([0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], _ERRORS.N)
 
 
 @styled
@@ -66,14 +67,18 @@ def outlier_figure(
 def error_map_figure(errors: Mapping[str, torch.Tensor]) -> Figure:
     """Relative error of every value, side by side for several ways to group scales.
 
-    errors: name -> (tokens, channels), shares of the value; 1 is a value lost altogether.
+    errors: name -> (tokens, channels), shares of the value; 1 is a value lost altogether, and what
+    rounding costs any number, up to 1/16, is white.
     """
     figure, axes = new_figure(9.6, 3.4, ncols=len(errors), sharey=True)
     for panel, (title, error) in zip(axes, errors.items()):
-        shown = panel.imshow(error, cmap=_ERRORS, vmin=0, vmax=1, aspect="auto")
+        shown = panel.imshow(
+            error, cmap=_ERRORS, norm=_SHARES, aspect="auto", interpolation="nearest"
+        )
         panel.set(title=title, xlabel="channel")
     axes[0].set(ylabel="token")
-    figure.colorbar(shown, ax=list(axes), label="error, as a share of the value", shrink=0.9)
+    bar = figure.colorbar(shown, ax=list(axes), label="error, as a share of the value")
+    bar.set_ticks(_SHARES.boundaries, labels=["0", "1/16", "1/8", "1/4", "1/2", "1"])
     return figure
 
 
