@@ -67,7 +67,7 @@ def gain_figure(
         ylim=(0.6, 2.0),
     )
     axes.text(
-        texts[0], 0.68, "experts of the second token\nhave to be read", color=GREY, fontsize=9
+        texts[0], 1.28, "experts of the second token\nhave to be read", color=GREY, fontsize=9
     )
     axes.text(texts[-1], 0.68, "arithmetic is full", color=GREY, fontsize=9, ha="right")
     axes.text(
