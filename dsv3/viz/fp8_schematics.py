@@ -282,7 +282,7 @@ def outlier_block(values: Sequence[Sequence[float]] = OUTLIER) -> Scene:
         scene,
         xs[1],
         tops[1] + tall + 22,
-        [("orange", 0.6, "outlier"), ("vermillion", STRONG, "wrong by more than rounding")],
+        [("orange", 0.6, "outlier"), ("vermillion", STRONG, "off by more than 1/16")],
     )
     return scene
 
