@@ -22,12 +22,22 @@ def power_below(size: Fraction) -> int:
     return exponent
 
 
-def cut(terms: list[Fraction], bits: int) -> list[Fraction]:
+def cut(term: Fraction, exponent: int, bits: int) -> Fraction:
+    last = Fraction(2) ** (exponent - bits)
+    return math.trunc(term / last) * last
+
+
+def power_of(*terms: Fraction) -> int:
+    """That of the largest; far below all others if there are zeros alone."""
     largest = max(abs(term) for term in terms)
-    if largest == 0:
-        return terms
-    last = Fraction(2) ** (power_below(largest) - bits)
-    return [math.trunc(term / last) * last for term in terms]
+    return power_below(largest) if largest else -600
+
+
+def power_of_product(a: Fraction, b: Fraction) -> int:
+    """The exponent bits of both codes say it; subnormals have those of 2^-6."""
+    if not a * b:
+        return -600
+    return sum(max(power_below(abs(factor)), -6) for factor in (a, b))
 
 
 def to_fp32(value: Fraction) -> Fraction:
@@ -38,17 +48,22 @@ def to_fp32(value: Fraction) -> Fraction:
 
 
 def summed(x: list[float], w: list[float], chip: Accumulator) -> Fraction:
-    products = [Fraction(a) * Fraction(b) for a, b in zip(x, w)]
+    pairs = [(Fraction(a), Fraction(b)) for a, b in zip(x, w)]
+    bits = chip.fraction_bits
     register = total = Fraction(0)
     waiting = 0
-    while products:
-        group, products = products[: chip.group], products[chip.group :]
+    while pairs:
+        group, pairs = pairs[: chip.group], pairs[chip.group :]
+        largest = max(power_of_product(*pair) for pair in group)
+        terms = [a * b for a, b in group]
         if chip.aligned_with == "products":
-            group = [sum(cut(group, chip.fraction_bits))]
-        register = sum(cut([register, *group], chip.fraction_bits))
-        register = cut([register], chip.fraction_bits)[0]
+            terms = [sum(cut(term, largest, bits) for term in terms)]
+            largest = power_of(*terms)
+        largest = max(largest, power_of(register))
+        register = sum(cut(term, largest, bits) for term in [register, *terms])
+        register = cut(register, power_of(register), bits)
         waiting += chip.group
-        if waiting == chip.promote_every or (chip.promote_every and not products):
+        if waiting == chip.promote_every or (chip.promote_every and not pairs):
             total, register, waiting = to_fp32(total + register), Fraction(0), 0
     return total if chip.promote_every else register
 

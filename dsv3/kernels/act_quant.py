@@ -74,7 +74,8 @@ def act_quant_kernel(
     col = tile * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     where = row[:, None] * cols + col[None, :]
-    x = tl.load(x_ptr + where, mask=inside, other=0.0).to(tl.float32)
+    read = tl.load(x_ptr + where, mask=inside, other=0.0)
+    x = read.to(tl.float32)
 
     amax_bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     scale = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), tl.full((ROWS,), 448.0, tl.float32))
@@ -87,6 +88,13 @@ def act_quant_kernel(
     scale = tl.where(finite, scale, float("nan"))
 
     code = round_to_e4m3(tl.div_rn(x, tl.broadcast_to(divisor[:, None], (ROWS, BLOCK))))
+    # A GPU's division makes every NaN positive, and its conversions may too: the sign is that of
+    # the bits that were read.
+    if read.dtype == tl.float32:
+        sign = read.to(tl.int32, bitcast=True) >> 24
+    else:
+        sign = read.to(tl.int16, bitcast=True).to(tl.int32) >> 8
+    code = (code & 0x7F) | (sign & 0x80)
     tl.store(code_ptr + where, code.to(tl.uint8), mask=inside)
     tl.store(scale_ptr + row * tiles + tile, scale, mask=row < rows)
 
