@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 
 from benchmarks.fp8_gemm import described
+from dsv3.book.measured import SUMS
 from dsv3.fp8.accumulation import READINGS, Accumulator
 
-FILE = Path(__file__).resolve().parents[1] / "assets" / "measurements" / "accumulation.json"
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SIDE = 64  # outputs are SIDE x SIDE; the smallest tile that Hopper multiplies in E4M3
 BITS = range(12, 15)
@@ -111,7 +111,7 @@ def compare(kind: str) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--out", type=Path, default=SUMS)
     chosen = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         print("No GPU that multiplies E4M3 here (Ada, Hopper or later): nothing was measured.")

@@ -6,8 +6,13 @@ from fractions import Fraction
 import pytest
 import torch
 
+from dsv3.book.measured import accumulation_measurement
 from dsv3.errors import DSV3Error
 from dsv3.fp8.accumulation import READINGS, Accumulator
+
+pytest.importorskip("triton", reason="Triton is not installed (there is none for this platform)")
+
+from benchmarks.accumulation import KINDS, inputs
 
 # The oracle: Python's fractions, which are exact, and no torch.
 
@@ -89,6 +94,19 @@ def test_sums_are_those_of_exact_fractions(k, reading, promote_every):
             x, w = codes(6, k, kind=kind).double(), codes(12, k, kind=kind)[6:].double()
             expected = [summed(a, b, chip) for a, b in zip(x.tolist(), w.tolist())]
             assert chip.dot(x, w).tolist() == expected, (bits, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_h200_gave_these_sums(kind):
+    """What its tensor cores answered, with and without promotion, to the last bit."""
+    lines = [line for line in accumulation_measurement()["lines"] if line["inputs"] == kind]
+    assert len(lines) >= 16
+    x, w = inputs(kind)
+    for line in lines:
+        k, chip = line["k"], Accumulator(13, promote_every=128 if line["promoted"] else None)
+        assert chip.dot(x[:1, :k], w[:8, :k]).tolist() == line["sums"], (k, line["promoted"])
+        assert line["equal"]["kernel, accumulator 13"] == 1
+        assert line["equal"]["cublas, accumulator 13"] == 1
 
 
 def test_other_groups_and_promotions():

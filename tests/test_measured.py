@@ -12,6 +12,7 @@ from benchmarks import fp8_gemm
 from dsv3.book import measured
 from dsv3.checkpoint.layout import layout
 from dsv3.config import ModelConfig
+from dsv3.viz import measured_roofline_figure
 
 FIELDS = {"chip", "driver", "date", "torch", "triton", "points"}
 POINT = dict(layer="wo", m=2, n=3, k=128, tflops=2.0, bytes=402, gb_per_s=1.0, bf16_ratio=1.5)
@@ -47,9 +48,17 @@ def test_a_measurement_is_read_and_told(monkeypatch, tmp_path):
     found = measured.fp8_gemm_measurement()
     assert found == MADE_UP
     told = measured.in_words(found)
-    for word in ("X1", "driver 5", "2026-01-02", "torch 2", "Triton 3", "2 TFLOP/s", "1.5 times"):
+    for word in ("X1", "driver 5", "2026-01-02", "torch 2", "Triton 3", "2 TFLOP/s", "1.50 times"):
         assert word in told
-    assert measured.roofline_points(found) == {"wo, 2 tokens": (2 * 2 * 3 * 128 / 402, 2e12)}
+    assert measured.roofline_lines(found) == {"wo": [(2 * 2 * 3 * 128 / 402, 2e12)]}
+
+
+def test_measured_points_sit_under_the_roof():
+    lines = {"wo": [(2.0, 3e12), (500.0, 5e14)]}
+    axes = measured_roofline_figure(lines, flops=1e15, memory=2e12).axes[0]
+    roof, wo = axes.lines[:2]
+    assert list(roof.get_xdata()) == [1, 500, 1e4] and list(roof.get_ydata()) == [2, 1000, 1000]
+    assert list(wo.get_xdata()) == [2, 500] and list(wo.get_ydata()) == [3, 500]
 
 
 @pytest.mark.skipif(not measured.FILE.is_file(), reason="no GPU has measured it yet")

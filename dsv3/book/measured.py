@@ -10,6 +10,9 @@
 
 A point is the block-scaled product of m tokens with one weight; bytes are all operands, scales and
 the result, each counted once; bf16_ratio is how many times as long torch's BF16 product takes.
+
+``benchmarks/accumulation.py`` writes ``accumulation.json`` beside it: how many of a tensor core's
+sums are, bit for bit, those of each emulated reading.
 """
 
 from __future__ import annotations
@@ -19,11 +22,18 @@ import json
 from dsv3.book.ledger import ROOT
 
 FILE = ROOT / "assets" / "measurements" / "fp8_gemm.json"
+SUMS = FILE.with_name("accumulation.json")
 
 
 def fp8_gemm_measurement() -> dict | None:
     """The committed measurement of the FP8 product, as above; None where there is none yet."""
     return json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else None
+
+
+def accumulation_measurement() -> dict:
+    """What a tensor core answered: chip and versions, and "lines", one for each kind of inputs,
+    length k, and with or without promotion: errors, shares of equal sums, the first eight sums."""
+    return json.loads(SUMS.read_text(encoding="utf-8"))
 
 
 def in_words(found: dict | None) -> str:
@@ -38,16 +48,16 @@ def in_words(found: dict | None) -> str:
     return (
         f"Measured on {found['chip']} (driver {found['driver']}), {found['date']}, torch "
         f"{found['torch']}, Triton {found['triton']}: {best['tflops']:.0f} TFLOP/s at best, for "
-        f"{best['m']:,} tokens of {best['layer']}, {best['bf16_ratio']:.1f} times as fast as BF16"
+        f"{best['m']:,} tokens of {best['layer']}, {best['bf16_ratio']:.2f} times as fast as BF16"
     )
 
 
-def roofline_points(found: dict) -> dict[str, tuple[float, float]]:
-    """Name of a point -> (FLOPs per byte, FLOPs a second), for ``viz.roofline_figure``."""
-    return {
-        f"{point['layer']}, {point['m']:,} tokens": (
-            2.0 * point["m"] * point["n"] * point["k"] / point["bytes"],
-            point["tflops"] * 1e12,
+def roofline_lines(found: dict) -> dict[str, list[tuple[float, float]]]:
+    """Layer -> (FLOPs per byte, FLOPs a second) of its products, for the figure of the roofline."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for point in found["points"]:
+        flops = 2.0 * point["m"] * point["n"] * point["k"]
+        lines.setdefault(point["layer"], []).append(
+            (flops / point["bytes"], point["tflops"] * 1e12)
         )
-        for point in found["points"]
-    }
+    return lines

@@ -41,6 +41,7 @@ from dsv3.viz.model_map import PARTS, model_map
 from dsv3.viz.numbers import (
     accumulation_figure,
     error_map_figure,
+    measured_roofline_figure,
     outlier_figure,
     relative_error_figure,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "kept_directions_figure",
     "load_history_figure",
     "loss_by_position_figure",
+    "measured_roofline_figure",
     "memory_per_rank_figure",
     "model_map",
     "new_figure",

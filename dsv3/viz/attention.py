@@ -220,14 +220,12 @@ def cache_lines_figure(
 
 
 @styled
-def roofline_figure(
-    points: Mapping[str, float | tuple[float, float]], flops: float, memory: float
-) -> Figure:
+def roofline_figure(points: Mapping[str, float], flops: float, memory: float) -> Figure:
     """FLOPs a second that a GPU can reach, by the FLOPs that work does for each byte it moves.
 
-    points: name of a piece of work -> its FLOPs a byte; the point then sits on the roof, the best
-    that the GPU can do there. Or -> (FLOPs a byte, FLOPs a second), where it was measured. flops,
-    memory: FLOPs and bytes a second of the GPU. Both axes are logarithmic.
+    points: name of a piece of work -> its FLOPs a byte; flops, memory: FLOPs and bytes a second
+    of the GPU. Each point sits on the roof, the best that the GPU can do there. Both axes are
+    logarithmic.
     """
     figure, axes = new_figure(8, 4.0)
     ridge, left, right = flops / memory, 0.5, 1e4
@@ -246,12 +244,8 @@ def roofline_figure(
     axes.text(
         right / 1.15, flops / 1e12 * 1.5, "waits for arithmetic", fontsize=8, color=GREY, ha="right"
     )
-    lowest = left * memory / 1e12
-    for number, (name, point) in enumerate(points.items()):
-        measured = isinstance(point, tuple)
-        intensity, reached = point if measured else (point, min(flops, point * memory))
-        height = reached / 1e12
-        lowest = min(lowest, height / 2)
+    for number, (name, intensity) in enumerate(points.items()):
+        height = min(flops, intensity * memory) / 1e12
         colour, mark = _LINES[number % len(_LINES)], _MARKS[number % len(_MARKS)]
         axes.plot(
             [intensity],
@@ -266,7 +260,7 @@ def roofline_figure(
         xscale="log",
         yscale="log",
         xlim=(left, right),
-        ylim=(lowest, 2.8 * flops / 1e12),
+        ylim=(left * memory / 1e12, 2.8 * flops / 1e12),
         xlabel="arithmetic intensity, FLOP per byte moved (log scale)",
         ylabel="attainable TFLOP/s (log scale)",
     )

@@ -107,3 +107,44 @@ def accumulation_figure(
     axes.minorticks_off()
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
+
+
+@styled
+def measured_roofline_figure(
+    lines: Mapping[str, Sequence[tuple[float, float]]], flops: float, memory: float
+) -> Figure:
+    """FLOPs a second that were measured, under the best that the chip can do.
+
+    lines: name of a layer -> (FLOPs a byte, FLOPs a second) of its products; flops, memory: FLOPs
+    and bytes a second of the chip. Both axes are logarithmic.
+    """
+    figure, axes = new_figure(8, 3.6)
+    left, ridge, right = 1.0, flops / memory, 1e4
+    axes.plot(
+        [left, ridge, right],
+        [left * memory / 1e12, flops / 1e12, flops / 1e12],
+        color=GREY,
+        linewidth=2,
+        label="the chip's limit",
+    )
+    for (name, points), colour, mark in zip(lines.items(), _LINES, _MARKS):
+        axes.plot(
+            [intensity for intensity, _ in points],
+            [reached / 1e12 for _, reached in points],
+            color=colour,
+            marker=mark,
+            markersize=5,
+            label=name,
+        )
+    axes.axvline(ridge, color=GREY, linestyle=":", linewidth=1)
+    axes.text(ridge / 1.1, 1.0, "waits for memory", ha="right", fontsize=8, color=GREY)
+    axes.text(ridge * 1.1, 1.0, "waits for arithmetic", fontsize=8, color=GREY)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(left, right),
+        xlabel="FLOP per byte moved (log scale)",
+        ylabel="TFLOP/s (log scale)",
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
