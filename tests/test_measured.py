@@ -36,12 +36,6 @@ def test_bytes_are_those_of_all_operands_once():
     assert fp8_gemm.bytes_moved(2, 130, 300) == 600 + 24 + 39_000 + 24 + 1040
 
 
-def test_without_a_measurement_it_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(measured, "FILE", tmp_path / "fp8_gemm.json")
-    assert measured.fp8_gemm_measurement() is None
-    assert measured.in_words(None).startswith("No measurement on a GPU exists yet.")
-
-
 def test_a_measurement_is_read_and_told(monkeypatch, tmp_path):
     monkeypatch.setattr(measured, "FILE", tmp_path / "fp8_gemm.json")
     measured.FILE.write_text(json.dumps(MADE_UP))
@@ -61,7 +55,6 @@ def test_measured_points_sit_under_the_roof():
     assert list(wo.get_xdata()) == [2, 500] and list(wo.get_ydata()) == [3, 500]
 
 
-@pytest.mark.skipif(not measured.FILE.is_file(), reason="no GPU has measured it yet")
 def test_the_committed_measurement_adds_up():
     found = measured.fp8_gemm_measurement()
     assert set(found) >= FIELDS and found["points"]

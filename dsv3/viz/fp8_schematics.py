@@ -12,16 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dsv3.fp8.formats import (
-    E4M3_MAX,
-    E5M6_MAX,
-    block_scale,
-    decode_e4m3,
-    encode_e4m3,
-    encode_scale,
-    next_power_of_two,
-    round_e5m6,
-)
+from dsv3.fp8.formats import E4M3_MAX, block_scale, decode_e4m3, encode_e4m3
+from dsv3.fp8.small_floats import BF16, E4M3, E5M2, E5M6, UE8M0
 from dsv3.viz.scene import Scene
 from dsv3.viz.schematic import (
     SMALL,
@@ -53,17 +45,13 @@ def _e4m3(value: float) -> tuple[int, float]:
 
 def _written(value: float) -> list[tuple[str, str, int, float, float]]:
     """For each format: name, bits, how many are exponent, the number they are, the largest."""
-    x = torch.tensor([value], dtype=torch.float32)
-    brain, e5m6, e5m2 = x.bfloat16(), round_e5m6(x).half(), x.to(torch.float8_e5m2)
-    code, near = _e4m3(value)
-    scale = next_power_of_two(x)
-    return [
-        ("BF16", _bits(int(brain.view(torch.uint16)), 16), 8, float(brain), 3.39e38),
-        ("E5M6", _bits(int(e5m6.view(torch.uint16)) >> 4, 12), 5, float(e5m6), E5M6_MAX),
-        ("E5M2", _bits(int(e5m2.view(torch.uint8)), 8), 5, float(e5m2), 57344.0),
-        ("E4M3", _bits(code, 8), 4, near, E4M3_MAX),
-        ("ue8m0", _bits(int(encode_scale(scale, torch.uint8)), 8), 8, float(scale), 2.0**127),
-    ]
+    rows = []
+    for each in (BF16, E5M6, E5M2, E4M3, UE8M0):
+        code = each.encode(value)
+        name = each.name.lower() if each.is_scale else each.name
+        bits = _bits(code, each.bits)
+        rows.append((name, bits, each.exponent_bits, each.value(code), each.largest))
+    return rows
 
 
 def bits_of(value: float = 11.4) -> Scene:
