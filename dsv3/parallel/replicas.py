@@ -133,7 +133,10 @@ def _check(experts: int, replicas: int, groups: int, nodes: int, gpus: int) -> N
     ):
         if value < 1 or whole % value:
             raise DSV3Error(
-                "a plan that cannot be", where=name, found=value, expected=f"a divisor of {whole} {of}"
+                "a plan that cannot be",
+                where=name,
+                found=value,
+                expected=f"a divisor of {whole} {of}",
             )
     if replicas < experts:
         raise DSV3Error(

@@ -75,7 +75,9 @@ def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
         ranks,
         micro_batches,
         tuple(
-            tuple((Work(kind, rank, micro),) for kind, micro in _in_turn(ranks, rank, micro_batches))
+            tuple(
+                (Work(kind, rank, micro),) for kind, micro in _in_turn(ranks, rank, micro_batches)
+            )
             for rank in range(ranks)
         ),
     )
@@ -211,9 +213,7 @@ def _dual(
     return tuple(order)
 
 
-def _check(
-    name: str, ranks: int, micro_batches: int, at_least: int, even: bool = False
-) -> None:
+def _check(name: str, ranks: int, micro_batches: int, at_least: int, even: bool = False) -> None:
     if ranks < 1 or (even and ranks % 2):
         raise DSV3Error(
             f"{name} cannot run on so many ranks",

@@ -11,8 +11,11 @@ are equal. Nothing else is assumed, and so the table's formulae come out of the 
 of going in: they are in ``bubble_formula`` and the tests compare the two.
 
 F, B, W are times of a forward, of a *whole* backward, and of the part of it that makes weight
-gradients; F&B is a forward and a backward that overlap. In DualPipe the ranks in the middle wait
-less than the formula says when F&B is shorter than F + B; the worst rank waits just as long.
+gradients; F&B is a forward and a backward that overlap. 1F1B's formula holds for
+any of them. The others hold where the gradient of an input takes as long as a forward, B - W = F
+(the same multiplications), and that of the weights no longer, W <= F; elsewhere the orders wait
+more, or a little less, than the formulae say. When F&B is shorter than F + B, DualPipe's outer
+ranks wait less than those in the middle, which wait as long as it says.
 """
 
 from __future__ import annotations
