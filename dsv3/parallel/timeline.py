@@ -172,8 +172,8 @@ def simulate(schedule: Schedule, durations: Durations = Durations()) -> Timeline
             while len(events[rank]) < len(order):
                 step = order[len(events[rank])]
                 needed = [before for work in step for before in _needs(work, schedule.stages)]
-                ready = [_when(finished, before) for before in needed]
-                if None in ready:
+                ready = [end for before in needed if (end := _when(finished, before)) is not None]
+                if len(ready) < len(needed):
                     break
                 start = max([free[rank], *ready])
                 end = start + durations.of(step)
