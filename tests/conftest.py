@@ -15,6 +15,7 @@ SHAPED = [
     "dsv3.grouped",
     "dsv3.precision",
     "dsv3.layers",
+    "dsv3.parallel.collectives",
     "dsv3.attention",
     "dsv3.cache",
     "dsv3.mla",

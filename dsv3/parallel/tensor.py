@@ -39,7 +39,8 @@ class TensorGroup:
 
     A group of size one is the same object with collectives that do nothing.
 
-    rank, size: my number and how many we are; device: where my tensors live; bytes_sent: payload
+    rank, size: my number and how many we are; process_group: torch's (None: one process); device:
+    where my tensors live; bytes_sent: payload
     this rank has sent since it was made, by the ring algorithms' count: 2 (N-1)/N of the tensor
     for an all-reduce, N-1 times my part for an all-gather.
     """
@@ -48,7 +49,7 @@ class TensorGroup:
         self, rank: int = 0, size: int = 1, process_group=None, device: torch.device | str = "cpu"
     ):
         self.rank, self.size, self.device = rank, size, torch.device(device)
-        self._process_group = process_group
+        self.process_group = process_group
         self.bytes_sent = 0
 
     @classmethod
@@ -78,8 +79,8 @@ class TensorGroup:
 
     def close(self) -> None:
         """Leave the group together; to be called last on every rank, and not after a failure."""
-        if self._process_group is not None and dist.is_initialized():
-            dist.barrier(group=self._process_group)  # nobody hangs up while another still listens
+        if self.process_group is not None and dist.is_initialized():
+            dist.barrier(group=self.process_group)  # nobody hangs up while another still listens
             dist.destroy_process_group()
 
     def split(self, count: int, what: str) -> int:
@@ -108,7 +109,7 @@ class TensorGroup:
         self.bytes_sent += 2 * (self.size - 1) * x.nbytes // self.size
 
         def summed(x):
-            dist.all_reduce(x, group=self._process_group)
+            dist.all_reduce(x, group=self.process_group)
             return x
 
         return without_backward(summed, x, **_NO_GRADIENT)
@@ -124,7 +125,7 @@ class TensorGroup:
 
         def gathered(x):
             parts = [torch.empty_like(x) for _ in range(self.size)]
-            dist.all_gather(parts, x.contiguous(), group=self._process_group)
+            dist.all_gather(parts, x.contiguous(), group=self.process_group)
             return torch.cat(parts, dim=-1)
 
         return without_backward(gathered, x, **_NO_GRADIENT)
@@ -133,7 +134,7 @@ class TensorGroup:
         """Rank ``src``'s x on every rank, in place."""
         if self.size > 1:
             self.bytes_sent += x.nbytes if self.rank == src else 0
-            dist.broadcast(x, src, group=self._process_group)
+            dist.broadcast(x, src, group=self.process_group)
         return x
 
     def broadcast_object(self, value, src: int = 0):
@@ -146,10 +147,10 @@ class TensorGroup:
             return value
         text = json.dumps(value).encode() if self.rank == src else b""
         length = torch.tensor([len(text)], device=self.device)
-        dist.broadcast(length, src, group=self._process_group)
+        dist.broadcast(length, src, group=self.process_group)
         data = torch.zeros(int(length), dtype=torch.uint8, device="cpu")
         if self.rank == src:
             data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         data = data.to(self.device)
-        dist.broadcast(data, src, group=self._process_group)
+        dist.broadcast(data, src, group=self.process_group)
         return json.loads(bytes(data.tolist()))
