@@ -62,7 +62,7 @@ def test_by_hand_equals_the_library_and_sends_what_the_formula_says(ranks, rows)
     for name in by_rank[0]:
         sent = 0
         for found in by_rank:
-            ours, theirs, bytes_, messages, nbytes = found[name]
+            ours, theirs, bytes_, _, nbytes = found[name]
             assert np.array_equal(ours, theirs), name
             sent += sum(bytes_.values())
         formula = getattr(traffic, f"{name}_bytes")(nbytes, ranks)
