@@ -7,7 +7,8 @@ reader would see stands in its marks.
 
 Lengths are in pixels of the live picture, y grows downwards. Colours are names, since the live
 picture has to be read on dark pages too: "ink" and "soft" for text, "line" for thin lines, "pale"
-for backgrounds, "grey", and the names of Okabe and Ito's colours.
+for backgrounds, "grey", and the names of Okabe and Ito's colours. "white" and "black" are the same
+on every page: for text on a colour.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ COLOURS = {
     "pale": "#f1f1f1",
     "paper": "#ffffff",
     "white": "#ffffff",
+    "black": book.BLACK,
     "grey": "#9d9d9d",
     "blue": book.BLUE,
     "orange": book.ORANGE,
