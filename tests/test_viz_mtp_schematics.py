@@ -5,6 +5,7 @@ That nothing on them is cut or covered is held for all schematics in ``test_viz_
 
 import pytest
 
+from dsv3 import costs
 from dsv3.config import ModelConfig
 from dsv3.viz import drafting_schematics as drafting
 from dsv3.viz import mtp_schematics as mtp
@@ -143,7 +144,7 @@ def test_kept_and_missing_make_up_p():
 def test_a_busy_batch_waits_for_arithmetic_and_a_lonely_text_for_memory():
     large = ModelConfig.deepseek_v3()
     # By hand: 36.6 billion weights, a byte each at 3.35 TB/s, two FLOPs each at 1,978 TFLOP/s.
-    (read, multiply), (full_read, full_multiply) = drafting.pass_milliseconds(large, [1, 8192])
+    (read, multiply), (full_read, full_multiply) = costs.pass_milliseconds(large, [1, 8192])
     assert read == pytest.approx(36.625618432 / 3.35, rel=1e-6)
     assert multiply == pytest.approx(2 * 36.625618432 / 1978, rel=1e-6)
     whole = 671.026419 - 129280 * 7168 / 1e9  # all weights but the embedding

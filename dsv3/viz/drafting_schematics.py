@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsv3 import costs
-from dsv3.checkpoint.layout import layout
 from dsv3.config import ModelConfig
 from dsv3.viz.scene import Scene, text_width
 from dsv3.viz.schematic import SMALL, WIDTH, arrow, bracket, headline, legend, number
@@ -299,27 +298,6 @@ def _rule_alt(words, p, q, kept, missing) -> str:
 # What it costs ----------------------------------------------------------------------------------
 
 
-def pass_milliseconds(config: ModelConfig, tokens: Sequence[int]) -> list[tuple[float, float]]:
-    """(reading the weights, multiplying) for each number of tokens: least times of a pass, H800.
-
-    Weights in FP8, one byte each, of which all experts are read that at least one token chose;
-    products at FP8's rate, twice that of BF16. Attention, its cache and all traffic are left out.
-    """
-    weights = [t for t in layout(config) if t.part == "main" and not t.scale_of]
-    routed = sum(t.numel for t in weights if t.expert is not None)
-    # Of the embedding a token reads one row.
-    others = sum(t.numel for t in weights if t.expert is None)
-    others -= config.vocab_size * config.hidden_size
-    share = config.num_experts_per_tok / config.n_routed_experts
-    times = []
-    for n in tokens:
-        awake = 1 - (1 - share) ** n
-        read = (others + awake * routed) / costs.H800_BYTES
-        multiply = 2 * (others + share * routed) * n / (2 * costs.H800_FLOPS)
-        times.append((1e3 * read, 1e3 * multiply))
-    return times
-
-
 def busy_batch(batches: Sequence[int] = (1, 256, 4096), config: ModelConfig | None = None) -> Scene:
     """A pass with one and with two tokens for each text: reading the weights against arithmetic.
 
@@ -328,7 +306,7 @@ def busy_batch(batches: Sequence[int] = (1, 256, 4096), config: ModelConfig | No
     if not 1 <= len(batches) <= 4 or min(batches) < 1:
         raise ValueError(f"1 to 4 numbers of texts from 1 on, not {list(batches)}")
     config = config or ModelConfig.deepseek_v3()
-    each = pass_milliseconds(config, [n * texts for texts in batches for n in (1, 2)])
+    each = costs.pass_milliseconds(config, [n * texts for texts in batches for n in (1, 2)])
     times = list(zip(each[::2], each[1::2]))
     ratios = [max(two) / max(one) for one, two in times]
     longest = max(max(pair) for both in times for pair in both)

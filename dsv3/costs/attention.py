@@ -1,62 +1,11 @@
-"""What a model costs, by arithmetic: bytes remembered, multiplications done, groups visited.
-
-No tensor is made here, so the 671B model is counted as quickly as the small one. Two rules hold
-everywhere. A multiplication with its addition counts as two floating-point operations (FLOPs).
-Bytes are those that have to come from or go to a GPU's memory if everything else stays on chip.
-
-Time follows from both. A processor that does F FLOPs and moves B bytes a second needs at least
-max(flops / F, bytes / B). Work with fewer than F / B FLOPs a byte waits for memory, work with
-more waits for arithmetic; F / B is the ``ridge_point``.
-"""
+"""What attention remembers and what it does, in the forms of chapters 1 and 2."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import comb
 
 from dsv3.config import ModelConfig
-
-BF16_BYTES = 2
-# Dense BF16 FLOPs and bytes of memory traffic a second of one H800 (NVIDIA's data sheet).
-H800_FLOPS, H800_BYTES = 989e12, 3.35e12
-# Bytes of its memory: "80 GB" on the label are 81,559 MiB in the driver's report.
-H800_MEMORY = 81_559 * 2**20
-
-
-@dataclass(frozen=True)
-class Cost:
-    """FLOPs done and bytes moved; costs add up."""
-
-    flops: float
-    bytes: float
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
-
-    @property
-    def intensity(self) -> float:
-        """FLOPs for each byte moved."""
-        return self.flops / self.bytes
-
-    def seconds(
-        self, flops_per_second: float = H800_FLOPS, bytes_per_second: float = H800_BYTES
-    ) -> float:
-        """The least time, with arithmetic and memory fully overlapped."""
-        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
-
-
-def ridge_point(
-    flops_per_second: float = H800_FLOPS, bytes_per_second: float = H800_BYTES
-) -> float:
-    """FLOPs a byte at which arithmetic and memory take equally long: 295 for an H800 in BF16."""
-    return flops_per_second / bytes_per_second
-
-
-def linear(rows: int, inputs: int, outputs: int, itemsize: float = BF16_BYTES) -> Cost:
-    """A product (rows, inputs) x (inputs, outputs): the weight is read once for all rows."""
-    moved = rows * inputs + inputs * outputs + rows * outputs
-    return Cost(2 * rows * inputs * outputs, moved * itemsize)
-
+from dsv3.costs.roofline import BF16_BYTES, Cost
 
 # What attention remembers ---------------------------------------------------------------------
 
@@ -177,18 +126,3 @@ def break_even_queries(config: ModelConfig, keys: int | None = None) -> float:
     wider = 2 * c.kv_lora_rank - c.qk_nope_head_dim - c.v_head_dim
     denominator = wider if keys is None else wider + up / keys
     return up / denominator if denominator > 0 else float("inf")
-
-
-# Where tokens go ------------------------------------------------------------------------------
-
-
-def expected_groups(config: ModelConfig) -> float:
-    """Groups that a token's K_r experts lie in, on average, if any K_r are equally likely and
-    no limit is set: 5.29 of 8 for the released sizes. With the limit it is at most topk_group.
-
-    A group is missed when all K_r experts come from the others.
-    """
-    c = config
-    others = c.n_routed_experts - c.n_routed_experts // c.n_group
-    missed = comb(others, c.num_experts_per_tok) / comb(c.n_routed_experts, c.num_experts_per_tok)
-    return c.n_group * (1 - missed)
