@@ -69,7 +69,7 @@ class Schedule:
 
 def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
     """1F1B. Rank r runs ranks - 1 - r forwards ahead, then one forward and one backward in turn."""
-    _check("1F1B", ranks, micro_batches, at_least=1)
+    _check("1F1B", ranks, micro_batches)
     return Schedule(
         "1F1B",
         ranks,
@@ -89,7 +89,7 @@ def zb1p(ranks: int, micro_batches: int) -> Schedule:
     As 1F1B, but a backward is only the gradient of the input; rank r is r weight gradients behind
     and catches up at the end, where it would wait.
     """
-    _check("ZB1P", ranks, micro_batches, at_least=ranks)
+    _check("ZB1P", ranks, micro_batches)
     orders = []
     for rank in range(ranks):
         order, owed = [], []
@@ -110,7 +110,7 @@ def dualpipe(ranks: int, micro_batches: int) -> Schedule:
     Half of the micro-batches go each way. Raises DSV3Error unless both numbers are even and there
     are at least two micro-batches for each rank.
     """
-    _check("DualPipe", ranks, micro_batches, at_least=2 * ranks, even=True)
+    _check("DualPipe", ranks, micro_batches, even=True)
     orders = []
     for rank in range(ranks):
         # A rank of the second half does what its mirror image does, with the directions exchanged.
@@ -128,7 +128,7 @@ def dualpipe_v(ranks: int, micro_batches: int) -> Schedule:
 
     Raises DSV3Error for fewer than two micro-batches for each rank.
     """
-    _check("DualPipeV", ranks, micro_batches, at_least=2 * ranks)
+    _check("DualPipeV", ranks, micro_batches)
     return Schedule(
         "DualPipeV",
         2 * ranks,
@@ -141,6 +141,11 @@ def dualpipe_v(ranks: int, micro_batches: int) -> Schedule:
 
 
 SCHEDULES = {"1F1B": one_f_one_b, "ZB1P": zb1p, "DualPipe": dualpipe, "DualPipeV": dualpipe_v}
+
+
+def fewest_micro_batches(name: str, ranks: int) -> int:
+    """That a schedule can run: enough to fill the pipeline."""
+    return max(1, ranks * {"1F1B": 0, "ZB1P": 1, "DualPipe": 2, "DualPipeV": 2}[name])
 
 
 def _in_turn(ranks: int, rank: int, micro_batches: int) -> Iterator[tuple[str, int]]:
@@ -213,7 +218,7 @@ def _dual(
     return tuple(order)
 
 
-def _check(name: str, ranks: int, micro_batches: int, at_least: int, even: bool = False) -> None:
+def _check(name: str, ranks: int, micro_batches: int, even: bool = False) -> None:
     if ranks < 1 or (even and ranks % 2):
         raise DSV3Error(
             f"{name} cannot run on so many ranks",
@@ -221,6 +226,7 @@ def _check(name: str, ranks: int, micro_batches: int, at_least: int, even: bool 
             found=ranks,
             expected="an even number" if even else "1 or more",
         )
+    at_least = fewest_micro_batches(name, ranks)
     if micro_batches < at_least or (even and micro_batches % 2):
         raise DSV3Error(
             f"{name} cannot run so many micro-batches",

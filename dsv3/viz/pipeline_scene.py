@@ -98,12 +98,15 @@ def _formulae(timeline: Timeline, durations: Durations | None, unit: str) -> str
     schedule = timeline.schedule
     if durations is None or schedule.name not in BUBBLES:
         return "Bubble: of the rank that waits longest; activations: of one stage and micro-batch"
-    bubble = _time(bubble_formula(schedule.name, schedule.stages, durations), unit)
+    bubble = bubble_formula(schedule.name, schedule.stages, durations)
     held = activation_formula(schedule.name, schedule.stages)
     overlap = f", F&B = {_number(durations.both)}" if schedule.name.startswith("Dual") else ""
+    exact = math.isclose(bubble, timeline.bubble, abs_tol=1e-9)
     return (
-        f"The formulae, with PP = {schedule.stages} stages{overlap}: bubble "
-        f"{BUBBLES[schedule.name]} = {bubble}, activations {ACTIVATIONS[schedule.name]} = {held}"
+        f"By table 2, with PP = {schedule.stages} stages{overlap}: bubble "
+        f"{BUBBLES[schedule.name]} = {_time(bubble, unit)}"
+        f"{'' if exact else ' (exact where B − W = F ≥ W)'}, "
+        f"activations {ACTIVATIONS[schedule.name]} = {held}"
     )
 
 
@@ -392,7 +395,7 @@ def _memory(
         x += 54 + text_width(words, 12)
     if known:
         scene.line((x, top - 20), (x + 24, top - 20), stroke="ink", dashed=True)
-        words = f"by the formula: {ACTIVATIONS[schedule.name]} = {by_table}"
+        words = f"by table 2: {ACTIVATIONS[schedule.name]} = {by_table}"
         scene.text(x + 30, top - 20, words, fill="soft")
         scene.line((LEFT, height(by_table)), (RIGHT, height(by_table)), stroke="ink", dashed=True)
     step = next(step for step in (1, 2, 5, 10, 20, 50) if most / step <= 6)

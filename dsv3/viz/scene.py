@@ -16,7 +16,7 @@ from __future__ import annotations
 import base64
 import io
 import unicodedata
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy
@@ -204,7 +204,7 @@ class Scene:
 
 def _plain(mark: Mark) -> dict:
     values = {"kind": type(mark).__name__.lower()}
-    for name, value in asdict(mark).items():
+    for name, value in vars(mark).items():
         if value not in (None, False, "", 0.0):
             values[name] = round(value, 2) if isinstance(value, float) else value
     if isinstance(mark, (Line, Polygon)):

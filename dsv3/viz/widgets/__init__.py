@@ -12,6 +12,8 @@ from dsv3.viz.widgets.explorer import RoutingExplorer
 from dsv3.viz.widgets.kv_calculator import KVCacheCalculator
 from dsv3.viz.widgets.microscope import ScaleMicroscope
 from dsv3.viz.widgets.number_line import NumberLine
+from dsv3.viz.widgets.placement import PlacementExplorer
+from dsv3.viz.widgets.timeline import TimelineExplorer
 
 __all__ = [
     "DraftExplorer",
@@ -19,6 +21,8 @@ __all__ = [
     "KVCacheCalculator",
     "LoadBalanceSimulator",
     "NumberLine",
+    "PlacementExplorer",
     "RoutingExplorer",
     "ScaleMicroscope",
+    "TimelineExplorer",
 ]
