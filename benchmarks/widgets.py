@@ -26,43 +26,20 @@ from pathlib import Path
 import nbformat
 import torch
 
-from dsv3 import load_model, load_tokenizer
 from dsv3.commands import doctor
-from dsv3.viz.widgets import (
-    DraftExplorer,
-    KVCacheCalculator,
-    LoadBalanceSimulator,
-    NumberLine,
-    RoutingExplorer,
-    ScaleMicroscope,
-    balance,
-)
+from dsv3.viz.widgets import balance
 
-ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "assets" / "dsv3-mini"
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import every_widget
+
 MOVES = 20
 
-SETUP = f"""\
+PREPARE = f"""\
 import torch
-from dsv3 import load_model, load_tokenizer
-from dsv3.viz.widgets import DraftExplorer, KVCacheCalculator, LoadBalanceSimulator, NumberLine
-from dsv3.viz.widgets import RoutingExplorer, ScaleMicroscope, balance
+{every_widget.SETUP}
+from dsv3.viz.widgets import balance
 balance._run = balance._run.__wrapped__
-torch.set_num_threads(1)
-model, tokenizer = load_model({str(MODEL)!r}, precision="fp32"), load_tokenizer({str(MODEL)!r})"""
-# Title, the code of its cell, and the slider that is moved in the browser.
-WIDGETS = [
-    (
-        "Routing explorer",
-        'RoutingExplorer(model, tokenizer, "To be, or not to be")',
-        "Bias strength",
-    ),
-    ("KV-cache calculator", "KVCacheCalculator()", "Tokens a text"),
-    ("Load-balancing simulator", "LoadBalanceSimulator()", "Skew of experts"),
-    ("Number line", "NumberLine()", "Drag the value"),
-    ("Scale microscope", f"ScaleMicroscope({str(MODEL)!r})", "Layer"),
-    ("Draft explorer", 'DraftExplorer(model, tokenizer, "To be, or not to be")', "Stage"),
-]
+torch.set_num_threads(1)"""
 # From the key that is pressed next to the frame that shows another picture of this title.
 WATCH = """title => { window.painted = new Promise(resolve => {
     const find = () => document.querySelector(`.dsv3-drawing svg[aria-label^="${title}"]`);
@@ -120,6 +97,17 @@ def moves(title: str, widget) -> Iterator[Callable[[], None]]:
             "show": ["tensor", "value", "exponent"],
         },
         "Draft explorer": {"number": [2, 5, 9], "stage": [0, 1, 2, 3]},
+        "Timeline explorer": {
+            "schedule": ["ZB1P", "DualPipe", "DualPipeV"],
+            "micro_batches": [24, 20],
+            "overlap": [50, 0],
+            "rank": [1, 2, 3],
+        },
+        "Placement explorer": {
+            "replicas": [24, 16, 32],
+            "policy": ["global", "hierarchical"],
+            "gpus": [4, 8],
+        },
     }[title]
     turns = [cycle([(name, value) for value in row]) for name, row in values.items()]
     for name, value in chain.from_iterable(zip(*turns)):
@@ -131,19 +119,12 @@ def moves(title: str, widget) -> Iterator[Callable[[], None]]:
 
 
 def in_python() -> Iterator[tuple[str, float, list[float]]]:
-    model, tokenizer = load_model(MODEL, precision="fp32"), load_tokenizer(MODEL)
-    makers = [
-        lambda: RoutingExplorer(model, tokenizer, "To be, or not to be"),
-        KVCacheCalculator,
-        LoadBalanceSimulator,
-        NumberLine,
-        lambda: ScaleMicroscope(MODEL),
-        lambda: DraftExplorer(model, tokenizer, "To be, or not to be"),
-    ]
-    for (title, _, _), make in zip(WIDGETS, makers):
+    defined = every_widget.names()
+    for title in every_widget.CASES:
+        make = partial(every_widget.make, title, defined)
         first = milliseconds(make)
         yield title, first, [milliseconds(move) for move in islice(moves(title, make()), MOVES)]
-    drafts = DraftExplorer(model, tokenizer, "To be, or not to be")
+    drafts = every_widget.make("Draft explorer", defined)
 
     def write(seed: int) -> None:
         drafts.seed.value = seed
@@ -153,17 +134,16 @@ def in_python() -> Iterator[tuple[str, float, list[float]]]:
 
 
 def in_browser() -> Iterator[tuple[str, float, list[float]]]:
-    sys.path.insert(0, str(ROOT / "tests"))
     from lab import JupyterLab, Notebook, open_browser
 
     with tempfile.TemporaryDirectory() as folder:
-        for title, code, _ in WIDGETS:
-            cells = [nbformat.v4.new_code_cell(cell) for cell in (SETUP, code)]
+        for title, case in every_widget.CASES.items():
+            cells = [nbformat.v4.new_code_cell(cell) for cell in (PREPARE, case.code)]
             notebook = nbformat.v4.new_notebook(cells=cells)
             notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
             nbformat.write(notebook, Path(folder) / f"{title}.ipynb")
         with JupyterLab(Path(folder)) as lab, open_browser() as browser:
-            for title, _, slider in WIDGETS:
+            for title, case in every_widget.CASES.items():
                 page = Notebook(browser, lab, f"{title}.ipynb")
                 page.select(0)
                 page.page.keyboard.press("Shift+Enter")
@@ -172,7 +152,7 @@ def in_browser() -> Iterator[tuple[str, float, list[float]]]:
                 page.page.evaluate(WATCH, title)
                 page.page.keyboard.press("Shift+Enter")
                 first = page.page.evaluate("window.painted")
-                handle, times = page.slider(title, slider).locator("[role='slider']"), []
+                handle, times = page.slider(title, case.slider).locator("[role='slider']"), []
                 handle.focus()
                 for key in islice(cycle(["ArrowLeft", "ArrowRight"]), MOVES):
                     page.page.wait_for_timeout(100)  # one move at a time

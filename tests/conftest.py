@@ -60,6 +60,21 @@ def as_in_use(monkeypatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium. Without one the test is skipped, except where DSV3_NEED_BROWSER is set (as
+    .ci/run does): there a missing browser is a failure."""
+    from lab import open_browser
+
+    from dsv3.commands import doctor
+
+    if doctor.browser() is None:
+        reason = f"no browser found, looked for {', '.join(doctor.BROWSERS)}"
+        (pytest.fail if os.environ.get("DSV3_NEED_BROWSER") else pytest.skip)(reason)
+    with open_browser() as chromium:
+        yield chromium
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A random model with its own tokenizer, in the released layout, in FP8, under 2 MB.

@@ -1,48 +1,34 @@
 """What a reader sees and does: a real JupyterLab in a real browser, moved by the keyboard.
 
-Needs Chromium. Without one these tests are skipped, except where DSV3_NEED_BROWSER is set (as
-.ci/run does): there a missing browser is a failure.
+Needs Chromium (the fixture ``browser`` of conftest.py).
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
 
+import every_widget
 import nbformat
 import pytest
-from lab import JupyterLab, Notebook, check_shown, open_browser
+from lab import JupyterLab, Notebook, check_shown
 
 from dsv3 import load_model, load_tokenizer
 from dsv3.book.saved import clean
-from dsv3.commands import doctor
 from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-TEXT = "To be, or not to be"
-
-CELLS = [
-    f"""\
-from dsv3 import load_model, load_tokenizer
-from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer
-model = load_model("../assets/dsv3-mini", precision="fp32")
-tokenizer = load_tokenizer("../assets/dsv3-mini")
-RoutingExplorer(model, tokenizer, {TEXT!r})""",
-    "KVCacheCalculator()",
-    "LoadBalanceSimulator()",
-]
+WIDGETS = ("Routing explorer", "KV-cache calculator", "Load-balancing simulator")
+CELLS = [every_widget.CASES[title].code for title in WIDGETS]
+CELLS[0] = f"{every_widget.SETUP}\n{CELLS[0]}"
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory) -> Path:
+def book(tmp_path_factory, browser) -> Path:
     """A copy of the book's folder, so that nothing stored is touched, with one more notebook."""
-    if doctor.browser() is None:
-        reason = f"no browser found, looked for {', '.join(doctor.BROWSERS)}"
-        (pytest.fail if os.environ.get("DSV3_NEED_BROWSER") else pytest.skip)(reason)
     folder = tmp_path_factory.mktemp("book")
     shutil.copytree(
         ROOT / "chapters", folder / "chapters", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
@@ -58,12 +44,6 @@ def book(tmp_path_factory) -> Path:
 def lab(book):
     with JupyterLab(book) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser(book):
-    with open_browser() as chromium:
-        yield chromium
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +63,7 @@ def explorer():
 def new_explorer() -> RoutingExplorer:
     """The same widget on this side, to say what the page has to show."""
     model = load_model(ROOT / "assets" / "dsv3-mini", precision="fp32")
-    return RoutingExplorer(model, load_tokenizer(ROOT / "assets" / "dsv3-mini"), TEXT)
+    return RoutingExplorer(model, load_tokenizer(ROOT / "assets" / "dsv3-mini"), every_widget.TEXT)
 
 
 def test_first_pictures_are_those_of_the_still_ones(page, explorer, tmp_path):
@@ -121,7 +101,7 @@ def test_a_slider_moved_by_keys_changes_picture_and_numbers(
 def test_sliders_say_their_name_and_their_value_as_it_is_shown(page):
     """At first and after a move; ipywidgets' own text for "80 GB" is the number of the choice."""
     said = {}
-    for title in ("Routing explorer", "KV-cache calculator", "Load-balancing simulator"):
+    for title in WIDGETS:
         said |= dict(
             page.panel(title)
             .locator("[role='slider']")
@@ -240,9 +220,7 @@ def test_the_next_day(page, lab, browser, book, tmp_path):
     assert not again.page.locator(".dsv3-drawing").count()
     stored = nbformat.read(book / "chapters" / "widgets.ipynb", as_version=4)
     assert [cell.outputs[-1].data["text/plain"].partition(".")[0] for cell in stored.cells] == [
-        "[Figure: Routing explorer",
-        "[Figure: KV-cache calculator",
-        "[Figure: Load-balancing simulator",
+        f"[Figure: {title}" for title in WIDGETS
     ]
     again.page.screenshot(path=tmp_path / "next_day.png")
     assert not again.page.get_by_text("Error displaying widget").count()

@@ -1,55 +1,44 @@
-"""Chapter 4's and 5's widgets as a reader moves them: a real JupyterLab in a real browser.
+"""Widgets of chapters 4, 5 and 7 as a reader moves them: a real JupyterLab in a real browser.
 
-Needs Chromium, see tests/test_browser.py.
+Needs Chromium (the fixture ``browser`` of conftest.py).
 """
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
+import every_widget
 import nbformat
 import pytest
-from lab import JupyterLab, Notebook, check_shown, open_browser, words
+from lab import JupyterLab, Notebook, check_shown, words
 
 from dsv3 import load_model, load_tokenizer
-from dsv3.commands import doctor
-from dsv3.viz.widgets import DraftExplorer, NumberLine, ScaleMicroscope
+from dsv3.viz.widgets import (
+    DraftExplorer,
+    NumberLine,
+    PlacementExplorer,
+    ScaleMicroscope,
+    TimelineExplorer,
+)
 
 pytestmark = pytest.mark.slow
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "dsv3-mini"
-
-PROMPT = "To be, or not to be"
-CELLS = [
-    "from dsv3.viz.widgets import DraftExplorer, NumberLine, ScaleMicroscope",
-    f"ScaleMicroscope({str(SHIPPED)!r})",
-    "NumberLine()",
-    f"""\
-from dsv3 import load_model, load_tokenizer
-model = load_model({str(SHIPPED)!r}, precision="fp32")
-DraftExplorer(model, load_tokenizer({str(SHIPPED)!r}), {PROMPT!r})""",
-]
+WIDGETS = (
+    "Scale microscope", "Number line", "Draft explorer", "Timeline explorer", "Placement explorer"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    if doctor.browser() is None:
-        reason = f"no browser found, looked for {', '.join(doctor.BROWSERS)}"
-        (pytest.fail if os.environ.get("DSV3_NEED_BROWSER") else pytest.skip)(reason)
+def lab(tmp_path_factory, browser):
     folder = tmp_path_factory.mktemp("book")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    codes = [every_widget.SETUP, *(every_widget.CASES[title].code for title in WIDGETS)]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in codes])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(notebook, folder / "widgets.ipynb")
     with JupyterLab(folder) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser(lab):
-    with open_browser() as chromium:
-        yield chromium
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +121,9 @@ def test_a_number_is_dragged_typed_and_chosen(page, tmp_path):
 
 
 def test_a_text_is_drafted_and_stepped_through(page, tmp_path):
-    ours = DraftExplorer(load_model(SHIPPED, precision="fp32"), load_tokenizer(SHIPPED), PROMPT)
+    ours = DraftExplorer(
+        load_model(SHIPPED, precision="fp32"), load_tokenizer(SHIPPED), every_widget.TEXT
+    )
     page.scroll_to(ours.title)
     check_shown(page, ours.title, ours.scene())
     page.press_slider(ours.title, "Drafts a pass", "ArrowRight", 1)
@@ -162,3 +153,90 @@ def test_a_text_is_drafted_and_stepped_through(page, tmp_path):
     ours.prompt.value = "O Romeo, Romeo!"
     check_shown(page, ours.title, ours.scene())
     panel.screenshot(path=tmp_path / "drafts.png")
+
+
+def test_a_timeline_is_bent_by_its_controls(page, tmp_path):
+    ours = TimelineExplorer()
+    page.scroll_to(ours.title)
+    check_shown(page, ours.title, ours.scene())
+    choose(page, ours.title, "Schedule", "DualPipe")
+    ours.schedule.value = "DualPipe"
+    check_shown(page, ours.title, ours.scene())
+    for description, control, times in (
+        ("Overlap, %", ours.overlap, 5),
+        ("W: its weights", ours.weights, 1),
+        ("Memory of rank", ours.rank, 2),
+        ("Micro-batches", ours.micro_batches, 2),
+    ):
+        page.press_slider(ours.title, description, "ArrowRight", times)
+        control.value += times * control.step
+        check_shown(page, ours.title, ours.scene())
+    panel = page.panel(ours.title)
+    panel.locator("[data-key='rank 1']").click()
+    ours.drawing.choose("rank 1")
+    check_shown(page, ours.title, ours.scene())
+    page.page.keyboard.press("ArrowDown")
+    page.page.keyboard.press("Enter")
+    ours.drawing.choose("rank 2")
+    check_shown(page, ours.title, ours.scene())
+    assert page.focused() == {"key": "rank 2", "pressed": "true"}
+    panel.locator("[aria-label^='rank 0: '][aria-label*=' together with ']").first.hover()
+    assert "F, forward, of micro-batch" in panel.locator(".tip").inner_text()
+    page.press_slider(ours.title, "Ranks", "ArrowLeft", 1)
+    ours.ranks.value = 7
+    panel.get_by_text("8 are shown, not 7").wait_for()
+    check_shown(page, ours.title, ours.scene())
+    panel.screenshot(path=tmp_path / "timeline.png")
+
+
+def test_replicas_are_dragged_and_chosen(page, tmp_path):
+    ours = PlacementExplorer()
+    page.scroll_to(ours.title)
+    check_shown(page, ours.title, ours.scene())
+    page.press_slider(ours.title, "Replicas", "ArrowRight", 2)
+    ours.replicas.value = 32
+    check_shown(page, ours.title, ours.scene())
+    choose(page, ours.title, "Policy", "global")
+    choose(page, ours.title, "GPUs", "4")
+    ours.policy.value, ours.gpus.value = "global", 4
+    check_shown(page, ours.title, ours.scene())
+    panel = page.panel(ours.title)
+    panel.locator("[data-key='replicas 16']").click()
+    ours.drawing.choose("replicas 16")
+    check_shown(page, ours.title, ours.scene())
+    page.page.keyboard.press("ArrowRight")
+    page.page.keyboard.press("Enter")
+    ours.drawing.choose("replicas 20")
+    check_shown(page, ours.title, ours.scene())
+    assert page.focused() == {"key": "replicas 20", "pressed": "true"}
+    panel.locator("[aria-label*='one of 2 copies']").first.hover()
+    assert "on GPU" in panel.locator(".tip").inner_text()
+    choose(page, ours.title, "Loads", "published example, layer 1")
+    ours.loads.index = 1
+    choose(page, ours.title, "Groups", "8")
+    ours.groups.value = 8
+    panel.get_by_text("12 experts make no 8 equal groups").wait_for()
+    check_shown(page, ours.title, ours.scene())
+    panel.screenshot(path=tmp_path / "placement.png")
+
+
+def test_they_can_be_read_on_a_dark_page(lab, browser, tmp_path):
+    """Words on a colour stay dark or white there, all others are light."""
+    lab.use_theme("JupyterLab Dark")
+    page = Notebook(browser, lab, "widgets.ipynb", height=2600)
+    page.run_all()
+    for title, widget in (
+        ("Timeline explorer", TimelineExplorer()), ("Placement explorer", PlacementExplorer())
+    ):  # fmt: skip
+        page.scroll_to(title)
+        check_shown(page, title, widget.scene())
+        shown = (
+            page.panel(title)
+            .locator("svg text")
+            .evaluate_all("nodes => nodes.map(n => [n.style.fill, getComputedStyle(n).fill])")
+        )
+        for name, colour in shown:
+            lightest = max(map(int, re.findall(r"\d+", colour)[:3]))
+            assert (lightest > 150) != (name == "var(--dsv3-black)"), (name, colour)
+        page.panel(title).screenshot(path=tmp_path / f"{title}, dark.png")
+    assert page.complaints == []

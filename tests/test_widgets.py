@@ -7,6 +7,7 @@ import re
 import warnings
 from pathlib import Path
 
+import every_widget
 import matplotlib.image
 import matplotlib.lines
 import matplotlib.patches
@@ -21,20 +22,13 @@ from dsv3.precision import Precision
 from dsv3.training.balance import RouterWatch, max_violation
 from dsv3.training.simulation import simulate
 from dsv3.viz import scene as scenes
-from dsv3.viz import show
+from dsv3.viz import show, widgets
 from dsv3.viz.cache_scene import size, times
 from dsv3.viz.routing_scene import routing_scene
 from dsv3.viz.scene import Scene, still
-from dsv3.viz.widgets import (
-    DraftExplorer,
-    KVCacheCalculator,
-    LoadBalanceSimulator,
-    NumberLine,
-    RoutingExplorer,
-    ScaleMicroscope,
-)
+from dsv3.viz.widgets import KVCacheCalculator, LoadBalanceSimulator, RoutingExplorer
 from dsv3.viz.widgets.explorer import reroute, router_scores, routers, token_text
-from dsv3.viz.widgets.panel import AT_REST
+from dsv3.viz.widgets.panel import AT_REST, Panel
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "dsv3-mini"
 TEXT = "To be, or not to be"
@@ -50,18 +44,22 @@ def explorer(shipped):
     return RoutingExplorer(*shipped, TEXT)
 
 
-@pytest.fixture(
-    params=["explorer", "calculator", "simulator", "microscope", "number line", "drafts"]
-)
-def widget(request, shipped):
-    return {
-        "explorer": lambda: RoutingExplorer(*shipped, TEXT),
-        "calculator": KVCacheCalculator,
-        "simulator": LoadBalanceSimulator,
-        "microscope": lambda: ScaleMicroscope(SHIPPED),
-        "number line": NumberLine,
-        "drafts": lambda: DraftExplorer(*shipped, TEXT),
-    }[request.param]()
+@pytest.fixture(scope="module")
+def defined():
+    return every_widget.names()
+
+
+@pytest.fixture(params=every_widget.CASES)
+def widget(request, defined):
+    return every_widget.make(request.param, defined)
+
+
+def test_every_widget_is_among_the_cases(widget, defined):
+    kinds = {kind for kind in widgets.__all__ if issubclass(getattr(widgets, kind), Panel)}
+    assert kinds == {case.code.partition("(")[0] for case in every_widget.CASES.values()}
+    assert every_widget.CASES[widget.title].slider in [
+        control.description for control in widget.children[0].children
+    ]
 
 
 def texts(scene: Scene) -> list[str]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import re
 from dataclasses import replace
 
 import pytest
 
+from dsv3.errors import DSV3Error
+from dsv3.parallel.replicas import plan
 from dsv3.parallel.schedules import SCHEDULES
 from dsv3.parallel.timeline import Durations, Timeline, simulate
 from dsv3.viz import scene as scenes
 from dsv3.viz.pipeline_scene import LEFT, RIGHT, pipeline_scene, pipelines_scene
+from dsv3.viz.placement_scene import in_order
 from dsv3.viz.scene import Scene, still
+from dsv3.viz.widgets import PlacementExplorer, TimelineExplorer
+from dsv3.viz.widgets.placement import GPUS, PUBLISHED
 
 
 def texts(scene: Scene) -> list[str]:
@@ -151,3 +159,236 @@ def test_durations_of_nothing_are_drawn():
     for durations in (Durations(1, 2, 0), Durations(1, 1, 1), Durations(0, 0, 0)):
         for name in ("ZB1P", "DualPipe"):
             still(pipeline_scene(timeline(name, 2, 4, durations), durations, rank=0))
+
+
+# The timeline explorer --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def explorer():
+    return TimelineExplorer()
+
+
+@pytest.mark.parametrize(
+    "control, value",
+    [
+        ("schedule", "ZB1P"),
+        ("schedule", "DualPipe"),
+        ("schedule", "DualPipeV"),
+        ("ranks", 4),
+        ("micro_batches", 9),
+        ("forward", 1.5),
+        ("backward", 3.0),
+        ("weights", 0.5),
+        ("rank", 2),
+    ],
+)
+def test_each_control_of_the_timeline_changes_the_picture(explorer, control, value):
+    before = explorer.drawing.scene
+    getattr(explorer, control).value = value
+    assert explorer.drawing.scene != before
+    assert explorer.drawing.scene == explorer.scene().as_dict()
+    assert explorer.message() == ""
+
+
+def test_an_overlap_shortens_the_pairs_of_dualpipe(explorer):
+    explorer.schedule.value, explorer.micro_batches.value = "DualPipe", 16
+    assert "66" not in explorer.alt and explorer.timeline().end == 54
+    explorer.overlap.value = 100
+    assert explorer.durations().both == 2 and "F&B = 2: bubble" in explorer.alt
+    assert explorer.timeline().end < 54 and explorer.message() == ""
+    explorer.schedule.value = "ZB1P"
+    assert "the overlap changes nothing here" in explorer.message()
+
+
+@pytest.mark.parametrize(
+    "schedule, asked, shown, said",
+    [
+        ("DualPipe", (7, 20), (8, 20), "an even number of them: 8 are shown, not 7"),
+        ("DualPipe", (4, 9), (4, 10), "half of its micro-batches each way: 10"),
+        ("DualPipe", (8, 11), (8, 16), "needs 2 for each rank to fill it: 16 micro-batches"),
+        ("DualPipeV", (7, 13), (7, 14), "needs 2 for each rank to fill it: 14 micro-batches"),
+        ("DualPipeV", (7, 15), (7, 15), ""),
+        ("ZB1P", (7, 3), (7, 7), "needs 1 for each rank to fill it: 7 micro-batches"),
+        ("1F1B", (7, 1), (7, 1), ""),
+    ],
+)
+def test_what_a_schedule_cannot_run_is_said_and_the_nearest_is_shown(
+    explorer, schedule, asked, shown, said
+):
+    explorer.schedule.value = schedule
+    explorer.ranks.value, explorer.micro_batches.value = asked
+    assert f"{schedule}, {shown[0]} ranks, {shown[1]} micro-batches" in explorer.alt
+    assert said in explorer.message() and bool(said) == bool(explorer.message())
+    assert explorer._note.value.count("⚠") == bool(said)
+
+
+def test_whatever_is_asked_for_something_is_drawn(explorer):
+    """Every schedule at random settings: each end of each control among them."""
+    chance = random.Random(0)
+    controls = explorer.children[0].children[1:]
+    for turn in range(16):
+        explorer.schedule.value = list(SCHEDULES)[turn % 4]
+        for control in controls:
+            ends = (control.min, control.max)
+            control.value = chance.choice(
+                [*ends, chance.uniform(*ends) // control.step * control.step]
+            )
+        line = explorer.timeline()
+        assert f"at most {line.peak_activations} activations" in explorer.alt
+        assert explorer.rank.max == line.schedule.ranks - 1
+
+
+def test_w_is_a_part_of_b(explorer):
+    explorer.backward.value, explorer.weights.value = 1.0, 3.0
+    assert "W is a part of B: it is taken as 1, all of B, not 3." in explorer.message()
+    assert explorer.durations().weights == 1
+
+
+def test_a_rank_is_chosen_by_its_key(explorer):
+    assert explorer.scene().keys() == [f"rank {rank}" for rank in range(8)]
+    explorer.drawing._hear(None, {"chosen": "rank 6"}, None)
+    assert explorer.rank.value == 6 and "rank 6 at most 2" in explorer.alt
+    for junk in ({"chosen": "rank 99"}, {"chosen": 3}, {}, "rank 1", {"chosen": "x"}):
+        explorer.drawing._hear(None, junk, None)
+    assert explorer.rank.value == 6
+
+
+def test_stored_pictures_stay_small():
+    for widget in (TimelineExplorer("DualPipe", 8, 20, overlap=50), PlacementExplorer()):
+        data, _ = widget._repr_mimebundle_()
+        assert len(data["image/png"]) < 150_000
+
+
+# The placement explorer -------------------------------------------------------------------------
+
+
+OURS = {"ours": [5.0, 90, 14, 3, 60, 8, 8, 41, 7, 2, 19, 4, 11, 0, 30, 6]}
+
+
+def pieces(scene: Scene) -> dict[tuple[int, int], float]:
+    """(GPU, expert) -> load, of the right side's bars as their labels say them."""
+    found: dict[tuple[int, int], float] = {}
+    for mark in scene.marks:
+        if mark.label and mark.label.startswith("expert ") and mark.x > 480:
+            expert, gpu, load = re.match(
+                r"expert (\d+) of group \d+ on GPU (\d+): ([\d.,]+)", mark.label
+            ).groups()
+            load = float(load.rstrip(",").replace(",", ""))
+            key = int(gpu), int(expert)
+            found[key] = found.get(key, 0.0) + load
+    return found
+
+
+@pytest.mark.parametrize(
+    "layer, loads",
+    [
+        (0, [121.5, 86.5, 125, 113, 147.5, 131.5, 156, 152]),
+        (1, [173, 179.5, 120.5, 172, 123, 152, 118.5, 117.5]),
+    ],
+)
+def test_the_published_example_is_drawn_as_published(layer, loads):
+    placement = PlacementExplorer()
+    placement.loads.index = layer
+    shown, by_gpu = pieces(placement.scene()), [0.0] * 8
+    for (gpu, _), load in shown.items():
+        by_gpu[gpu] += load
+    assert by_gpu == pytest.approx(loads, abs=0.2)
+    assert f"Loads of the GPUs after: {', '.join(f'{load:g}' for load in loads)}." in placement.alt
+    ratio = max(loads) * 8 / sum(loads)
+    assert f"{ratio:.3f} after" in texts(placement.scene())[0]
+    placement.policy.value = "global"
+    assert f"{(139 * 8 / 1033, 1.190)[layer]:.3f} after" in texts(placement.scene())[0]
+
+
+def test_before_every_expert_is_there_once_and_in_order():
+    assert in_order(12, 4) == [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)]
+    assert list(map(len, in_order(12, 8))) == [2, 2, 2, 2, 1, 1, 1, 1]
+    assert sum(in_order(256, 32), ()) == tuple(range(256))
+    placement = PlacementExplorer(OURS, gpus=4)
+    placement.loads.value = "ours"
+    loads = OURS["ours"]
+    totals = [sum(loads[4 * gpu : 4 * gpu + 4]) for gpu in range(4)]
+    assert f"{max(totals) * 4 / sum(loads):.3f} times the mean before" in placement.alt
+
+
+def test_copies_of_one_expert_have_one_colour_and_bars_are_as_high_as_their_loads():
+    placement = PlacementExplorer(OURS, replicas=24, gpus=4, groups=1, nodes=1)
+    placement.loads.value = "ours"
+    plan, loads = placement.plan(), OURS["ours"]
+    looks: dict[int, set] = {}
+    heights: dict[tuple[int, int], float] = {}
+    for mark in placement.scene().marks:
+        if mark.label and mark.label.startswith("expert "):
+            expert, gpu = map(int, re.match(r"expert (\d+).* on GPU (\d+)", mark.label).groups())
+            looks.setdefault(expert, set()).add((mark.fill, mark.opacity))
+            if mark.x > 480:
+                heights[gpu, expert] = mark.height
+    assert all(len(look) == 1 for look in looks.values())
+    copied = [expert for expert in range(16) if plan.experts.count(expert) > 1]
+    colours = [look for expert in copied for look in looks[expert]]
+    assert len(set(colours)) == len(copied) > 3
+    assert all(looks[expert] == {("pale", None)} for expert in range(16) if expert not in copied)
+    shares = {
+        expert: load / max(1, plan.experts.count(expert)) for expert, load in enumerate(loads)
+    }
+    tallest = max(heights.values()) / max(shares.values())
+    for gpu in range(4):
+        for expert in plan.on(gpu):
+            assert heights[gpu, expert] == pytest.approx(tallest * shares[expert])
+
+
+@pytest.mark.parametrize(
+    "control, value",
+    [
+        ("loads", "ours"),
+        ("policy", "global"),
+        ("gpus", 4),
+        ("nodes", 1),
+        ("groups", 2),
+        ("replicas", 24),
+    ],
+)
+def test_each_control_of_the_placement_changes_the_picture(control, value):
+    placement = PlacementExplorer(OURS)
+    before = placement.drawing.scene
+    getattr(placement, control).value = value
+    assert placement.drawing.scene != before
+    assert placement.drawing.scene == placement.scene().as_dict()
+    assert placement.message() == ""
+
+
+def test_the_lower_picture_says_what_other_numbers_bring_and_chooses_them():
+    placement = PlacementExplorer()
+    loads = next(iter(PUBLISHED.values()))
+    said = placement.scene().labels()
+    assert placement.scene().keys() == [f"replicas {count}" for count in range(16, 73, 8)]
+    for count in (16, 40, 72):
+        ratios = plan(loads, count, 4, 2, 8), plan(loads, count, 1, 1, 8)
+        assert (
+            f"{count} replicas: hierarchical {ratios[0].imbalance(loads):.3f}, "
+            f"global {ratios[1].imbalance(loads):.3f}"
+        ) in said
+    placement.drawing._hear(None, {"chosen": "replicas 40"}, None)
+    assert placement.replicas.value == 40 and "40 replicas of 12 experts" in placement.alt
+
+
+def test_whatever_is_chosen_a_plan_is_drawn():
+    """All sizes: what does not fit is made to, and said."""
+    placement = PlacementExplorer(OURS)
+    for gpus, nodes, groups in itertools.product(GPUS, (1, 2, 8), (1, 4, 8)):
+        placement.gpus.value, placement.nodes.value, placement.groups.value = gpus, nodes, groups
+        placement.loads.index = (gpus + groups) % 3
+        experts = 16 if placement.loads.value == "ours" else 12
+        assert placement.replicas.value % gpus == 0 and placement.replicas.value >= experts
+        assert f"replicas of {experts} experts on {gpus} GPUs" in placement.alt
+        assert ("make no 8 equal groups" in placement.message()) == (groups == 8 and experts == 12)
+        assert ("no more than" in placement.message()) == (nodes > gpus)
+    placement.groups.value, placement.nodes.value = 1, 2
+    assert "cannot be shared out evenly over 2 nodes" in placement.message()
+
+
+@pytest.mark.parametrize("loads", [[], [3], [0, 0, 0], [4, -1, 3], [1, float("nan"), 2]])
+def test_loads_without_work_are_refused(loads):
+    with pytest.raises(DSV3Error, match="no loads to plan for"):
+        PlacementExplorer({"mine": loads})

@@ -1,0 +1,45 @@
+"""Every widget of the book, once: for what all of them must do, the browser, the benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TEXT = "To be, or not to be"
+SETUP = f"""\
+from dsv3 import load_model, load_tokenizer
+from dsv3.viz.widgets import *
+shipped, text = {str(Path(__file__).parents[1] / "assets" / "dsv3-mini")!r}, {TEXT!r}
+model, tokenizer = load_model(shipped, precision="fp32"), load_tokenizer(shipped)"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """code: of its cell, after ``SETUP``; slider: the name of one that changes the picture."""
+
+    code: str
+    slider: str
+
+
+CASES = {
+    "Routing explorer": Case("RoutingExplorer(model, tokenizer, text)", "Bias strength"),
+    "KV-cache calculator": Case("KVCacheCalculator()", "Tokens a text"),
+    "Load-balancing simulator": Case("LoadBalanceSimulator()", "Skew of experts"),
+    "Number line": Case("NumberLine()", "Drag the value"),
+    "Scale microscope": Case("ScaleMicroscope(shipped)", "Layer"),
+    "Draft explorer": Case("DraftExplorer(model, tokenizer, text)", "Stage"),
+    "Timeline explorer": Case("TimelineExplorer()", "Micro-batches"),
+    "Placement explorer": Case("PlacementExplorer()", "Replicas"),
+}
+
+
+def names() -> dict:
+    """What ``SETUP`` defines."""
+    defined: dict = {}
+    exec(SETUP, defined)
+    return defined
+
+
+def make(title: str, defined: dict):
+    """The widget of this title; defined: ``names()``."""
+    return eval(CASES[title].code, defined)
