@@ -33,6 +33,7 @@ BUBBLES = {
     "DualPipeV": "(PP/2 − 1)(F&B + B − 3W)",
 }
 ACTIVATIONS = {"1F1B": "PP", "ZB1P": "PP", "DualPipe": "PP + 1", "DualPipeV": "PP + 1"}
+_WAITS = 0.3  # how strong the colour of a bubble is
 _PALER = 0.4  # micro-batches that enter at the other end
 _DIGIT = 0.64  # width of a digit in sizes of the font
 _MEMORY = 104  # height of the plot of activations
@@ -217,7 +218,7 @@ def _legend(scene: Scene, schedule: Schedule, y: float, split: bool) -> None:
     ]
     if split or "W" in kinds:
         entries.append(("yellow", None, "of the weights" + " W" * ("W" in kinds)))
-    entries.append(("vermillion", 0.25, "waits: the bubble"))
+    entries.append(("vermillion", _WAITS, "waits: the bubble"))
     if schedule.directions == 2:
         half = schedule.micro_batches // 2
         entries.append(("sky", _PALER, f"paler: {half} and up, from the other end"))
@@ -293,7 +294,7 @@ def _wait(
             axis.width(end - start),
             row - 4,
             fill="vermillion",
-            opacity=0.25,
+            opacity=_WAITS,
             label=f"rank {rank} waits {_time(end - start, unit)}, from {_time(start, unit)} to "
             f"{_time(end, unit)}",
         )

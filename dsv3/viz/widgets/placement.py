@@ -116,9 +116,10 @@ class PlacementExplorer(Panel):
         least = -(-experts // gpus) * gpus
         most = max(least, min(least + (_POINTS - 1) * gpus, experts * gpus))
         value = min(max(-(-self.replicas.value // gpus) * gpus, least), most)
-        self.replicas.min, self.replicas.max = 1, 4096  # first room for the new value
-        self.replicas.value, self.replicas.step = value, gpus
-        self.replicas.min, self.replicas.max = least, most
+        with self.replicas.hold_sync():  # else the browser answers to what is only on the way
+            self.replicas.min, self.replicas.max = 1, 4096  # first room for the new value
+            self.replicas.value, self.replicas.step = value, gpus
+            self.replicas.min, self.replicas.max = least, most
 
     def _changed(self, change) -> None:
         if self._busy:
