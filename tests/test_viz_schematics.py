@@ -11,16 +11,21 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dsv3 import viz
+from dsv3.costs import REPORT
 from dsv3.fp8 import quantize_activation, quantize_weight
+from dsv3.viz import cluster_schematics as cluster
+from dsv3.viz import cut_schematics as cut
 from dsv3.viz import drafting_schematics as drafting
 from dsv3.viz import fp8_products_schematics as products
 from dsv3.viz import fp8_schematics as fp8
 from dsv3.viz import fp8_training_schematics as training
 from dsv3.viz import mtp_schematics as mtp
+from dsv3.viz import parallel_schematics as parallel
 from dsv3.viz import schematic
+from dsv3.viz import shard_schematics as shard
 from dsv3.viz.scene import Circle, Line, Polygon, Rect, Scene, Text, still, text_width
 
-MODULES = [fp8, products, training, mtp, drafting]
+MODULES = [fp8, products, training, mtp, drafting, parallel, cut, shard, cluster]
 # Other arguments that a chapter may give.
 MORE = {
     "bits_of(0.3)": lambda: fp8.bits_of(0.3),
@@ -44,6 +49,16 @@ MORE = {
     "busy_batch(other)": lambda: drafting.busy_batch((8, 64, 512, 16384)),
     "time_shift(leak)": lambda: mtp.time_shift(leak=True),
     "time_shift(10 tokens)": lambda: mtp.time_shift(tuple("abcdefghij"), at=8),
+    "collectives(one)": lambda: parallel.collectives(("all-to-all",)),
+    "data_parallel(2)": lambda: parallel.data_parallel((("a", "b"), ("c",)), ((1, 2), (3, -5))),
+    "column_row_cut(other)": lambda: cut.column_row_cut(
+        (-3, 2), ((1, 0, 0, -1), (9, 8, -7, 5)), ((1, 1), (0, 2), (3, 4), (-1, -2))
+    ),
+    "what_one_gpu_cannot_hold(report)": lambda: shard.what_one_gpu_cannot_hold(formats=REPORT),
+    "zero_shards(2)": lambda: shard.zero_shards(2, REPORT),
+    "dispatch_between_nodes(2 nodes)": lambda: cluster.dispatch_between_nodes(
+        (32, 36, 40, 44, 48, 52, 56, 255), home=7
+    ),
 }
 
 

@@ -11,19 +11,7 @@ from collections.abc import Sequence
 from dsv3.config import ModelConfig
 from dsv3.parallel.traffic import BETWEEN, INSIDE, Topology, Traffic
 from dsv3.viz.scene import Scene
-from dsv3.viz.schematic import (
-    SMALL,
-    TINT,
-    WIDTH,
-    Box,
-    arrow,
-    box,
-    headline,
-    legend,
-    lines,
-    number,
-    plus,
-)
+from dsv3.viz.schematic import SMALL, WIDTH, Box, arrow, headline, number
 
 LINK = {INSIDE: "blue", BETWEEN: "orange"}
 NAME = {INSIDE: "NVLink", BETWEEN: "InfiniBand"}

@@ -1,8 +1,9 @@
 """Chapter 7, drawn: what ranks send each other, and what that is for in data parallelism.
 
-Each function returns a ``Scene`` for ``viz.draw``; the numbers on it are computed. What is cut up
-and shared out is drawn in ``dsv3.viz.shard_schematics``, machines and experts in
-``dsv3.viz.cluster_schematics``, pipelines in ``dsv3.viz.pipeline_schematics``.
+Each function returns a ``Scene`` for ``viz.draw``; the numbers on it are computed. Products that
+are shared out are drawn in ``dsv3.viz.cut_schematics``, memory in ``dsv3.viz.shard_schematics``,
+machines and experts in ``dsv3.viz.cluster_schematics``, pipelines in
+``dsv3.viz.pipeline_schematics``.
 """
 
 from __future__ import annotations
@@ -248,7 +249,7 @@ def _ring_frame(scene: Scene, x, y, title: str, moves, held: Chunks) -> None:
             [[number(value) for value in row if value is not None]],
             width=width,
             height=high,
-            look=lambda _, chunk: _from(held[rank][chunk] or 0),
+            look=lambda _, chunk, row=row: _from(row[chunk] or 0),
         )
     for rank, chunk in moves:
         middle, at = x + 22 + width * (chunk + 0.5), top + pitch * rank
