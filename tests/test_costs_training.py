@@ -1,6 +1,7 @@
 """Parameters and bytes of training layouts: against the checkpoint's tensors, against invariants,
 against the simulated pipeline and against the report's figures."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from dsv3.costs import Layout
 from dsv3.errors import DSV3Error
 from dsv3.parallel.schedules import dualpipe, one_f_one_b
 from dsv3.parallel.timeline import activation_formula, simulate
+from dsv3.parallel.traffic import all_reduce_bytes
 
 LARGE = ModelConfig.deepseek_v3()
 V3 = costs.V3_LAYOUT
@@ -33,10 +35,12 @@ def test_weights_are_those_of_the_checkpoint(name):
         )
     if config.quantization_config:
         assert sum(w.numel for w in ours if w.fp8) == sum(t.numel for t in tensors if t.dtype == F8)
+    by_layer = Counter()
+    for t in tensors:
+        if t.name.startswith("layers."):
+            by_layer[int(t.name.split(".")[1])] += t.numel
     for layer in range(config.num_hidden_layers):
-        assert sum(w.numel for w in costs.layer_weights(config, layer)) == sum(
-            t.numel for t in tensors if t.name.startswith(f"layers.{layer}.")
-        )
+        assert sum(w.numel for w in costs.layer_weights(config, layer)) == by_layer[layer]
     main = sum(t.numel for t in tensors if t.part == "main")
     assert costs.parameter_count(config) == main
     assert costs.parameter_count(config, mtp=True) == sum(t.numel for t in tensors)
@@ -216,3 +220,19 @@ def test_unknown_formats_and_activations_of_cut_layers_are_refused():
         costs.Formats("fp4", "fp32", "fp32", "bf16")
     with pytest.raises(DSV3Error, match="tensor parallelism"):
         costs.training_memory(LARGE, Layout(tp=2), tokens=1)
+
+
+def test_zero_1_sends_as_much_as_an_all_reduce_or_less():
+    """Gradients in FP32, weights in BF16: 4 + 2 bytes a parameter instead of 4 + 4."""
+    reduced = costs.data_parallel_bytes(LARGE, replace(V3, zero=0))
+    sharded = costs.data_parallel_bytes(LARGE, V3)
+    assert [s / r for s, r in zip(sharded, reduced)] == pytest.approx([0.75] * 16)
+    c = ModelConfig.mini().but(num_nextn_predict_layers=0)
+    one = costs.data_parallel_bytes(c, Layout(dp=4, ep=2))[0]
+    weights = costs.model_weights(c)
+    routed = sum(w.numel for w in weights if w.routed)
+    others = sum(w.numel for w in weights) - routed
+    assert one == all_reduce_bytes(4 * others, 4) + all_reduce_bytes(4 * routed / 2, 2)
+    assert costs.data_parallel_bytes(c, Layout(ep=1)) == [0]
+    with pytest.raises(DSV3Error, match="0 to 2"):
+        costs.data_parallel_bytes(c, Layout(zero=3))

@@ -224,6 +224,31 @@ def training_memory(
     return ranks
 
 
+def data_parallel_bytes(
+    config: ModelConfig, layout: Layout, formats: Formats = REPORT
+) -> list[float]:
+    """Bytes that a rank sends in each step to those that hold the same weights, by rank of the
+    pipeline, over rings.
+
+    Without ZeRO an all-reduce of the gradients, 2 (N - 1) / N of them for N such ranks. With
+    stage 1 or 2 each rank gets the sums of its own part, (N - 1) / N of the gradients, and sends
+    around the weights that it has made of them: no more than before. Stage 3 gathers weights in
+    every pass and is not counted here; it raises DSV3Error.
+    """
+    if layout.zero == 3:
+        raise _bad("zero", 3, "a stage from 0 to 2")
+    stages, sent = stage_layers(config, layout.pp), []
+    for rank in range(layout.pp):
+        nbytes = 0.0
+        for weight in _weights(config, layout, rank, stages):
+            among = layout.replicas(weight)
+            back = _products(weight, formats) if layout.zero else formats.gradients
+            each = ITEM_BYTES[formats.gradients] + ITEM_BYTES[back]
+            nbytes += (among - 1) / among * layout.held(weight) * each
+        sent.append(nbytes)
+    return sent
+
+
 def activation_bytes(
     config: ModelConfig, layer: int, *, recompute: bool = True
 ) -> dict[str, float]:
@@ -283,17 +308,19 @@ def _weights(c: ModelConfig, layout: Layout, rank: int, stages: list[range]) -> 
     return weights
 
 
+def _products(weight: Weight, formats: Formats) -> str:
+    """In what format a weight is multiplied."""
+    return "bf16" if formats.weights == "fp8" and not weight.fp8 else formats.weights
+
+
 def _memory(weight: Weight, layout: Layout, formats: Formats) -> Memory:
     held, among = layout.held(weight), layout.replicas(weight)
-    products = formats.weights
-    if products == "fp8" and not weight.fp8:
-        products = "bf16"
 
     def part(name: str, stage: int) -> float:
         return ITEM_BYTES[name] * held / (among if layout.zero >= stage else 1)
 
     return Memory(
-        weights=part(products, 3),
+        weights=part(_products(weight, formats), 3),
         gradients=part(formats.gradients, 2),
         master=part(formats.master, 1),
         moments=2 * part(formats.moments, 1),
