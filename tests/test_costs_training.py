@@ -22,7 +22,6 @@ V3 = costs.V3_LAYOUT
 @pytest.mark.parametrize("name", PRESETS)
 def test_weights_are_those_of_the_checkpoint(name):
     """Counted tensor by tensor, of each kind and in each layer."""
-    # fact 1, 2, 3
     config = PRESETS[name]()
     tensors = [t for t in layout(config, mtp_copies=False) if not t.scale_of]
     ours = costs.model_weights(config, mtp=True)
