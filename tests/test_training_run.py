@@ -32,7 +32,7 @@ from dsv3.training import run as run_module
 from dsv3.training.optimizer import make_optimizer
 from dsv3.training.phases import total_tokens
 from dsv3.training.resuming import BEFORE, CHECKPOINTS
-from dsv3.training.state import latest_state, load_state, save_state
+from dsv3.training.state import latest_state, load_state, save_state, whole_state
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -588,7 +588,7 @@ def test_state_of_another_model_is_refused(tmp_path):
         model = Transformer(config).init_weights(0)
         return model, make_optimizer(model)
 
-    path = save_state(tmp_path, 0, {}, *parts(TINY))
+    path = save_state(tmp_path, 0, {}, whole_state(*parts(TINY), 0))
     for other in (TINY.but(num_hidden_layers=3), TINY.but(num_nextn_predict_layers=0)):
         with pytest.raises(DSV3Error, match="another model"):
             load_state(path, *parts(other))

@@ -83,6 +83,12 @@ def add_options(parser: ArgumentParser) -> None:
         "machines: the ranks that are there)",
     )
     parser.add_argument(
+        "--zero",
+        action="store_true",
+        help="save memory: the ranks share the optimizer's moments out (ZeRO-1); the weights "
+        "become the same, and any run goes on from its checkpoints",
+    )
+    parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
     )
 
@@ -122,6 +128,7 @@ def run(args: Namespace, arguments: Sequence[str]) -> int:
         plays=args.plays or described.plays,
         code=args.code or described.code,
         group=group,
+        zero=args.zero,
     )
     group.close()
     return 0

@@ -11,10 +11,12 @@ from dsv3.checkpoint.layout import layout
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
+from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 from dsv3.training.balance import RouterWatch
 from dsv3.training.optimizer import AdamW, make_optimizer
 from dsv3.training.recipe import Recipe
+from dsv3.training.sharing import cut
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,26 @@ class Learner:
     watch: RouterWatch
 
 
-def check_memory(config: ModelConfig, recipe: Recipe, device: torch.device) -> None:
+@dataclass(frozen=True)
+class Sharing:
+    """The ranks that share each batch of a run, and what else they share.
+
+    zero: whether the optimizer's moments are shared out over the ranks (ZeRO-1).
+    """
+
+    group: TensorGroup
+    zero: bool = False
+
+
+def check_memory(config: ModelConfig, recipe: Recipe, device: torch.device, ranks: int = 1) -> None:
     """Raise DSV3Error for a model that this machine cannot hold, its gradients and moments too.
 
     Weights and gradients take 4 bytes a parameter each, the two moments 4 or 2 each. What a step
     holds besides is not counted: this says that a model is hopeless, not that another one fits.
+    ranks: among which the moments are shared out.
     """
     parameters = sum(spec.numel for spec in layout(config, scales=False, mtp_copies=False))
-    needed = parameters * (16 if recipe.moments == "fp32" else 12)
+    needed = parameters * (8 + (8 if recipe.moments == "fp32" else 4) / ranks)
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -48,32 +62,35 @@ def check_memory(config: ModelConfig, recipe: Recipe, device: torch.device) -> N
         )
 
 
-def first_learner(config: ModelConfig, recipe: Recipe, device: torch.device) -> Learner:
+def first_learner(config: ModelConfig, recipe: Recipe, sharing: Sharing) -> Learner:
     """The learner of a new run: weights follow from the recipe's seed, there are no moments."""
-    learner = _learner(config, recipe, device)
+    learner = _learner(config, recipe, sharing)
     learner.model.init_weights(recipe.seed, recipe.embedding_std, by_width=recipe.init_by_width)
     return learner
 
 
-def next_learner(
-    before: Learner, config: ModelConfig, recipe: Recipe, device: torch.device
-) -> Learner:
+def next_learner(before: Learner, config: ModelConfig, recipe: Recipe, sharing: Sharing) -> Learner:
     """The learner of a phase with another config: weights and moments of ``before`` go on in it,
     and ``before`` is not used again."""
     before.watch.close()
-    learner = _learner(config, recipe, device)
+    learner = _learner(config, recipe, sharing)
     learner.model.load_state_dict(before.model.state_dict())
-    old = dict(before.model.named_parameters())
-    for name, weight in learner.model.named_parameters():
-        if old[name] in before.optimizer.state:
-            learner.optimizer.state[weight] = before.optimizer.state[old[name]]
+    groups = zip(before.optimizer.param_groups, learner.optimizer.param_groups, strict=True)
+    for old, new in groups:
+        for was, weight in zip(old["params"], new["params"], strict=True):
+            if was in before.optimizer.state:
+                learner.optimizer.state[weight] = before.optimizer.state[was]
     return learner
 
 
-def _learner(config: ModelConfig, recipe: Recipe, device: torch.device) -> Learner:
+def _learner(config: ModelConfig, recipe: Recipe, sharing: Sharing) -> Learner:
     precision = Precision.training(recipe.precision, recompute=recipe.recompute)
-    model = Transformer(config, precision, device=device)
+    model = Transformer(config, precision, device=sharing.group.device)
     optimizer = make_optimizer(
-        model, betas=recipe.betas, moments=recipe.moments, weight_decay=recipe.weight_decay
+        model,
+        betas=recipe.betas,
+        moments=recipe.moments,
+        weight_decay=recipe.weight_decay,
+        shards=cut(model, sharing.group) if sharing.zero and sharing.group.size > 1 else (),
     )
     return Learner(model, optimizer, RouterWatch(model))

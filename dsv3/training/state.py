@@ -43,17 +43,24 @@ _TIMES = ("seconds", "cpu_seconds")
 _KINDS = {"recipe": dict, "config": dict, "text": str, "tokenizer": str, "fitted": bool}
 
 
-def save_state(folder: Path, step: int, facts: dict, model: nn.Module, optimizer: AdamW) -> Path:
+def whole_state(model: nn.Module, optimizer: AdamW, step: int) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint after so many steps. Ranks that share something out call it
+    together, and what comes is the same for any number of them."""
+    tensors = {f"model.{name}": value for name, value in _weights(model).items()}
+    names = {value: name for name, value in model.named_parameters()}
+    for weight, key, moment in optimizer.whole_moments() if step else ():
+        tensors[f"optimizer.{key}.{names[weight]}"] = moment
+        tensors[f"optimizer.step.{names[weight]}"] = torch.tensor(float(step))
+    tensors["random.torch"] = torch.get_rng_state()
+    return tensors
+
+
+def save_state(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor]) -> Path:
     """Write ``folder/step-NNNNNN`` whole or not at all; keep the newest two. Returns its path.
 
-    facts: what else the next step needs, as JSON. Raises DSV3Error when it cannot be written.
+    facts: what else the next step needs, as JSON; tensors: as ``whole_state`` gives them. Raises
+    DSV3Error when it cannot be written.
     """
-    tensors = {f"model.{name}": value for name, value in _weights(model).items()}
-    for name, value in model.named_parameters():
-        for key, moment in optimizer.state.get(value, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = moment
-    tensors["random.torch"] = torch.get_rng_state()
-
     final = folder / f"step-{step:06d}"
     beside = folder / f"{final.name}.partial"
     try:
@@ -161,24 +168,19 @@ def load_state(path: Path, model: nn.Module, optimizer: AdamW) -> None:
             expected,
             {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()},
         )
-        tensors = {name: file.read(name) for name in expected}
-    for name, value in tensors.items():
-        _check_values(path, name, value, step)
-    check_sum(path, _TENSORS)
-    try:
-        torch.set_rng_state(tensors["random.torch"])
-    except RuntimeError as error:
-        raise _damaged(path, _TENSORS, f"random.torch: {error}") from None
-    with torch.no_grad():
-        for name, value in _weights(model).items():
-            value.copy_(tensors[f"model.{name}"])
-            moments = {
-                key: tensors[f"optimizer.{key}.{name}"].to(value.device)
-                for key in ("step", *MOMENTS)
-                if f"optimizer.{key}.{name}" in tensors
-            }
-            if moments:
-                optimizer.state[value] = moments
+        for name in expected:  # read twice, so that never more than one tensor is held besides
+            _check_values(path, name, file.read(name), step)
+        check_sum(path, _TENSORS)
+        try:
+            torch.set_rng_state(file.read("random.torch"))
+        except RuntimeError as error:
+            raise _damaged(path, _TENSORS, f"random.torch: {error}") from None
+        with torch.no_grad():
+            for name, value in _weights(model).items():
+                value.copy_(file.read(f"model.{name}"))
+                if f"optimizer.step.{name}" in expected:
+                    moments = {key: file.read(f"optimizer.{key}.{name}") for key in MOMENTS}
+                    optimizer.take_moments(value, step, moments)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

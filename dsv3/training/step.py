@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from dsv3.model import Transformer
+from dsv3.parallel.data import Shards
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.training.balance import RouterWatch, update_bias
 from dsv3.training.objective import losses, objective
+from dsv3.training.optimizer import AdamW
+from dsv3.training.sharing import cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +35,7 @@ class StepValues:
 
 def train_step(
     model: Transformer,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     batch: Int[Tensor, "n w"],
     values: StepValues,
     watch: RouterWatch,
@@ -41,7 +45,9 @@ def train_step(
 
     group: data-parallel ranks, each with a whole model of its own. Rank r takes windows r, r + N,
     ...; gradients and loads are added up, so that all ranks make the step that one process would
-    make. When a value is not finite, weights, optimizer and biases are left as they were.
+    make (``dsv3.parallel.data`` says how nearly). Where the optimizer has shards, each rank updates
+    its part of the weights and hears of the others'. When a value is not finite, weights, optimizer
+    and biases are left as they were.
     """
     group = group or TensorGroup.single(batch.device)
     watch.reset()
@@ -56,32 +62,49 @@ def train_step(
         (total * share).backward()
         ahead = sum(extra, main.new_zeros(())) / max(len(extra), 1)
         sums += share * torch.stack([main, ahead, torch.as_tensor(balance).to(main)]).detach()
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    _add_up(group, sums, trained, watch)
-    norm = nn.utils.clip_grad_norm_(trained, values.clip)
+    shards = optimizer.shards or (cut(model, group) if group.size > 1 else ())
+    if shards:
+        norm = _add_up(group, shards, sums, watch, values.clip)
+    else:
+        norm = nn.utils.clip_grad_norm_(model.parameters(), values.clip)
     result = dict(zip(("loss", "mtp_loss", "sequence_loss"), sums.tolist()), grad_norm=float(norm))
     if all(math.isfinite(value) for value in result.values()):
         for parameters in optimizer.param_groups:
             parameters["lr"] = values.learning_rate
-        optimizer.step()
+        _update(optimizer, shards)
         for name, router in watch.routers.items():
             if router.bias is not None:
                 update_bias(router.bias, watch.load[name], values.bias_speed)
     optimizer.zero_grad()
+    model.zero_grad()
     return result
 
 
 def _add_up(
-    group: TensorGroup, sums: Tensor, trained: list[nn.Parameter], watch: RouterWatch
-) -> None:
-    """Losses, gradients and loads of all ranks, in one collective."""
-    if group.size == 1:
-        return
-    parts = [sums, *watch.load.values()]
-    for weight in trained:
-        if weight.grad is None:  # no window of this rank reached it
-            weight.grad = torch.zeros_like(weight)
-        parts.append(weight.grad)
-    flat = group.all_reduce(torch.cat([part.flatten() for part in parts]))
-    for part, total in zip(parts, flat.split([part.numel() for part in parts])):
-        part.copy_(total.view_as(part))
+    group: TensorGroup, shards: Sequence[Shards], sums: Tensor, watch: RouterWatch, clip: float
+) -> Tensor:
+    """Add up gradients, losses and loads of all ranks; clip the gradients, each rank its pieces'.
+
+    Returns the norm of all gradients. Everything but the gradients is small: one all-reduce.
+    """
+    for part in shards:
+        part.reduce_gradients()
+    square = sum(part.square() for part in shards)
+    small = [torch.as_tensor(square), sums, *watch.load.values()]
+    total = group.all_reduce(torch.cat([value.double().flatten() for value in small]))
+    for value, whole in zip(small, total.split([value.numel() for value in small])):
+        value.copy_(whole.view_as(value))
+    norm = small[0].sqrt().float()
+    pieces = [piece for part in shards for piece in part.pieces]
+    nn.utils.clip_grads_with_norm_(pieces, clip, norm)
+    return norm
+
+
+def _update(optimizer: AdamW, shards: Sequence[Shards]) -> None:
+    """The second half of what ranks send: sums before the update, or weights after it (ZeRO-1)."""
+    if not optimizer.shards:
+        for part in shards:
+            part.gather_gradients()
+    optimizer.step()
+    for part in optimizer.shards:
+        part.gather_weights()
