@@ -85,14 +85,12 @@ class AdamW(torch.optim.AdamW):
         for name, value in zip(MOMENTS, wide):
             state[name].copy_(value)
 
-    def whole_moments(self) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
+    def whole_moments(self) -> Iterator[tuple[Tensor, str, Tensor]]:
         """(weight, which, moment in the weight's shape), after the first step. Ranks that share the
         moments out take this walk together."""
         if not self.shards:
-            for group in self.param_groups:
-                for weight in group["params"]:
-                    for name in MOMENTS:
-                        yield weight, name, self.state[weight][name]
+            for weight, state in self.state.items():
+                yield from ((weight, name, state[name]) for name in MOMENTS)
         for shards in self.shards:
             for name in MOMENTS:
                 parts = [self.state[piece][name] for piece in shards.pieces]

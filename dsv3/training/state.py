@@ -47,7 +47,7 @@ def whole_state(model: nn.Module, optimizer: AdamW, step: int) -> dict[str, Tens
     """Every tensor of a checkpoint after so many steps. Ranks that share something out call it
     together, and what comes is the same for any number of them."""
     tensors = {f"model.{name}": value for name, value in _weights(model).items()}
-    names = {value: name for name, value in model.named_parameters()}
+    names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
     for weight, key, moment in optimizer.whole_moments() if step else ():
         tensors[f"optimizer.{key}.{names[weight]}"] = moment
         tensors[f"optimizer.step.{names[weight]}"] = torch.tensor(float(step))
