@@ -3,8 +3,9 @@
 ``schedules`` (what changes when), ``objective`` and ``balance`` (what is minimised, and what keeps
 the experts busy), ``optimizer``, ``step`` (one update), ``evaluation``, ``corpus`` (what is read),
 ``phases`` (short windows, then long ones), ``position`` and ``learner`` (where a run stands, and
-what a step changes), ``state`` and ``resuming`` (checkpoints, and going on from them), ``log``,
-``terminal``, ``minutes`` (a run that fits a time) and ``run``, the loop that puts them together.
+what a step changes), ``sharing`` (what ranks have in common), ``state`` and ``resuming``
+(checkpoints, and going on from them), ``log``, ``terminal``, ``minutes`` (a run that fits a time)
+and ``run``, the loop that puts them together.
 ``described`` reads a run from a file; ``mini.toml`` is the one of the shipped model.
 ``exam``, ``anatomy`` and ``needle`` ask what came of it.
 """
