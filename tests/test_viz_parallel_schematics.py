@@ -13,12 +13,16 @@ import torch
 
 from dsv3.checkpoint.layout import layout
 from dsv3.config import ModelConfig
-from dsv3.costs import REPORT, Layout, training_memory
+from dsv3.costs import REPORT, V3_LAYOUT, Layout, training_memory
+from dsv3.costs.experts import EFFECTIVE_LINKS, combine_bytes, dispatch_bytes
 from dsv3.fp8 import quantize_activation
 from dsv3.parallel import collectives
+from dsv3.parallel.timeline import Durations
 from dsv3.viz import cluster_schematics as cluster
 from dsv3.viz import cut_schematics as cut
+from dsv3.viz import layout_schematics as layouts
 from dsv3.viz import parallel_schematics as parallel
+from dsv3.viz import pipeline_schematics as pipeline
 from dsv3.viz import shard_schematics as shard
 from dsv3.viz.scene import Line, Rect, Scene, Text
 
@@ -232,7 +236,7 @@ def test_the_shards_of_all_ranks_make_up_the_whole():
 
 def test_a_token_is_as_many_bytes_as_its_codes_and_scales():
     config = ModelConfig.deepseek_v3()
-    there, back = cluster.token_bytes(config)
+    there, back = dispatch_bytes(config), combine_bytes(config)
     token = quantize_activation(torch.ones(1, config.hidden_size))
     assert there == token.data.nbytes + token.scale.nbytes == 7392
     assert back == torch.ones(config.hidden_size, dtype=torch.bfloat16).nbytes == 14336
@@ -278,3 +282,146 @@ def test_experts_on_the_tokens_own_node_are_refused():
         cluster.dispatch_between_nodes((0, 40, 80, 90, 100, 110, 120, 125))
     with pytest.raises(ValueError, match="1 to 4 nodes"):
         cluster.dispatch_between_nodes((40, 80, 100, 140, 180, 220, 230, 231))
+
+
+def test_lines_and_bars_are_as_the_speeds():
+    scene = cluster.two_networks()
+    widths = {
+        colour: {m.stroke_width for m in scene.marks if isinstance(m, Line) and m.stroke == colour}
+        for colour in ("blue", "orange")
+    }
+    (fast,), (slow,) = widths["blue"], widths["orange"]
+    assert fast / slow == pytest.approx(160 / 50)
+    short, long = (rects(scene, fill=colour, height=20)[0].width for colour in ("blue", "orange"))
+    assert long / short == pytest.approx(3.2)
+    shown = texts(scene)
+    assert shown.count("NVLink, 160 GB/s for each GPU") == 2 and shown.count("GPU") == 16
+    assert "46 ns" in shown and "148 ns, 3.2 × as long" in shown  # 7,392 / 160 and / 50
+    other = texts(cluster.two_networks(EFFECTIVE_LINKS))
+    assert "InfiniBand, 40 GB/s for each GPU" in other and "185 ns, 4 × as long" in other
+
+
+def test_the_fast_network_fills_the_time_of_the_slow_one():
+    scene = cluster.experts_for_free()
+    slots = rects(scene, fill="orange")
+    copies = [m for m in rects(scene, height=34) if m.stroke == "blue"]
+    assert len(slots) == 4 and sum(m.fill == "blue" for m in copies) == 8
+    assert sum(m.width for m in copies) == pytest.approx(sum(m.width for m in slots))
+    assert slots[0].width / copies[0].width == pytest.approx(3.2)
+    assert "4 × 3.2 = 12.8 experts, about 13" in texts(scene)
+    assert "4 × 4 = 16 experts" in texts(cluster.experts_for_free(links=EFFECTIVE_LINKS))
+    with pytest.raises(ValueError, match="from 8 to 40"):
+        cluster.experts_for_free(links=type(EFFECTIVE_LINKS)(50e9, 50e9, "nowhere"))
+
+
+# Pipelines --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(4, 4), (2, 3), (3, 1)])
+def test_bubbles_are_those_of_the_formula(ranks, micro_batches):
+    durations = Durations(1, 2.5, 1)
+    shown = texts(pipeline.pipeline_cut(ranks, micro_batches, durations))
+    for n in {1, micro_batches}:
+        # (PP - 1)(F + B) of (PP - 1 + N)(F + B), whatever F and B are
+        share = f"{100 * (ranks - 1) / (ranks - 1 + n):.0f}% waiting"
+        assert sum(share in text and text.startswith(f"{n} micro") for text in shown) == 1
+    scene = pipeline.pipeline_cut(ranks, micro_batches, durations)
+    forward = rects(scene, fill="sky", height=24)
+    backward = rects(scene, fill="green", height=24)
+    assert len(forward) == len(backward) == ranks * sum({1, micro_batches})
+    assert backward[0].width / forward[0].width == pytest.approx(2.5)
+    red = rects(scene, fill="vermillion", height=24)
+    assert len(red) == ranks * len({1, micro_batches})
+
+
+def test_every_layer_is_in_one_stage():
+    shown = texts(pipeline.pipeline_cut())
+    spans = [
+        tuple(map(int, text.removeprefix("layers ").split(" to ")))
+        for text in shown
+        if text.startswith("layers ")
+    ]
+    assert [layer for a, b in spans for layer in range(a, b + 1)] == list(range(61))
+    assert "head and MTP" in shown and "states (b, s, 7,168)" in shown
+
+
+def test_stages_are_where_the_schedules_have_them():
+    scene = pipeline.stage_placement()
+    stages = [m for m in scene.marks if isinstance(m, Text) and m.text.startswith("stage ")]
+    columns = sorted({m.x for m in stages})
+    rows: dict[float, list[str]] = {}
+    for mark in sorted(stages, key=lambda m: m.x):
+        rows.setdefault(mark.y, []).append(mark.text.removeprefix("stage "))
+    assert len(columns) == 4
+    assert [rows[y] for y in sorted(rows)] == [
+        list("0123"),  # 1F1B
+        list("0123"),  # DualPipe, one way
+        list("3210"),  # and the other
+        list("0123"),  # DualPipeV, there
+        list("7654"),  # and back
+    ]
+    assert "each has 2 of 4, so all twice" in texts(scene)
+    with pytest.raises(ValueError, match="2 or 4 ranks"):
+        pipeline.stage_placement(3)
+
+
+def test_nothing_of_an_overlap_begins_before_what_it_needs():
+    times = pipeline.streams()
+    for part in pipeline.PARTS:
+        for name in part.after:
+            assert times[name][1] <= times[part.name][0]
+    for stream in (0, 1):
+        spans = sorted(times[p.name] for p in pipeline.PARTS if p.stream == stream)
+        assert all(a[1] <= b[0] for a, b in pairwise(spans))
+    # Each chunk's own order, that of the model: there and back.
+    forward = ["dispatch F", "MLP F", "combine F", "attention F"]
+    backward = ["MLP B", "dispatch B", "attention B", "combine B"]
+    for chunk in (forward, backward):
+        assert all(times[a][1] <= times[b][0] for a, b in pairwise(chunk))
+    scene = pipeline.overlap()
+    assert "6 units of time" in texts(scene) and "12 units of time" in texts(scene)
+    boxes = rects(scene, height=40)
+    last = [max(m.x + m.width for m in boxes if (m.y < 180) == upper) for upper in (True, False)]
+    assert (last[1] - boxes[0].x) / (last[0] - boxes[0].x) == pytest.approx(2)
+    stuck = (pipeline.Part("MLP B", "B", 0, 1, ("dispatch B",)),) + (
+        pipeline.Part("dispatch B", "B", 1, 1, ("MLP B",)),
+    )
+    with pytest.raises(ValueError, match="wait for each other"):
+        pipeline.streams(stuck)
+
+
+# Clusters ---------------------------------------------------------------------------------------
+
+
+def test_a_token_passes_all_stages_and_four_nodes_in_each_with_experts():
+    scene = layouts.layout_2048()
+    nodes = rects(scene, height=14)
+    assert len(nodes) * 8 == V3_LAYOUT.ranks == 2048
+    columns = sorted({m.x for m in nodes})
+    assert len(columns) == 16
+    for stage, x in enumerate(columns):
+        column = sorted((m for m in nodes if m.x == x), key=lambda m: m.y)
+        assert [place for place, m in enumerate(column) if m.fill == "blue"] == [3]
+        lit = [place for place, m in enumerate(column) if m.fill == "green"]
+        # Layers 0 to 2 are dense and make up the first stage.
+        assert len(lit) == (0 if stage == 0 else 4) and all(place < 8 for place in lit)
+    memory = [m.total / 1e9 for m in training_memory(ModelConfig.deepseek_v3(), V3_LAYOUT)]
+    words = f"With ZeRO-1 that is {min(memory):.0f} to {max(memory):.0f} GB for each GPU"
+    assert sum(text.startswith(words) for text in texts(scene)) == 1
+    assert "2,048 GPUs = 16 stages × 128; a box is a node of 8" in texts(scene)
+    with pytest.raises(ValueError, match="whole nodes"):
+        layouts.layout_2048(Layout(4, 4, 4))
+    with pytest.raises(ValueError, match="2 to 16 stages"):
+        layouts.layout_2048(Layout(32, 64, 64))
+
+
+def test_gpus_that_serve_are_counted():
+    scene = layouts.prefill_decode()
+    gpus = rects(scene, width=11, height=11)
+    assert len(gpus) == 32 + 320 + 32 + 144
+    assert sum(m.fill == "purple" for m in gpus) == 64 == 320 - 256
+    shown = texts(scene)
+    assert "one expert each: 256 routed, 64 copies and shared; TR 3.4.2" in shown
+    assert shown.count("256 routed, 32 copies") == 3  # 32 x 9 and 144 x 2 are 288
+    with pytest.raises(ValueError, match="pairs"):
+        layouts.prefill_decode(layouts.DEPLOYMENTS[:3])

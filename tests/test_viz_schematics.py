@@ -11,21 +11,27 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dsv3 import viz
-from dsv3.costs import REPORT
+from dsv3.costs import REPORT, Layout
+from dsv3.costs.experts import EFFECTIVE_LINKS
 from dsv3.fp8 import quantize_activation, quantize_weight
+from dsv3.parallel.timeline import Durations
 from dsv3.viz import cluster_schematics as cluster
 from dsv3.viz import cut_schematics as cut
 from dsv3.viz import drafting_schematics as drafting
 from dsv3.viz import fp8_products_schematics as products
 from dsv3.viz import fp8_schematics as fp8
 from dsv3.viz import fp8_training_schematics as training
+from dsv3.viz import layout_schematics as layouts
 from dsv3.viz import mtp_schematics as mtp
 from dsv3.viz import parallel_schematics as parallel
+from dsv3.viz import pipeline_schematics as pipeline
 from dsv3.viz import schematic
 from dsv3.viz import shard_schematics as shard
 from dsv3.viz.scene import Circle, Line, Polygon, Rect, Scene, Text, still, text_width
 
-MODULES = [fp8, products, training, mtp, drafting, parallel, cut, shard, cluster]
+MODULES = [
+    fp8, products, training, mtp, drafting, parallel, cut, shard, cluster, pipeline, layouts
+]  # fmt: skip
 # Other arguments that a chapter may give.
 MORE = {
     "bits_of(0.3)": lambda: fp8.bits_of(0.3),
@@ -59,6 +65,14 @@ MORE = {
     "dispatch_between_nodes(2 nodes)": lambda: cluster.dispatch_between_nodes(
         (32, 36, 40, 44, 48, 52, 56, 255), home=7
     ),
+    "two_networks(4 : 1)": lambda: cluster.two_networks(EFFECTIVE_LINKS),
+    "experts_for_free(4 : 1)": lambda: cluster.experts_for_free(links=EFFECTIVE_LINKS),
+    "pipeline_cut(2, 1)": lambda: pipeline.pipeline_cut(2, 1),
+    "pipeline_cut(3, 3)": lambda: pipeline.pipeline_cut(3, 3, Durations(1, 1.5, 0.5)),
+    "stage_placement(2)": lambda: pipeline.stage_placement(2, ("ZB1P", "DualPipeV")),
+    "layout_2048(small)": lambda: layouts.layout_2048(Layout(4, 32, 16), home=0),
+    "layout_2048(ZeRO-3)": lambda: layouts.layout_2048(Layout(12, 128, 128, zero=3), home=15),
+    "prefill_decode(one)": lambda: layouts.prefill_decode(layouts.DEPLOYMENTS[2:]),
 }
 
 
