@@ -79,9 +79,7 @@ def row_parallel(answer: Callable) -> Verdict:
     mistakes = {
         "the bias is added on every rank before the sum, so it counts once per rank; add it "
         "after the sum": lambda g, x, w, b: g.all_reduce(x @ w.T + b),
-        "that is one rank's part of the sum; all_reduce is missing": lambda g, x, w, b: (
-            x @ w.T + b
-        ),
+        "that is one rank's part of the sum; all_reduce is missing": lambda g, x, w, b: x @ w.T + b,
         "the bias is missing": lambda g, x, w, b: g.all_reduce(x @ w.T),
         "parts of a sum are added, not averaged": lambda g, x, w, b: (
             g.all_reduce(x @ w.T) / g.size + b
@@ -264,7 +262,9 @@ def place_replicas(answer: Sequence[Sequence[int]] | None) -> Verdict:
     except (TypeError, ValueError):
         return wrong("a list of four lists is asked for, each with the numbers of two experts")
     if [len(gpu) for gpu in gpus] != [2, 2, 2, 2]:
-        return wrong("there are four GPUs with two places each, and all eight places are to be used")
+        return wrong(
+            "there are four GPUs with two places each, and all eight places are to be used"
+        )
     placed = [expert for gpu in gpus for expert in gpu]
     if odd := sorted(set(placed) - set(range(6))):
         return wrong(f"there is no expert {odd[0]}; they are numbered from 0 to 5")

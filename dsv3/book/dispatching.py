@@ -23,7 +23,9 @@ class Own:
 
     def __call__(self, number, rows: Tensor) -> Tensor:
         if int(number) // self.held != self.rank:
-            raise ValueError(f"expert {int(number)} is on rank {int(number) // self.held}, not here")
+            raise ValueError(
+                f"expert {int(number)} is on rank {int(number) // self.held}, not here"
+            )
         return rows * (int(number) + 2) + int(number)
 
 
@@ -82,9 +84,7 @@ def _unsorted(group, x, chosen, weights, held, expert) -> Tensor:
 
 
 MISTAKES: dict[str, Callable] = {
-    "the answers are added up without their weights": (
-        lambda *given: right(*given, weigh=False)
-    ),
+    "the answers are added up without their weights": (lambda *given: right(*given, weigh=False)),
     "a token with several answers from one rank keeps the last only: y[token] = ... overwrites. "
     "Add them, with index_add_": lambda *given: right(*given, add=False),
     "a token with two experts on one rank gets one of them; it needs both": _once_a_rank,

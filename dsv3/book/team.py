@@ -37,6 +37,7 @@ from dsv3.errors import DSV3Error
 from dsv3.parallel.environment import loopback
 
 _START_SECONDS = 60.0  # a busy machine takes long to import torch
+_PROGRAM = "from dsv3.book import team; team._main()"  # python -m would import the module twice
 _CAUSE_SECONDS = 1.0  # after one rank has failed, others may tell what they know
 _WHERE = b"where"
 
@@ -143,7 +144,7 @@ class Team:
             words = [rank, self.size, its.fileno(), self._folder.name]
             self._workers.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "dsv3.book.team", *map(str, words)],
+                    [sys.executable, "-c", _PROGRAM, *map(str, words)],
                     stdin=subprocess.DEVNULL,
                     env=environment,
                     pass_fds=[its.fileno()],
@@ -247,9 +248,7 @@ def _places(frames: traceback.StackSummary) -> tuple[Place, ...]:
     return tuple((frame.filename, frame.lineno or 0, frame.name) for frame in frames)
 
 
-if __name__ == "__main__":
-    # Under its own name, so that what is pickled here is known there.
-    from dsv3.book import team
-
+def _main() -> None:
+    """What a worker process runs."""
     rank, size, number, folder = sys.argv[1:]
-    team._serve(int(rank), int(size), Connection(int(number)), folder)
+    _serve(int(rank), int(size), Connection(int(number)), folder)
