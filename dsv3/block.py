@@ -35,7 +35,7 @@ class Block(nn.Module):
         self.attn = MLA(config, precision, group, device)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
         if config.is_moe(layer):
-            self.ffn = MoE(config, precision, group, device)
+            self.ffn = MoE(config, precision, group, device, layer)
         else:
             self.ffn = SwiGLU(
                 config.hidden_size,

@@ -20,7 +20,7 @@ from dsv3.cache import LatentCache, Step, check_is_cache
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.layers import Embedding, Head, RMSNorm, RowParallelLinear
-from dsv3.moe import Router
+from dsv3.moe import Experts, Router
 from dsv3.mtp import MTPModule
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
@@ -35,7 +35,7 @@ class Transformer(nn.Module):
     that share the model (default: this process alone). device: where the weights live (default:
     the group's device). Weights are allocated and not filled: use ``init_weights`` or
     ``dsv3.checkpoint.load_model``. They ask for gradients, unless they are stored in FP8 or cut
-    over ranks, which cannot be trained.
+    over ranks, which cannot be trained (``TensorGroup.trains``).
 
     eos_ids: tokens that end a text, of the config or of a ``generation_config.json``.
 
@@ -56,12 +56,12 @@ class Transformer(nn.Module):
         self.precision = (
             precision if isinstance(precision, Precision) else Precision.of(precision, config)
         )
-        if self.precision.trains and self.group.size > 1:
+        if self.precision.trains and not self.group.trains:
             raise DSV3Error(
                 "a model cut over several ranks cannot be trained",
                 where="group",
-                found=f"{self.group.size} ranks",
-                expected="1",
+                found=f"{self.group.everyone.size} ranks",
+                expected="1, or experts shared out with own_tokens=True",
                 fix="Give each rank a whole model and share the batch: "
                 "dsv3.training.step.train_step(..., group=group)",
             )
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
             self.register_state_dict_post_hook(_leave_out_head)
             self.register_load_state_dict_pre_hook(_give_head)
-        if self.precision.quantized or self.group.size > 1:
+        if self.precision.quantized or not self.group.trains:
             self.requires_grad_(False)
 
     @property
@@ -284,7 +284,8 @@ class Transformer(nn.Module):
         by_width: of a matrix that reads d values 1/sqrt(d) instead, so that what goes in at size 1
         comes out at size 1 in a model of any width (the released 0.006 is half of that at 7,168,
         and a fifth of it at 256: scores of attention then are near 0, and their gradients too);
-        what is added to the stream is smaller by the root of the number of additions. For
+        what is added to the stream is smaller by the root of the number of additions. A rank that
+        holds some of the experts gives them the numbers that they have in a whole model. For
         unquantised models.
         """
         random = torch.Generator(device=self.device).manual_seed(seed)
@@ -302,7 +303,14 @@ class Transformer(nn.Module):
                         adds = isinstance(module, RowParallelLinear) or name == "w2"
                         depth = 2 * self.config.num_hidden_layers if adds else 1
                         std = (parameter.shape[-1] * depth) ** -0.5
-                    parameter.normal_(0.0, std, generator=random)
+                    if isinstance(module, Experts):
+                        whole = parameter.new_empty(
+                            (self.config.n_routed_experts, *parameter.shape[1:])
+                        )
+                        whole.normal_(0.0, std, generator=random)
+                        parameter.copy_(whole[list(module.held)])
+                    else:
+                        parameter.normal_(0.0, std, generator=random)
                 if isinstance(module, Router) and module.bias is not None:
                     module.bias.zero_()
         return self

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from dsv3.config import ModelConfig
 from dsv3.fp8 import QuantizedTensor
 from dsv3.layers import SwiGLU
+from dsv3.parallel.experts import Holding
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 
@@ -126,14 +127,31 @@ class Experts(nn.Module):
 
     Each expert is a SwiGLU; w1 and w3 lie side by side so that one product serves both. A
     state_dict names them one by one, as checkpoints do: "7.w1.weight" is expert 7's.
+
+    layer: which layer's they are, where a plan for copies asks (``dsv3.parallel.experts``).
+    held: the numbers of this rank's experts.
     """
 
-    def __init__(self, config: ModelConfig, precision: Precision, group: TensorGroup, device=None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        group: TensorGroup,
+        device=None,
+        layer: int | None = None,
+    ):
         super().__init__()
         self.precision = precision
-        self.total = config.n_routed_experts
-        self.count = group.split(self.total, "n_routed_experts")
-        self.first = group.rank * self.count
+        self.visited = group.experts is not None  # by tokens that travel
+        if group.experts is None:
+            group.split(config.n_routed_experts, "n_routed_experts")
+            self.holding, rank = Holding.even(config.n_routed_experts, group.size), group.rank
+        else:
+            self.holding = group.experts.holding(config.n_routed_experts, layer)
+            rank = group.experts.rank
+        self.held = self.holding.held[rank]
+        self.count, self.first = len(self.held), rank * self.holding.width
+        self.total = self.holding.width * len(self.holding.held)
         d, inner = config.hidden_size, config.moe_intermediate_size
         self.w13, w13_scale = precision.room((self.count, 2, inner, d), device)
         self.w2, w2_scale = precision.room((self.count, d, inner), device)
@@ -143,13 +161,18 @@ class Experts(nn.Module):
         self.register_load_state_dict_pre_hook(_take_experts)
 
     def forward(
-        self, u: Float[Tensor, "n d"], weights: Float[Tensor, "n k"], chosen: Int[Tensor, "n k"]
+        self,
+        u: Float[Tensor, "n d"] | QuantizedTensor,
+        weights: Float[Tensor, "n k"],
+        chosen: Int[Tensor, "n k"],
     ) -> Float[Tensor, "n d"]:
         """The weighted sum of my experts' outputs for each token, unrounded.
 
         A partial sum over the ranks. Tokens are sorted by expert, so that an expert meets all of
         its tokens in one product and nobody waits for a token that chose somebody else. What
         stands in the rows of other ranks' choices is junk, and counts as zero.
+
+        chosen: numbers of experts, or, where some are held more than once, of their slots.
         """
         order, mine, ends = self.sort_by_expert(chosen)
         token = order // chosen.shape[1]
@@ -157,13 +180,14 @@ class Experts(nn.Module):
         if mine is not None:
             y = y.masked_fill(~mine[:, None], 0.0)
         y = y * weights.flatten()[order, None]
-        return torch.zeros_like(u, dtype=y.dtype).index_add(0, token, y)
+        return y.new_zeros(len(u), y.shape[1]).index_add(0, token, y)
 
     def sort_by_expert(
         self, chosen: Int[Tensor, "n k"]
     ) -> tuple[Int[Tensor, " choices"], Bool[Tensor, " choices"] | None, Int[Tensor, " experts"]]:
         """All choices in the order of my experts: which choice comes where, whether it is one of
-        mine (None: all are), and where each expert's choices end. Other ranks' come last."""
+        mine (None: all are), and where each expert's choices end. Other ranks' come last, or are
+        left out where tokens travel: there most are not mine, and junk has a gradient too."""
         local, mine = chosen.flatten(), None
         if self.count < self.total:
             local = local - self.first
@@ -172,7 +196,10 @@ class Experts(nn.Module):
         if self.count < self.total:
             mine = local < self.count
         experts = torch.arange(self.count, device=chosen.device)
-        return order, mine, torch.searchsorted(local, experts, right=True)
+        ends = torch.searchsorted(local, experts, right=True)
+        if mine is not None and self.visited:
+            order, mine = order[: int(ends[-1])], None
+        return order, mine, ends
 
     def swiglu(
         self, x: Float[Tensor, "choices d"] | QuantizedTensor, ends: Int[Tensor, " experts"]
@@ -187,23 +214,30 @@ class Experts(nn.Module):
 
     def places(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Of each matrix of an expert: its name, its stack, its place there."""
-        for index in range(self.count):
+        for index, expert in enumerate(self.held):
             for matrix, stack, place in (
                 ("w1", "w13", (index, 0)),
                 ("w3", "w13", (index, 1)),
                 ("w2", "w2", (index,)),
             ):
-                yield f"{self.first + index}.{matrix}.", stack, place
+                yield f"{expert}.{matrix}.", stack, place
 
 
 class MoE(nn.Module):
     """Shared experts for every token, routed experts by choice (eq. 12, without the residual)."""
 
-    def __init__(self, config: ModelConfig, precision: Precision, group: TensorGroup, device=None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        group: TensorGroup,
+        device=None,
+        layer: int | None = None,
+    ):
         super().__init__()
         self.precision, self.group = precision, group
         self.gate = Router(config, precision, device)
-        self.experts = Experts(config, precision, group, device)
+        self.experts = Experts(config, precision, group, device, layer)
         self.shared_experts = SwiGLU(
             config.hidden_size,
             config.n_shared_experts * config.moe_intermediate_size,
@@ -214,11 +248,27 @@ class MoE(nn.Module):
         )
 
     def forward(self, u: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
-        """Both sums share one all-reduce and one rounding."""
+        """Both sums share one rounding, and one all-reduce unless tokens travel to experts."""
         weights, chosen, _ = self.gate(u)  # training hears the balance loss by a hook
         flat, weights, chosen = (x.flatten(0, 1) for x in (u, weights, chosen))
-        out = self.experts(flat, weights, chosen) + self.shared_experts.partial_sum(flat)  # eq. 12
-        return self.group.all_reduce(out).to(u.dtype).view(u.shape)
+        shared = self.shared_experts.partial_sum(flat)
+        if self.group.experts is None:
+            out = self.group.all_reduce(self.experts(flat, weights, chosen) + shared)  # eq. 12
+        else:
+            out = self.at_experts(flat, weights, chosen) + self.group.all_reduce(shared)
+        return out.to(u.dtype).view(u.shape)
+
+    def at_experts(
+        self, u: Float[Tensor, "n d"], weights: Float[Tensor, "n k"], chosen: Int[Tensor, "n k"]
+    ) -> Float[Tensor, "n d"]:
+        """The weighted sum of all chosen experts' outputs, on whichever ranks those are."""
+        group = self.group.experts
+        assert group is not None
+        mine, weights, chosen = (group.share(x) for x in (u, weights, chosen))
+        operand = self.precision.operand(mine)  # before it travels: in fp8 as codes
+        arrived = group.dispatch(operand, weights, chosen, self.experts.holding)
+        sums = self.experts(arrived.x, arrived.weights, arrived.slots)
+        return group.gather(group.combine(sums, arrived), len(u))
 
 
 # A state_dict names experts one by one; in memory they lie in stacks. ----------------------------

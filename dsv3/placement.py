@@ -84,7 +84,7 @@ def check_move(model, fn: Function) -> torch.device:
             fix='Load it again with precision="fp8", "bf16" or "fp32"',
         )
     target = next(iter(after.values())).device
-    if model.group.size > 1 and target != here:
+    if model.group.everyone.size > 1 and target != here:
         raise DSV3Error(
             "a model cut over several ranks stays where its group is",
             where="device",
@@ -108,7 +108,7 @@ def keeping_dtypes(fn: Function, target: torch.device) -> Function:
 def follow(model, device: torch.device) -> None:
     """Tell the group and every part of a model on ``device`` where it is now."""
     group = model.group
-    if group.size == 1 and group.device != device:
+    if group.everyone.size == 1 and group.device != device:
         group = TensorGroup.single(device)
     for module in model.modules():
         if hasattr(module, "group"):

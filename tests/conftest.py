@@ -17,6 +17,7 @@ SHAPED = [
     "dsv3.layers",
     "dsv3.parallel.collectives",
     "dsv3.parallel.data",
+    "dsv3.parallel.experts",
     "dsv3.attention",
     "dsv3.cache",
     "dsv3.mla",

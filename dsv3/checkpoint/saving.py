@@ -49,10 +49,10 @@ def write_model(
 ) -> None:
     """``save_model`` for a caller that holds the folder already (``checkpoint.folder.claim``)."""
     folder = Path(folder)
-    if model.group.size > 1:
+    if model.group.everyone.size > 1:
         raise DSV3Error(
             "a model cut over several ranks cannot be saved",
-            found=model.group.size,
+            found=model.group.everyone.size,
             expected="one rank",
         )
     if model.precision.quantized:

@@ -18,6 +18,7 @@ DeepSeek-V3 was trained without tensor parallelism (TR 3.2); inference uses it f
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,9 @@ from dsv3.backward import without_backward
 from dsv3.errors import DSV3Error
 from dsv3.parallel.environment import Place, check_device, place
 from dsv3.parallel.join import join
+
+if TYPE_CHECKING:
+    from dsv3.parallel.experts import ExpertGroup
 
 # What a gradient through a collective is told: it would miss what the other ranks did.
 _NO_GRADIENT = dict(
@@ -40,17 +44,34 @@ class TensorGroup:
     A group of size one is the same object with collectives that do nothing.
 
     rank, size: my number and how many we are; process_group: torch's (None: one process); device:
-    where my tensors live; bytes_sent: payload
-    this rank has sent since it was made, by the ring algorithms' count: 2 (N-1)/N of the tensor
-    for an all-reduce, N-1 times my part for an all-gather.
+    where my tensors live; bytes_sent: payload this rank has sent since it was made, by the ring
+    algorithms' count: 2 (N-1)/N of the tensor for an all-reduce, N-1 times my part for an
+    all-gather. experts: the ranks among which routed experts are shared out, when those are other
+    ranks than these (``dsv3.parallel.experts``); None: these ranks hold them.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, process_group=None, device: torch.device | str = "cpu"
+        self,
+        rank: int = 0,
+        size: int = 1,
+        process_group=None,
+        device: torch.device | str = "cpu",
+        experts: ExpertGroup | None = None,
     ):
         self.rank, self.size, self.device = rank, size, torch.device(device)
-        self.process_group = process_group
+        self.process_group, self.experts = process_group, experts
         self.bytes_sent = 0
+
+    @property
+    def everyone(self) -> TensorGroup:
+        """All ranks that the model is on: these, or those that share its experts out."""
+        return self if self.experts is None else self.experts.ranks
+
+    @property
+    def trains(self) -> bool:
+        """Whether a model on these ranks can have gradients: it is whole here, but perhaps for
+        experts to which tokens travel from every rank."""
+        return self.size == 1 and (self.experts is None or self.experts.own_tokens)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> TensorGroup:
