@@ -265,9 +265,10 @@ class MoE(nn.Module):
         group = self.group.experts
         assert group is not None
         mine, weights, chosen = (group.share(x) for x in (u, weights, chosen))
-        operand = self.precision.operand(mine)  # before it travels: in fp8 as codes
-        arrived = group.dispatch(operand, weights, chosen, self.experts.holding)
-        sums = self.experts(arrived.x, arrived.weights, arrived.slots)
+        parts = self.precision.parts(self.precision.operand(mine))  # in fp8, codes travel
+        arrived = group.dispatch(parts, weights, chosen, self.experts.holding)
+        operand = self.precision.of_parts(*arrived.x)
+        sums = self.experts(operand, arrived.weights, arrived.slots)
         return group.gather(group.combine(sums, arrived), len(u))
 
 

@@ -142,6 +142,14 @@ class Precision:
         """x as products take it, made once where several read the same x."""
         return x
 
+    def parts(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> tuple[Tensor, ...]:
+        """The tensors that an operand is made of, to be sent to another rank."""
+        return (x,)
+
+    def of_parts(self, *parts: Tensor) -> Float[Tensor, "*lead d"] | QuantizedTensor:
+        """The operand that has arrived there."""
+        return parts[0]
+
     def rounded(
         self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: Tensor | QuantizedTensor
     ) -> Float[Tensor, "*lead out"]:
@@ -233,6 +241,13 @@ class Fp8(Precision):
         if isinstance(x, QuantizedTensor):
             return x
         return fp8.quantize_activation(x, self.scale_format)
+
+    def parts(self, x: QuantizedTensor) -> tuple[Tensor, ...]:
+        return x.data, x.scale
+
+    def of_parts(self, *parts: Tensor) -> QuantizedTensor:
+        data, scale = parts
+        return QuantizedTensor(data, scale, fp8.ACTIVATION_BLOCK, self.scale_format)
 
     def rounded(
         self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: QuantizedTensor

@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 from dsv3 import ModelConfig, Transformer
 from dsv3.errors import DSV3Error
-from dsv3.fp8 import quantize_activation
+from dsv3.fp8 import QuantizedTensor, quantize_activation
 from dsv3.moe import MoE
 from dsv3.parallel.experts import ExpertGroup, Holding
 from dsv3.parallel.replicas import Plan, plan
@@ -189,11 +189,12 @@ def counted(ranks: TensorGroup, per_node: int, limit: bool) -> dict:
     holding = Holding.even(32, ranks.size)
     chosen = routed(ranks.rank, tokens, limit)
     x = torch.randint(1, 9, (tokens, WIDTH), generator=random(3)).float()
-    arrived = group.dispatch(
-        quantize_activation(x, "ue8m0"), torch.ones(tokens, 8), chosen, holding
-    )
+    codes = quantize_activation(x, "ue8m0")
+    parts = (codes.data, codes.scale)
+    arrived = group.dispatch(parts, torch.ones(tokens, 8), chosen, holding)
     mine = (arrived.slots // holding.width == ranks.rank).sum(1)
-    back = group.combine(arrived.x.dequantize() * mine[:, None], arrived)
+    codes = QuantizedTensor(*arrived.x, codes.block)
+    back = group.combine(codes.dequantize() * mine[:, None], arrived)
     return dict(
         lost=float((back - 8 * x).abs().max()) if tokens else 0.0,
         arrived=int(mine.sum()),
@@ -246,7 +247,7 @@ def one_token(ranks: TensorGroup) -> list:
     rows = 1 if ranks.rank == 0 else 0
     chosen = torch.tensor([[0, 1, 8, 9, 16, 17, 24, 25]])[:rows]  # two on each of four nodes
     x, weights = torch.ones(rows, WIDTH), torch.ones(rows, 8)
-    arrived = group.dispatch(x, weights, chosen, Holding.even(32, 4))
+    arrived = group.dispatch((x,), weights, chosen, Holding.even(32, 4))
     return [arrived.legs[0].sent, group.dispatched.messages["between"]]
 
 

@@ -43,7 +43,6 @@ from torch import Tensor
 
 from dsv3.backward import without_backward
 from dsv3.errors import DSV3Error
-from dsv3.fp8 import QuantizedTensor
 from dsv3.parallel.replicas import Plan
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.parallel.traffic import Topology, Traffic
@@ -117,11 +116,11 @@ class Leg:
 class Arrived:
     """Tokens that came to a rank's experts.
 
-    x: their vectors; weights, slots: of all their choices, also those of other ranks' slots; legs:
-    how they came.
+    x: their vectors, in parts as they were sent; weights, slots: of all their choices, also those
+    of other ranks' slots; legs: how they came.
     """
 
-    x: Tensor | QuantizedTensor
+    x: tuple[Tensor, ...]
     weights: Float[Tensor, "n k"]
     slots: Int[Tensor, "n k"]
     legs: list[Leg]
@@ -225,14 +224,15 @@ class ExpertGroup:
 
     def dispatch(
         self,
-        x: Float[Tensor, "n d"] | QuantizedTensor,
+        x: Sequence[Shaped[Tensor, "n _"]],
         weights: Float[Tensor, "n k"],
         chosen: Int[Tensor, "n k"],
         holding: Holding,
     ) -> Arrived:
         """Bring my tokens to the ranks that hold their experts: first between nodes, then inside.
 
-        x: vectors, or codes and scales; weights and chosen: of each token's k experts.
+        x: what is sent of a token: its vector, or codes and scales; weights and chosen: of its k
+        experts.
         """
         slots, legs = holding.slots(chosen, self.rank), []
         t = self.topology
@@ -251,13 +251,16 @@ class ExpertGroup:
                 (len(slots), len(targets) + 1), dtype=torch.bool, device=slots.device
             ).scatter(1, place, True)[:, :-1]
             leg = self._leg(wanted, targets)
-            x = self._travel(x, leg)
+            x = _Exchange.apply(
+                self, leg.sent, leg.received, (self.dispatched, self.combined),
+                *(part[leg.row] for part in x),
+            )  # fmt: skip
             weights, slots = _Exchange.apply(
                 self, leg.sent, leg.received, (self.metadata, self.metadata),
                 weights[leg.row], slots[leg.row],
             )  # fmt: skip
             legs.append(leg)
-        return Arrived(x, weights, slots, legs)
+        return Arrived(tuple(x), weights, slots, legs)
 
     def combine(self, y: Float[Tensor, "m d"], arrived: Arrived) -> Float[Tensor, "n d"]:
         """The sums over each of my tokens' experts, from what was made of those that arrived."""
@@ -283,19 +286,6 @@ class ExpertGroup:
         for source, count in zip(targets, heard.flatten().tolist(), strict=True):
             received[source] = count
         return Leg(len(wanted), row, sent, received)
-
-    def _travel(self, x: Tensor | QuantizedTensor, leg: Leg) -> Tensor | QuantizedTensor:
-        """Rows of x at their destinations."""
-        if isinstance(x, QuantizedTensor):
-            rows = x.index_select(0, leg.row)
-            data, scale = self.exchange(
-                (rows.data, rows.scale), leg.sent, leg.received, self.dispatched
-            )
-            return QuantizedTensor(data, scale, x.block, x.scale_format)
-        (rows,) = _Exchange.apply(
-            self, leg.sent, leg.received, (self.dispatched, self.combined), x[leg.row]
-        )
-        return rows
 
     def exchange(
         self,
