@@ -144,6 +144,7 @@ class Precision:
 
     def parts(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> tuple[Tensor, ...]:
         """The tensors that an operand is made of, to be sent to another rank."""
+        assert isinstance(x, Tensor)
         return (x,)
 
     def of_parts(self, *parts: Tensor) -> Float[Tensor, "*lead d"] | QuantizedTensor:
