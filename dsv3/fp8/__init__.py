@@ -5,6 +5,7 @@ from dsv3.fp8.accumulation import Accumulator
 from dsv3.fp8.formats import decode_e4m3, decode_scale, encode_e4m3, encode_scale
 from dsv3.fp8.product import linear, matmul
 from dsv3.fp8.quantize import (
+    ACTIVATION_BLOCK,
     WEIGHT_BLOCK,
     QuantizedTensor,
     quantize_activation,
@@ -18,6 +19,7 @@ __all__ = [
     "Accumulator",
     "Fp8Recipe",
     "QuantizedTensor",
+    "ACTIVATION_BLOCK",
     "WEIGHT_BLOCK",
     "decode_e4m3",
     "decode_scale",
