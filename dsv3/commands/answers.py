@@ -31,18 +31,16 @@ from dsv3.parallel.tensor import TensorGroup
 def answer(request: Request) -> None:
     """Load the model as the rank that this process is, and answer."""
     args = request.args
-    group = TensorGroup.from_environment(args.device)
-    torch.set_num_threads(machine.threads())
-    model = load_model(args.model, precision=args.precision, group=group)
-    sampling = request.sampling_for(model)
-    job = Job(args, model, request.tokenizer, Terminal(group), sampling, request.own)
-    job.warn()
-    if args.interactive:
-        Talk(job).run()
-    else:
-        job.answer(*group.broadcast_object([request.texts, request.prompts]))
-    # Not after a failure: the others would miss this rank before it could say what happened.
-    group.close()
+    with TensorGroup.from_environment(args.device) as group:
+        torch.set_num_threads(machine.threads())
+        model = load_model(args.model, precision=args.precision, group=group)
+        sampling = request.sampling_for(model)
+        job = Job(args, model, request.tokenizer, Terminal(group), sampling, request.own)
+        job.warn()
+        if args.interactive:
+            Talk(job).run()
+        else:
+            job.answer(*group.broadcast_object([request.texts, request.prompts]))
 
 
 @dataclass

@@ -112,23 +112,22 @@ def run(args: Namespace, arguments: Sequence[str]) -> int:
     if starts:
         check_phases(phases_of(described.config, recipe), ranks)
         return launch(("-m", "dsv3", *arguments), ranks, threads=machine.threads(ranks, spare=0))
-    group = TensorGroup.from_environment(args.device)
-    if "precision" not in choices:  # rank 0 looks, and all do as it says
-        precision, why = group.broadcast_object(
-            usual_precision(out, group.device) if group.rank == 0 else None
+    with TensorGroup.from_environment(args.device) as group:
+        if "precision" not in choices:  # rank 0 looks, and all do as it says
+            precision, why = group.broadcast_object(
+                usual_precision(out, group.device) if group.rank == 0 else None
+            )
+            if group.rank == 0:
+                print(why, file=sys.stderr)
+            recipe = replace(recipe, precision=precision)
+        train(
+            described.config,
+            out,
+            recipe,
+            max_minutes=args.max_minutes,
+            plays=args.plays or described.plays,
+            code=args.code or described.code,
+            group=group,
+            zero=args.zero,
         )
-        if group.rank == 0:
-            print(why, file=sys.stderr)
-        recipe = replace(recipe, precision=precision)
-    train(
-        described.config,
-        out,
-        recipe,
-        max_minutes=args.max_minutes,
-        plays=args.plays or described.plays,
-        code=args.code or described.code,
-        group=group,
-        zero=args.zero,
-    )
-    group.close()
     return 0

@@ -17,6 +17,8 @@ from dsv3.errors import DSV3Error
 # The folder in which ranks of our own launcher meet; set by it alone.
 FOLDER = "DSV3_LAUNCH_FOLDER"
 SECRET = "secret"  # name of a file in it: bytes that only these ranks know
+SILENCE = "DSV3_SILENCE_SECONDS"
+_SILENCE_SECONDS = 20
 _UNSET = "unset RANK WORLD_SIZE LOCAL_RANK to run without other ranks"
 
 
@@ -66,6 +68,11 @@ def place() -> Place | None:
     return Place(rank, size, local)
 
 
+def silence() -> int:
+    """After how many seconds without a sign of life a rank of several machines is lost."""
+    return _number(SILENCE, beside="", least=3) if os.environ.get(SILENCE) else _SILENCE_SECONDS
+
+
 def _number(name: str, *, beside: str, least: int) -> int:
     text = os.environ.get(name)
     if text is None:
@@ -77,11 +84,11 @@ def _number(name: str, *, beside: str, least: int) -> int:
         )
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
         raise DSV3Error(
-            "not a number of the kind that a launcher sets",
+            "not a number of the kind that a launcher sets" if beside else "not such a number",
             where=name,
             found=repr(text),
             expected=f"a whole number of at least {least}",
-            fix=f"Start ranks with torchrun, or {_UNSET}",
+            fix=f"Start ranks with torchrun, or {_UNSET}" if beside else f"Unset {name}",
         )
     return int(text)
 

@@ -29,10 +29,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from dsv3.errors import DSV3Error
-from dsv3.parallel.environment import FOLDER, SECRET, Place, check_interface
+from dsv3.parallel.environment import FOLDER, SECRET, Place, check_interface, silence
 from dsv3.parallel.rank import brief
+from dsv3.parallel.watch import Watch
 
 # A rank that is alive may compute this long before its peers give up on it.
 _PATIENCE = timedelta(minutes=30)
@@ -46,31 +48,53 @@ class JoinFailed(DSV3Error):
     exit_code = 1
 
 
-def join(place: Place, backend: str) -> None:
-    """Make this process a rank of torch's default group. backend: "gloo" or "nccl"."""
+def join(place: Place, backend: str) -> Watch | None:
+    """Make this process a rank of torch's default group. backend: "gloo" or "nccl".
+
+    Returns the heartbeat of ranks that were not started by our launcher, which sees its own end.
+    Raises JoinFailed when the ranks do not come together, RankLost when one is lost meanwhile.
+    """
     folder = os.environ.get(FOLDER)
     check_interface(backend)
+    watch, seconds = None, silence()
     try:
-        if folder:
-            store = dist.FileStore(str(Path(folder) / "store"), place.size)
+        with _said_when_slow(place, folder):
+            if folder:
+                store = dist.FileStore(str(Path(folder) / "store"), place.size)
+            else:
+                store = _meeting_point(place)
+                watch = Watch(store.clone(), place, where=_where(), silence=seconds).start()
             dist.init_process_group(
                 backend, store=store, rank=place.rank, world_size=place.size, timeout=_PATIENCE
             )
-        else:
-            with _said_when_slow(place):
-                dist.init_process_group(backend, timeout=_PATIENCE)
+            if watch:
+                watch.meet()
     except (RuntimeError, ValueError) as error:  # torch wraps a name that is not found, a used port
-        meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if watch and (lost := watch.blame()):
+            raise lost from None
         raise JoinFailed(
             "the ranks cannot meet",
             where=f"rank {place.rank} of {place.size}",
             found=brief(error),
             fix=None
             if folder
-            else f"See whether {meeting} (MASTER_ADDR, MASTER_PORT) is right and free",
+            else f"See whether {_where()} (MASTER_ADDR, MASTER_PORT) is right and free",
         ) from None
     if folder and backend == "gloo":  # NCCL's own greeting carries a secret out of the store
         shake_hands(place, (Path(folder) / SECRET).read_bytes())
+    return watch
+
+
+def _where() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def _meeting_point(place: Place) -> dist.Store:
+    """torch's store at MASTER_ADDR and MASTER_PORT; entries of an earlier attempt are not seen."""
+    store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=_PATIENCE))
+    store.set_timeout(_PATIENCE)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"dsv3/{attempt}", store)
 
 
 def shake_hands(place: Place, secret: bytes, limit: timedelta = _HANDSHAKE) -> None:
@@ -107,11 +131,14 @@ def shake_hands(place: Place, secret: bytes, limit: timedelta = _HANDSHAKE) -> N
 
 
 @contextmanager
-def _said_when_slow(place: Place):
+def _said_when_slow(place: Place, folder: str | None):
     """Ranks that were never started would be awaited in silence: say what is awaited."""
+    if folder:  # our launcher has started them all
+        yield
+        return
     text = (
-        f"dsv3: rank {place.rank} of {place.size} waits for the others at "
-        f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+        f"dsv3: rank {place.rank} of {place.size} waits for the others at {_where()} "
+        "(MASTER_ADDR, MASTER_PORT)"
     )
     note = threading.Timer(_NOTE_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
     note.daemon = True

@@ -46,6 +46,10 @@ def begin_rank() -> None:
     in interactive use it takes Ctrl-C over later. ``launch`` starts ranks with SIGINT blocked, so
     that one which comes while Python starts is kept until here and ends in no traceback.
     """
+    if (
+        "RANK" in os.environ
+    ):  # torch remarks on each connection that ends, with its own stack in C++
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     folder = os.environ.get(FOLDER)
     if not folder:
         return

@@ -27,6 +27,8 @@ from dsv3.backward import without_backward
 from dsv3.errors import DSV3Error
 from dsv3.parallel.environment import Place, check_device, place
 from dsv3.parallel.join import join
+from dsv3.parallel.rank import is_collective
+from dsv3.parallel.watch import Watch
 
 if TYPE_CHECKING:
     from dsv3.parallel.experts import ExpertGroup
@@ -43,11 +45,16 @@ class TensorGroup:
 
     A group of size one is the same object with collectives that do nothing.
 
+    ``with group:`` frames the work: at its end the ranks leave together; after a failure the others
+    are told why this one leaves, and a collective that failed because a rank has gone raises
+    RankLost, which names it.
+
     rank, size: my number and how many we are; process_group: torch's (None: one process); device:
     where my tensors live; bytes_sent: payload this rank has sent since it was made, by the ring
     algorithms' count: 2 (N-1)/N of the tensor for an all-reduce, N-1 times my part for an
     all-gather. experts: the ranks among which routed experts are shared out, when those are other
-    ranks than these (``dsv3.parallel.experts``); None: these ranks hold them.
+    ranks than these (``dsv3.parallel.experts``); None: these ranks hold them. watch: the heartbeat
+    between machines; None: nobody needs one.
     """
 
     def __init__(
@@ -57,9 +64,10 @@ class TensorGroup:
         process_group=None,
         device: torch.device | str = "cpu",
         experts: ExpertGroup | None = None,
+        watch: Watch | None = None,
     ):
         self.rank, self.size, self.device = rank, size, torch.device(device)
-        self.process_group, self.experts = process_group, experts
+        self.process_group, self.experts, self.watch = process_group, experts, watch
         self.bytes_sent = 0
 
     @property
@@ -94,15 +102,39 @@ class TensorGroup:
             kind = f"cuda:{torch.cuda.current_device()}"
         if here.size == 1:
             return cls.single(kind)
+        watch = None
         if not dist.is_initialized():
-            join(here, "nccl" if kind.startswith("cuda") else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, kind)
+            watch = join(here, "nccl" if kind.startswith("cuda") else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, kind, watch=watch)
 
     def close(self) -> None:
         """Leave the group together; to be called last on every rank, and not after a failure."""
         if self.process_group is not None and dist.is_initialized():
             dist.barrier(group=self.process_group)  # nobody hangs up while another still listens
+            if self.watch:
+                self.watch.stop()
             dist.destroy_process_group()
+
+    def __enter__(self) -> TensorGroup:
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        if error is None:
+            try:
+                self.close()
+            except RuntimeError as failure:
+                self._explain(failure)
+                raise
+        else:
+            self._explain(error)
+
+    def _explain(self, error: BaseException) -> None:
+        """Raise RankLost for a collective that failed with the end of another rank."""
+        if self.watch is None:
+            return
+        if is_collective(error) and (lost := self.watch.blame()):
+            raise lost from None
+        self.watch.leave(f"{error}" or type(error).__name__)
 
     def split(self, count: int, what: str) -> int:
         """``count`` things cut evenly over the ranks: how many are mine.
