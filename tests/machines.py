@@ -58,7 +58,7 @@ class Machine:
 
     def start(self, *words, env: dict[str, str], **options) -> subprocess.Popen:
         """A process in a session of its own; what it prints goes to a file (``told``)."""
-        output = tempfile.TemporaryFile("w+")
+        output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the machine
         process = subprocess.Popen(
             ["ip", "netns", "exec", self.space, sys.executable, "-c", _NAMED, self.name]
             + list(map(str, words)),

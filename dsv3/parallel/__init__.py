@@ -4,5 +4,6 @@
 * ``environment``: what a launcher's variables say, checked before anything is loaded;
 * ``launch`` and ``rank``: ranks on this machine, seen from the process that starts them and from
   a rank itself;
-* ``join``: how ranks find each other, and what may be trusted.
+* ``join``: how ranks find each other, and what may be trusted;
+* ``watch``, and ``roll`` with its rules: how those of several machines notice that one is lost.
 """

@@ -63,6 +63,7 @@ def join(place: Place, backend: str) -> Watch | None:
                 store = dist.FileStore(str(Path(folder) / "store"), place.size)
             else:
                 store = _meeting_point(place)
+                # pyrefly: ignore[missing-attribute] - the stub of Store leaves it out
                 watch = Watch(store.clone(), place, where=_where(), silence=seconds).start()
             dist.init_process_group(
                 backend, store=store, rank=place.rank, world_size=place.size, timeout=_PATIENCE

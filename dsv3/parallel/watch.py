@@ -47,137 +47,27 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 
 import torch.distributed as dist
 
 from dsv3.errors import DSV3Error, shown
 from dsv3.parallel.environment import Place
 from dsv3.parallel.rank import PEER_LOST
+from dsv3.parallel.roll import DONE, HURRY_SECONDS, Entry, Roll
 
 _BEAT_SECONDS = 1.0
 _LOOK_SECONDS = 0.2  # between two looks at what was heard
-_HURRY_SECONDS = 5  # of silence, once a collective has failed
 _BLAME_SECONDS = 12  # a failed collective waits so long for a name
 _LINGER_SECONDS = 2.5  # two beats: the others read what this one found before it ends
 _LAUNCHER_SECONDS = 5  # for torchrun to hear SIGTERM
-DONE = "done"
 
 
 class RankLost(DSV3Error):
     """Another rank has gone; the line names it and its host."""
 
     exit_code = PEER_LOST
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a rank says of itself in the store.
-
-    host, node: its machine's name, and a key that only ranks of one launcher share; pid: of its
-    process; beat: goes up; runs: ranks of its machine whose processes it sees run; left: why it has
-    left, or "done"; lost: the words in which it has found another one lost.
-    """
-
-    host: str
-    node: str
-    pid: int
-    beat: int = 0
-    runs: tuple[int, ...] = ()
-    left: str | None = None
-    lost: str | None = None
-
-
-@dataclass
-class Roll:
-    """What one rank knows of all, and what follows from it; no clock and no network of its own.
-
-    entries: the newest of each rank, in order, none before all have come; heard: when each was
-    last heard of; gone: ranks of this machine whose processes have ended; left_at: when a rank was
-    first seen to have left for a reason other than being done.
-    """
-
-    rank: int
-    size: int
-    entries: Sequence[Entry] = ()
-    heard: dict[int, float] = field(default_factory=dict)
-    gone: tuple[int, ...] = ()
-    left_at: dict[int, float] = field(default_factory=dict)
-
-    def take(self, entries: Sequence[Entry], gone: Sequence[int], now: float) -> None:
-        """Entries that were read after ``gone`` was seen."""
-        before = self.entries or [replace(entry, beat=-1) for entry in entries]
-        self.entries, self.gone = entries, tuple(gone)
-        for rank, (old, new) in enumerate(zip(before, entries, strict=True)):
-            if new.beat != old.beat:
-                for other in (rank, *new.runs):
-                    self.heard[other] = now
-            if new.left not in (None, DONE):
-                self.left_at.setdefault(rank, now)
-
-    def forgive(self, now: float) -> None:
-        """Count from anew: it was this process that heard nothing."""
-        self.heard = dict.fromkeys(self.heard, now)
-
-    def mates(self) -> list[int]:
-        """The ranks of my machine, without me."""
-        return [rank for rank in self._of_node(self.rank) if rank != self.rank]
-
-    def verdict(self, now: float, limit: float, hurry: bool) -> str | None:
-        """Who is lost and how it is known, as a clause; None while all is well.
-
-        limit: seconds of silence; hurry: a collective has failed, so that who has left is missed.
-        """
-        if not self.entries:
-            return None
-        for entry in self.entries:
-            if entry.lost:
-                return entry.lost
-        gone = [rank for rank in self.gone if self.entries[rank].left is None]
-        if gone:
-            return f"{self.named(gone)} {_has(gone)} ended without a word (killed?)"
-        for rank, since in self.left_at.items():
-            if rank != self.rank and (hurry or now - since > _HURRY_SECONDS):
-                return f"{self.named([rank])} has ended: {self.entries[rank].left}"
-        if silent := self.silent(now, limit):
-            closed = "gone: a connection was closed, and there has been no word"
-            how = closed if hurry else "not been heard of"
-            return f"{self.named(silent)} {_has(silent)} {how} for {limit:g} s"
-        return None
-
-    def silent(self, now: float, limit: float) -> list[int]:
-        """Who has not been heard of for ``limit`` seconds, and has not left."""
-        return [
-            rank
-            for rank, heard in sorted(self.heard.items())
-            if now - heard > limit and self.entries[rank].left is None and rank != self.rank
-        ]
-
-    def verdict_on_store(self, how: str, where: str) -> str:
-        """The same when the store does not answer. how: "has not been heard of ..."; where: it
-        listens."""
-        if not self.entries:
-            return f"the place where the ranks meet ({where}) {how}"
-        there = self._of_node(0)
-        if self.rank in there:
-            return f"the store of the ranks ({where}), on this machine, {how}"
-        how = how if len(there) == 1 else how.replace("has ", "have ", 1)
-        return f"{self.named(there)}, where the ranks meet ({where}), {how}"
-
-    def named(self, ranks: Sequence[int]) -> str:
-        """ "ranks 2, 3 of 4 (host node1)"."""
-        hosts = sorted({shown(self.entries[rank].host, 80) for rank in ranks})
-        return (
-            f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of {self.size} "
-            f"(host{'s' * (len(hosts) > 1)} {', '.join(hosts)})"
-        )
-
-    def _of_node(self, rank: int) -> list[int]:
-        """The ranks on the machine of ``rank``."""
-        node = self.entries[rank].node if self.entries else None
-        return [other for other, entry in enumerate(self.entries) if entry.node == node]
 
 
 class Watch:
@@ -345,7 +235,7 @@ class Watch:
     def _verdict(self, now: float) -> str | None:
         """What is known now; of others nothing new is, while the store does not answer."""
         hurry, since = self._hurry.is_set(), now - self._answered
-        limit = min(self._silence, _HURRY_SECONDS) if hurry else self._silence
+        limit = min(self._silence, HURRY_SECONDS) if hurry else self._silence
         if since < 2 * _BEAT_SECONDS and (words := self._roll.verdict(now, limit, hurry)):
             self._cut = not hurry and bool(self._roll.silent(now, limit))
             return words
@@ -444,7 +334,3 @@ def _is_torchrun(pid: int) -> bool:
         name in words
         for name in (b"torchrun", b"torch.distributed.run", b"torch/distributed/run.py")
     )
-
-
-def _has(ranks: Sequence[int]) -> str:
-    return "has" if len(ranks) == 1 else "have"
