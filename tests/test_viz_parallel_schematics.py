@@ -5,6 +5,7 @@ That nothing on them is cut or covered is held for all schematics in ``test_viz_
 
 import queue
 import threading
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -365,19 +366,28 @@ def test_stages_are_where_the_schedules_have_them():
         pipeline.stage_placement(3)
 
 
-def test_nothing_of_an_overlap_begins_before_what_it_needs():
-    times = pipeline.streams()
-    for part in pipeline.PARTS:
+@pytest.mark.parametrize(("slower", "factor"), [(0, 1), (1, 3), (0, 3)])
+def test_nothing_of_an_overlap_begins_before_what_it_needs(slower, factor):
+    """Also where one of the streams takes longer, so that the other has to wait for it."""
+    parts = [
+        replace(part, time=part.time * (factor if part.stream == slower else 1))
+        for part in pipeline.PARTS
+    ]
+    times = pipeline.streams(parts)
+    for part in parts:
         for name in part.after:
             assert times[name][1] <= times[part.name][0]
     for stream in (0, 1):
-        spans = sorted(times[p.name] for p in pipeline.PARTS if p.stream == stream)
+        spans = sorted(times[p.name] for p in parts if p.stream == stream)
         assert all(a[1] <= b[0] for a, b in pairwise(spans))
     # Each chunk's own order, that of the model: there and back.
     forward = ["dispatch F", "MLP F", "combine F", "attention F"]
     backward = ["MLP B", "dispatch B", "attention B", "combine B"]
     for chunk in (forward, backward):
         assert all(times[a][1] <= times[b][0] for a, b in pairwise(chunk))
+
+
+def test_overlapped_two_chunks_take_half_the_time():
     scene = pipeline.overlap()
     assert "6 units of time" in texts(scene) and "12 units of time" in texts(scene)
     boxes = rects(scene, height=40)
