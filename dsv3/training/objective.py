@@ -14,11 +14,25 @@ as transformers does; the report does not say which is meant.
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsv3.config import ModelConfig
 from dsv3.model import Transformer
+
+
+@runtime_checkable
+class HasMTP(Protocol):
+    """What predicts further ahead: a model, or the last stage of one."""
+
+    config: ModelConfig
+
+    def mtp_logits(
+        self, hidden: Float[Tensor, "b s d"], tokens: Int[Tensor, "b s"], *, depth: int
+    ) -> tuple[Float[Tensor, "b s vocab"], Float[Tensor, "b s d"]]: ...
 
 
 def cross_entropy(
@@ -29,7 +43,7 @@ def cross_entropy(
 
 
 def mtp_logits(
-    model: Transformer, hidden: Float[Tensor, "b s d"], window: Int[Tensor, "b w"]
+    model: HasMTP, hidden: Float[Tensor, "b s d"], window: Int[Tensor, "b w"]
 ) -> list[Float[Tensor, "b s vocab"]]:
     """Logits of every MTP depth (eq. 21-23): depth k at position i is about t_{i+k+1}.
 
@@ -47,14 +61,29 @@ def losses(
     model: Transformer, window: Int[Tensor, "b w"]
 ) -> tuple[Float[Tensor, ""], list[Float[Tensor, ""]]]:
     """Cross-entropy of the next token and of each MTP depth on windows of s + 1 + D tokens."""
-    length = window.shape[1] - 1 - model.config.num_nextn_predict_layers
-    logits, hidden = model(window[:, :length], return_hidden=True)
+    logits, hidden = model(tokens_of(model.config, window), return_hidden=True)
+    return losses_of(model, logits, hidden, window)
+
+
+def losses_of(
+    model: HasMTP,
+    logits: Float[Tensor, "b s vocab"],
+    hidden: Float[Tensor, "b s d"],
+    window: Int[Tensor, "b w"],
+) -> tuple[Float[Tensor, ""], list[Float[Tensor, ""]]]:
+    """The same from what the layers made of the tokens: logits, and states after the norm."""
+    length = hidden.shape[1]
     main = cross_entropy(logits, window[:, 1 : 1 + length])
     extra = [
         cross_entropy(ahead, window[:, k + 1 : k + 1 + length])  # t_{i+k+1}
         for k, ahead in enumerate(mtp_logits(model, hidden, window), start=1)
     ]
     return main, extra
+
+
+def tokens_of(config: ModelConfig, window: Int[Tensor, "b w"]) -> Int[Tensor, "b s"]:
+    """What the layers read of a window: all but the last 1 + D tokens, which are only targets."""
+    return window[:, : window.shape[1] - 1 - config.num_nextn_predict_layers]
 
 
 def objective(

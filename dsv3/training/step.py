@@ -68,16 +68,28 @@ def train_step(
     else:
         norm = nn.utils.clip_grad_norm_(model.parameters(), values.clip)
     result = dict(zip(("loss", "mtp_loss", "sequence_loss"), sums.tolist()), grad_norm=float(norm))
+    take_step(optimizer, result, values, [watch], shards)
+    model.zero_grad()
+    return result
+
+
+def take_step(
+    optimizer: AdamW,
+    result: dict[str, float],
+    values: StepValues,
+    watches: Sequence[RouterWatch],
+    shards: Sequence[Shards] = (),
+) -> None:
+    """Step weights and biases, unless a value in ``result`` is not finite; drop the gradients."""
     if all(math.isfinite(value) for value in result.values()):
         for parameters in optimizer.param_groups:
             parameters["lr"] = values.learning_rate
         _update(optimizer, shards)
-        for name, router in watch.routers.items():
-            if router.bias is not None:
-                update_bias(router.bias, watch.load[name], values.bias_speed)
+        for watch in watches:
+            for name, router in watch.routers.items():
+                if router.bias is not None:
+                    update_bias(router.bias, watch.load[name], values.bias_speed)
     optimizer.zero_grad()
-    model.zero_grad()
-    return result
 
 
 def _add_up(
