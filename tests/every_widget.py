@@ -15,7 +15,7 @@ model, tokenizer = load_model(shipped, precision="fp32"), load_tokenizer(shipped
 
 @dataclass(frozen=True)
 class Case:
-    """code: of its cell, after ``SETUP``; slider: the name of one that changes the picture."""
+    """code: of its cell, after ``SETUP``; slider: the name of one that can move both ways."""
 
     code: str
     slider: str
@@ -29,7 +29,7 @@ CASES = {
     "Scale microscope": Case("ScaleMicroscope(shipped)", "Layer"),
     "Draft explorer": Case("DraftExplorer(model, tokenizer, text)", "Stage"),
     "Timeline explorer": Case("TimelineExplorer()", "Micro-batches"),
-    "Placement explorer": Case("PlacementExplorer()", "Replicas"),
+    "Placement explorer": Case("PlacementExplorer(replicas=24)", "Replicas"),
 }
 
 

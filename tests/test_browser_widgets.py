@@ -190,10 +190,10 @@ def test_a_timeline_is_bent_by_its_controls(page, tmp_path):
 
 
 def test_replicas_are_dragged_and_chosen(page, tmp_path):
-    ours = PlacementExplorer()
+    ours = PlacementExplorer(replicas=24)
     page.scroll_to(ours.title)
     check_shown(page, ours.title, ours.scene())
-    page.press_slider(ours.title, "Replicas", "ArrowRight", 2)
+    page.press_slider(ours.title, "Replicas", "ArrowRight", 1)
     ours.replicas.value = 32
     check_shown(page, ours.title, ours.scene())
     choose(page, ours.title, "Policy", "global")
@@ -225,9 +225,12 @@ def test_they_can_be_read_on_a_dark_page(lab, browser, tmp_path):
     lab.use_theme("JupyterLab Dark")
     page = Notebook(browser, lab, "widgets.ipynb", height=2600)
     page.run_all()
-    for title, widget in (
-        ("Timeline explorer", TimelineExplorer()), ("Placement explorer", PlacementExplorer())
-    ):  # fmt: skip
+    timeline, placement = TimelineExplorer("DualPipe", 8, 16), PlacementExplorer(replicas=24)
+    page.scroll_to(timeline.title)
+    choose(page, timeline.title, "Schedule", "DualPipe")
+    page.press_slider(timeline.title, "Micro-batches", "ArrowLeft", 4)
+    for widget in (timeline, placement):
+        title = widget.title
         page.scroll_to(title)
         check_shown(page, title, widget.scene())
         shown = (

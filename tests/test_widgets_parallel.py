@@ -92,7 +92,7 @@ def test_a_whole_backward_is_drawn_in_its_two_parts_where_they_are_known():
     assert area(unknown, fill="green") == pytest.approx(4 * area(unknown, fill="sky"))
 
 
-def test_micro_batches_of_the_other_end_are_paler_and_numbered_on():
+def test_micro_batches_of_the_other_end_are_fainter_and_numbered_on():
     scene = pipeline_scene(timeline("DualPipe", 4, 8), Durations())
     pale, full = (area(scene, fill="sky", opacity=opacity) for opacity in (0.4, None))
     assert pale == pytest.approx(full) and pale > 0

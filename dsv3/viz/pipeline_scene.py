@@ -34,7 +34,7 @@ BUBBLES = {
 }
 ACTIVATIONS = {"1F1B": "PP", "ZB1P": "PP", "DualPipe": "PP + 1", "DualPipeV": "PP + 1"}
 _WAITS = 0.3  # how strong the colour of a bubble is
-_PALER = 0.4  # micro-batches that enter at the other end
+_FAINTER = 0.4  # micro-batches that enter at the other end are fainter
 _DIGIT = 0.64  # width of a digit in sizes of the font
 _MEMORY = 104  # height of the plot of activations
 
@@ -221,7 +221,7 @@ def _legend(scene: Scene, schedule: Schedule, y: float, split: bool) -> None:
     entries.append(("vermillion", _WAITS, "waits: the bubble"))
     if schedule.directions == 2:
         half = schedule.micro_batches // 2
-        entries.append(("sky", _PALER, f"paler: {half} and up, from the other end"))
+        entries.append(("sky", _FAINTER, f"fainter: {half} and up, from the other end"))
     x = 0.0
     for fill, opacity, words in entries:
         scene.rect(x, y - 5.5, 11, 11, fill=fill, opacity=opacity, stroke="line")
@@ -324,7 +324,7 @@ def _box(
     y, height = place
     each = height / len(event.step)
     for at, work in enumerate(event.step):
-        opacity = _PALER if work.direction else None
+        opacity = _FAINTER if work.direction else None
         parts = [(COLOURS[work.kind], 1.0)]
         if work.kind == "B" and share is not None:
             parts = [("green", 1 - share), ("yellow", share)]
