@@ -388,6 +388,17 @@ def test_whatever_is_chosen_a_plan_is_drawn():
     assert "cannot be shared out evenly over 2 nodes" in placement.message()
 
 
+@pytest.mark.parametrize(
+    "before, gpus, after", [((4, 20), 8, 24), ((2, 14), 4, 16), ((8, 72), 2, 24), ((2, 12), 32, 32)]
+)
+def test_other_gpus_take_the_next_number_of_replicas_that_fills_them(before, gpus, after):
+    placement = PlacementExplorer(gpus=before[0], replicas=before[1])
+    placement.gpus.value = gpus
+    slider = placement.replicas
+    assert (slider.value, slider.step) == (after, gpus)
+    assert f"{after} replicas of 12 experts on {gpus} GPUs" in placement.alt
+
+
 @pytest.mark.parametrize("loads", [[], [3], [0, 0, 0], [4, -1, 3], [1, float("nan"), 2]])
 def test_loads_without_work_are_refused(loads):
     with pytest.raises(DSV3Error, match="no loads to plan for"):
