@@ -32,10 +32,13 @@ How torch is asked, and why:
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,7 +55,7 @@ from torch.distributed.pipelining import (
 from dsv3.errors import DSV3Error
 from dsv3.parallel.schedules import Schedule, Work, one_f_one_b
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.parallel.timeline import Event, Timeline
+from dsv3.parallel.timeline import Durations, Event, Timeline
 
 # Which of torch's schedules runs under which name. Interleaved with one stage a rank is ZB1P.
 SCHEDULES: dict[str, Any] = {
@@ -141,12 +144,24 @@ def pass_through(
         scale_grads=False,
     )
     try:
-        outputs = schedule.step(batch=batch, target=batch)
+        with _without_plans_on_the_terminal():
+            outputs = schedule.step(batch=batch, target=batch)
     except RuntimeError as error:
         if isinstance(error.__cause__, DSV3Error):
             raise error.__cause__ from None
         raise
     return Passed(None if outputs is None else outputs.detach(), tuple(timed))
+
+
+@contextmanager
+def _without_plans_on_the_terminal() -> Iterator[None]:
+    """When a stage fails, torch logs the whole schedule, line by line, before the error."""
+    log = logging.getLogger("torch.distributed.pipelining.schedules")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _nothing_is_left() -> Callable[[], None]:
@@ -207,6 +222,24 @@ def measured(name: str, micro_batches: int, pieces: Sequence[Sequence[Piece]]) -
         Schedule(f"{name}, measured", stages_in_all(name, len(pieces)), micro_batches, orders),
         events,
     )
+
+
+def durations_of(timeline: Timeline) -> Durations:
+    """How long work took in a measured timeline, the median of each kind: for a simulation that is
+    laid beside it. Stages are taken as equal. Where W was never apart, it is half of B."""
+    backward: dict[tuple[int, int], float] = defaultdict(float)
+    forward, weights = [], []
+    for event in (event for mine in timeline.events for event in mine):
+        [work], took = event.step, event.end - event.start
+        if work.kind == "F":
+            forward.append(took)
+            continue
+        backward[work.stage, work.micro] += took
+        if work.kind == "W" and work.stage > 0:  # the first stage's is its whole backward
+            weights.append(took)
+    whole = median(backward.values())
+    part = min(median(weights), whole) if weights else whole / 2
+    return Durations(median(forward), whole, part)
 
 
 def planned(name: str, ranks: int, micro_batches: int) -> Schedule:

@@ -24,11 +24,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv3.cache import Step
+from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
 from dsv3.parallel.collectives import Mail
-from dsv3.parallel.pipeline import Passed, pass_through, rank_of, stages_in_all, stages_of
+from dsv3.parallel.pipeline import Passed, Piece, pass_through, rank_of, stages_in_all, stages_of
 from dsv3.parallel.tensor import TensorGroup
+from dsv3.precision import Precision
 from dsv3.training.balance import RouterWatch
 from dsv3.training.objective import losses_of, tokens_of
 from dsv3.training.optimizer import AdamW
@@ -168,7 +170,7 @@ class StagedModel(nn.Module):
         self._add_shared()
         return passed
 
-    def norm(self) -> Tensor:
+    def square(self) -> Tensor:
         """The square of the norm of my gradients; a weight that two ranks share counts once."""
         twice = self._copy()
         found = [w.grad for w in self.parameters() if w.grad is not None and w is not twice]
@@ -223,7 +225,7 @@ def pipeline_step(
     sums = torch.zeros(4, device=model.group.device)
     if found.outputs is not None:
         sums[:3] = found.outputs.mean(0)
-    sums[3] = model.norm()
+    sums[3] = model.square()
     model.group.all_reduce(sums)
     sums[3] = sums[3].sqrt()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -231,3 +233,28 @@ def pipeline_step(
     result = dict(zip(("loss", "mtp_loss", "sequence_loss", "grad_norm"), sums.tolist()))
     take_step(optimizer, result, values, [stage.watch for stage in model.stages.values()])
     return result
+
+
+def clocked(
+    group: TensorGroup,
+    schedule: str,
+    config: ModelConfig,
+    micro_batches: int,
+    *,
+    rows: int = 1,
+    length: int = 64,
+    precision: str = "fp32",
+) -> tuple[Piece, ...]:
+    """What this rank did when, in a batch of random tokens through a random model.
+
+    rows, length: of a micro-batch. A first batch goes before it, in which memory is found and
+    ranks connect. For ``dsv3.parallel.pipeline.measured``, which takes this of all ranks.
+    """
+    whole = Transformer(config, Precision.training(precision), device=group.device)
+    model = StagedModel(whole.init_weights(0), schedule, group)
+    width = length + 1 + config.num_nextn_predict_layers
+    random = torch.Generator().manual_seed(0)
+    batch = torch.randint(config.vocab_size, (micro_batches * rows, width), generator=random)
+    values = StepValues(learning_rate=0.0, micro_batch=rows * length)
+    model.backward(batch, values)
+    return model.backward(batch, values).pieces
