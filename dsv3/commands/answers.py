@@ -9,12 +9,12 @@ import json
 import resource
 import sys
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from dsv3 import machine
+from dsv3 import __version__, machine
 from dsv3.checkpoint.generation_config import FILE, GenerationConfig
 from dsv3.checkpoint.loading import load_model
 from dsv3.commands.chat import Talk
@@ -25,6 +25,7 @@ from dsv3.generation.sampling import Sampling
 from dsv3.generation.session import Session
 from dsv3.generation.tokenizer import Tokenizer
 from dsv3.model import Transformer
+from dsv3.parallel.agreement import agree_on
 from dsv3.parallel.tensor import TensorGroup
 
 
@@ -36,6 +37,7 @@ def answer(request: Request) -> None:
         model = load_model(args.model, precision=args.precision, group=group)
         sampling = request.sampling_for(model)
         job = Job(args, model, request.tokenizer, Terminal(group), sampling, request.own)
+        job.check_agreement()
         job.warn()
         if args.interactive:
             Talk(job).run()
@@ -56,6 +58,21 @@ class Job:
     terminal: Terminal
     sampling: Sampling
     own: GenerationConfig
+
+    def check_agreement(self) -> None:
+        """Raise DSV3Error where another rank has other options or other files; of the weights,
+        those are compared of which every rank has a copy and which are small."""
+        model, group = self.model, self.model.group.everyone
+        if group.size == 1:
+            return
+        copies = {
+            name: tensor
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if name.endswith(("norm.weight", "gate.bias"))
+        }
+        facts = {"version of dsv3": __version__, "config.json": model.config.to_dict()}
+        facts |= asdict(self.sampling) | {"precision": self.args.precision}
+        agree_on(group, facts | {"tokenizer": self.tokenizer.digest} | copies)
 
     def warn(self) -> None:
         """Say so where the chosen precision is a slow one here."""

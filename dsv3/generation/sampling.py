@@ -15,7 +15,10 @@ have holes. Their logits are whatever training left there. They are banned befor
 looked at, for the model and for its drafts alike, so speculative decoding stays exact.
 
 With several ranks, all hold the same logits up to rounding. Were each to choose for itself, one
-near-tie would send them apart for good, so rank 0 chooses and tells the others.
+near-tie would send them apart for good: they would go on with different texts, until one meets its
+end and leaves the loop while the others wait for it in the next collective, for ever. So rank 0
+chooses and tells the others. With each choice it tells its best token too, and a rank for which
+another one is better by far (another checkpoint, a step missed) says so at that token.
 """
 
 from __future__ import annotations
@@ -27,11 +30,14 @@ from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from dsv3.errors import DSV3Error
 from dsv3.parallel.tensor import TensorGroup
+
+# Rounding moves a logit by far less than this; so much more is another model, or another text.
+_FAR = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +261,7 @@ class Chooser:
             )
         self.banned = torch.tensor(banned, dtype=torch.int64, device="cpu")
         self.interrupted = False
+        self._choices = 0  # made so far
 
     def __call__(self, logits: Float[Tensor, "b v"]) -> list[list[Choice]]:
         """A token for each row of logits, in a list of its own."""
@@ -285,18 +292,36 @@ class Chooser:
 
         An id of -1 stands for none and has no log-probability.
         """
-        count = logits.shape[:-1].numel()
-        numbers = [0.0] * (count * (1 + self.sampling.logprobs) + 1)
+        rows = logits.flatten(0, -2)
+        count = len(rows)
+        numbers = [0.0] * (count * (2 + self.sampling.logprobs) + 1)
         if ids is not None:
             stop = self.interrupted or bool(self.should_stop and self.should_stop())
-            numbers = [*ids, *self.logprobs(logits, ids), stop]
+            best = rows.argmax(-1).tolist() if self.group.size > 1 else [0] * count
+            numbers = [stop, *best, *ids, *self.logprobs(logits, ids)]
         if self.group.size > 1:  # ids are exact in float64
-            numbers = self.group.broadcast(
+            told = self.group.broadcast(
                 torch.tensor(numbers, dtype=torch.float64, device=self.group.device)
-            ).tolist()
-        self.interrupted = bool(numbers[-1])
-        logprobs = numbers[count:-1] or [None] * count
-        return [Choice(int(id), value) for id, value in zip(numbers[:count], logprobs)]
+            )
+            self._compare(rows, told[1 : 1 + count].long())
+            numbers = told.tolist()
+        self.interrupted = bool(numbers[0])
+        self._choices += 1
+        chosen, logprobs = numbers[1 + count : 1 + 2 * count], numbers[1 + 2 * count :]
+        return [Choice(int(id), value) for id, value in zip(chosen, logprobs or [None] * count)]
+
+    def _compare(self, rows: Float[Tensor, "n v"], best: Int[Tensor, " n"]) -> None:
+        """Raise DSV3Error where rank 0's best token of a row is not nearly the best one here."""
+        mine = rows.max(-1)
+        short = mine.values - rows.gather(-1, best[:, None])[:, 0]
+        for row in (short > _FAR).nonzero()[:1].flatten().tolist():
+            raise DSV3Error(
+                "the ranks do not agree",
+                where=f"choice {self._choices + 1}, row {row + 1} of {len(rows)}",
+                found=f"best token {int(best[row])} on rank 0, {int(mine.indices[row])} on rank "
+                f"{self.group.rank}, where its logit is {float(short[row]):.1f} higher",
+                fix="Give all machines the same files and the same version of dsv3",
+            )
 
     def logprobs(self, logits: Float[Tensor, "*lead v"], ids: list[int]) -> list[float]:
         """The log of the model's own probability of each id; nothing where it is not wanted."""

@@ -25,6 +25,8 @@ text; ``generate`` bans them when it is given the tokenizer.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -172,6 +174,12 @@ class Tokenizer:
                     found=id,
                     expected=f"0 to {self.vocab_size - 1}",
                 )
+
+    @property
+    def digest(self) -> str:
+        """The same for the same tokens and settings."""
+        content = self._engine.to_str() + json.dumps(self._settings, sort_keys=True, default=str)
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
     def ids_without_token(self, vocab_size: int) -> list[int]:
         """The ids below ``vocab_size``, that of a model, which are none of these tokens: behind

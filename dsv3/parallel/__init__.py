@@ -5,5 +5,6 @@
 * ``launch`` and ``rank``: ranks on this machine, seen from the process that starts them and from
   a rank itself;
 * ``join``: how ranks find each other, and what may be trusted;
-* ``watch``, and ``roll`` with its rules: how those of several machines notice that one is lost.
+* ``watch``, and ``roll`` with its rules: how those of several machines notice that one is lost;
+* ``agreement``: what all ranks must have alike, compared before it is relied on.
 """

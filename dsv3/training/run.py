@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from dsv3.checkpoint.saving import write_model
 from dsv3.config import CONFIG_FILE, ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.files import unwritable
+from dsv3.parallel.agreement import agree_on
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.training.balance import max_violation
 from dsv3.training.corpus import Corpus
@@ -135,6 +136,17 @@ class Run:
         self.corpus.check_held_out(self.targets + max(phase.seq_len for phase in self.phases))
         if stored:
             self.position = stored.position()
+        agree_on(
+            self.group,
+            dict(
+                config=config.to_dict(),
+                recipe=asdict(self.plan.recipe),
+                minutes=max_minutes,
+                zero=zero,
+                text=self.corpus.text,
+                checkpoint=f"step {self.position.step}" if stored else "none",
+            ),
+        )
         self.began = began - self.position.seconds  # minutes that were used before count
         self._enter(phase_at(self.phases, self.position.tokens), None)
         if stored:
