@@ -138,7 +138,7 @@ def in_threads(function: Callable, size: int, *arguments: Any) -> list:
     """
     exchange = _Exchange(size)
     results: list[Any] = [None] * size
-    errors: list[BaseException] = []
+    errors: dict[int, BaseException] = {}
 
     def work(rank: int) -> None:
         try:
@@ -147,7 +147,7 @@ def in_threads(function: Callable, size: int, *arguments: Any) -> list:
                     Rank(rank, exchange), *(deepcopy(argument[rank]) for argument in arguments)
                 )
         except BaseException as error:
-            errors.append(error)
+            errors[rank] = error
         finally:
             exchange.end()
 
@@ -156,8 +156,9 @@ def in_threads(function: Callable, size: int, *arguments: Any) -> list:
         thread.start()
     for thread in threads:
         thread.join()
-    if errors:  # the others got stuck because of it
-        raise next((error for error in errors if not isinstance(error, Stuck)), errors[0])
+    first = [errors[rank] for rank in sorted(errors)]
+    if first:  # where one failed, others got stuck because of it
+        raise next((error for error in first if not isinstance(error, Stuck)), first[0])
     return results
 
 
