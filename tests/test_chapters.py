@@ -58,6 +58,7 @@ def test_the_book_has_its_chapters_in_order():
         "03_moe_gating.ipynb",
         "04_fp8.ipynb",
         "05_mtp.ipynb",
+        "07_parallelism.ipynb",
         "08_full_model.ipynb",
     ]
     for path in TAUGHT + SECOND:
