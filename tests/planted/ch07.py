@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dsv3.book.ch07 import _order
-from dsv3.book.dispatching import MISTAKES, right
 from dsv3.book.disagreement import FAULTS
+from dsv3.book.dispatching import MISTAKES, right
 
 BYTES = {
     "all-reduce": 18_000,
@@ -122,8 +122,7 @@ PLANTED = {
             "weights are whole",
         ),
         (
-            CLAIMS
-            | {"twice as many micro-batches halve the time that 1F1B's ranks wait": True},
+            CLAIMS | {"twice as many micro-batches halve the time that 1F1B's ranks wait": True},
             "only the share",
         ),
         (CLAIMS | {"a replica of an expert changes what the model says": True}, "a copy"),
