@@ -203,14 +203,14 @@ def _serve(rank: int, size: int, line: Connection, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    group = TensorGroup(rank, size, dist.group.WORLD)
     inbox: queue.Queue[bytes] = queue.Queue()
     threading.Thread(
         target=_read, args=(line, inbox, threading.main_thread().ident), daemon=True
     ).start()
     line.send_bytes(cloudpickle.dumps(Answer()))
     while True:
-        answer = _work(group, inbox.get())
+        work = inbox.get()
+        answer = _work(TensorGroup(rank, size, dist.group.WORLD), work)
         line.send_bytes(cloudpickle.dumps(answer))
 
 
