@@ -266,7 +266,7 @@ class MoE(nn.Module):
         assert group is not None
         mine, weights, chosen = (group.share(x) for x in (u, weights, chosen))
         parts = self.precision.parts(self.precision.operand(mine))  # in fp8, codes travel
-        arrived = group.dispatch(parts, weights, chosen, self.experts.holding)
+        arrived = group.dispatch(parts, weights, chosen, self.experts.holding, self.precision.wire)
         operand = self.precision.of_parts(*arrived.x)
         sums = self.experts(operand, arrived.weights, arrived.slots)
         return group.gather(group.combine(sums, arrived), len(u))

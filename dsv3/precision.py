@@ -151,6 +151,11 @@ class Precision:
         """The operand that has arrived there."""
         return parts[0]
 
+    @property
+    def wire(self) -> Fp8Training | None:
+        """What packs vectors that have a gradient when they travel; None: they go as they are."""
+        return None
+
     def rounded(
         self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: Tensor | QuantizedTensor
     ) -> Float[Tensor, "*lead out"]:
@@ -311,6 +316,22 @@ class Fp8Training(Training):
 
     def saving(self, form: str) -> Fp8Training:
         return replace(self, saved=form)
+
+    @property
+    def wire(self) -> Fp8Training | None:
+        """A product quantises its input anyhow. With scales that are powers of two it finds the
+        same codes again in what has arrived, so that to travel in codes costs no bit."""
+        return self if self.recipe.activation_scales == "ue8m0" else None
+
+    def pack(self, x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
+        """Codes and scales."""
+        codes = fp8.quantize_activation(x, self.recipe.activation_scales)
+        return codes.data, codes.scale
+
+    def unpack(self, *parts: Tensor) -> Float[Tensor, "n d"]:
+        """The vectors, in the activations' dtype."""
+        (data, scale), kind = parts, self.recipe.activation_scales
+        return QuantizedTensor(data, scale, fp8.ACTIVATION_BLOCK, kind).dequantize(self.dtype)
 
     def rounded(self, x: Float[Tensor, "*lead in"], matrix: Tensor) -> Float[Tensor, "*lead out"]:
         return fp8_linear(x, matrix, self.recipe, self.saved)

@@ -89,6 +89,12 @@ def add_options(parser: ArgumentParser) -> None:
         "become the same, and any run goes on from its checkpoints",
     )
     parser.add_argument(
+        "--ep",
+        action="store_true",
+        help="save memory: the ranks share the routed experts out, and tokens travel to them "
+        "(expert parallelism); checkpoints are complete all the same",
+    )
+    parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
     )
 
@@ -98,6 +104,7 @@ def run(args: Namespace, arguments: Sequence[str]) -> int:
     from dsv3.parallel.tensor import TensorGroup
     from dsv3.training import MINI, Recipe, read_description, train, usual_precision
     from dsv3.training.phases import check_phases, phases_of
+    from dsv3.training.sharing import Sharing
 
     ranks, starts = check_ranks(args.ranks, "--ranks", args.device)
     described = read_description(MINI if args.config is None else args.config)
@@ -110,6 +117,7 @@ def run(args: Namespace, arguments: Sequence[str]) -> int:
     choices = {**described.choices, **given}
     recipe = Recipe(**choices)
     if starts:
+        Sharing.of(TensorGroup(size=ranks), zero=args.zero, experts=args.ep).check(described.config)
         check_phases(phases_of(described.config, recipe), ranks)
         return launch(("-m", "dsv3", *arguments), ranks, threads=machine.threads(ranks, spare=0))
     with TensorGroup.from_environment(args.device) as group:
@@ -129,5 +137,6 @@ def run(args: Namespace, arguments: Sequence[str]) -> int:
             code=args.code or described.code,
             group=group,
             zero=args.zero,
+            experts=args.ep,
         )
     return 0

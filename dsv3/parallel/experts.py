@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -124,6 +124,15 @@ class Arrived:
     weights: Float[Tensor, "n k"]
     slots: Int[Tensor, "n k"]
     legs: list[Leg]
+
+
+@runtime_checkable
+class Wire(Protocol):
+    """How vectors are packed for a journey: of n rows, tensors of n rows, and back."""
+
+    def pack(self, x: Float[Tensor, "n d"]) -> tuple[Shaped[Tensor, "n _"], ...]: ...
+
+    def unpack(self, *parts: Shaped[Tensor, "n _"]) -> Float[Tensor, "n d"]: ...
 
 
 class ExpertGroup:
@@ -228,11 +237,13 @@ class ExpertGroup:
         weights: Float[Tensor, "n k"],
         chosen: Int[Tensor, "n k"],
         holding: Holding,
+        wire: Wire | None = None,
     ) -> Arrived:
         """Bring my tokens to the ranks that hold their experts: first between nodes, then inside.
 
         x: what is sent of a token: its vector, or codes and scales; weights and chosen: of its k
-        experts.
+        experts. wire: how a vector that has a gradient is packed for each way; the gradient comes
+        back as it is.
         """
         slots, legs = holding.slots(chosen, self.rank), []
         t = self.topology
@@ -252,11 +263,11 @@ class ExpertGroup:
             ).scatter(1, place, True)[:, :-1]
             leg = self._leg(wanted, targets)
             x = _Exchange.apply(
-                self, leg.sent, leg.received, (self.dispatched, self.combined),
+                self, leg.sent, leg.received, (self.dispatched, self.combined), wire,
                 *(part[leg.row] for part in x),
             )  # fmt: skip
             weights, slots = _Exchange.apply(
-                self, leg.sent, leg.received, (self.metadata, self.metadata),
+                self, leg.sent, leg.received, (self.metadata, self.metadata), None,
                 weights[leg.row], slots[leg.row],
             )  # fmt: skip
             legs.append(leg)
@@ -267,7 +278,7 @@ class ExpertGroup:
         wide = y.dtype
         for leg in reversed(arrived.legs):
             (part,) = _Exchange.apply(
-                self, leg.received, leg.sent, (self.combined, self.dispatched),
+                self, leg.received, leg.sent, (self.combined, self.dispatched), None,
                 y.to(self.combines_in or wide),
             )  # fmt: skip
             y = y.new_zeros(leg.rows, y.shape[1]).index_add(0, leg.row, part.to(wide))
@@ -316,16 +327,20 @@ class ExpertGroup:
 class _Exchange(torch.autograd.Function):
     """``ExpertGroup.exchange`` with a way back for gradients: the same rows, the other way.
 
-    traffic: what the forward pass counts in, and the backward pass. Each rank walks back through
-    its exchanges in the reverse order of the forward pass, also one that had nothing to send, so
-    that all meet in the same.
+    traffic: what the forward pass counts in, and the backward pass. wire: packs the one part that
+    there then is. Each rank walks back through its exchanges in the reverse order of the forward
+    pass, also one that had nothing to send, so that all meet in the same.
     """
 
     @staticmethod
-    def forward(ctx, group, sent, received, traffic, *parts):
+    def forward(ctx, group, sent, received, traffic, wire, *parts):
         ctx.group, ctx.sent, ctx.received, ctx.traffic = group, sent, received, traffic[1]
         ctx.has_gradient = [part.is_floating_point() for part in parts]
-        out = group.exchange(parts, sent, received, traffic[0])
+        if wire is None:
+            out = group.exchange(parts, sent, received, traffic[0])
+        else:
+            packed = wire.pack(*parts)
+            out = [wire.unpack(*group.exchange(packed, sent, received, traffic[0]))]
         ctx.mark_non_differentiable(*(x for x in out if not x.is_floating_point()))
         return tuple(out)
 
@@ -333,4 +348,4 @@ class _Exchange(torch.autograd.Function):
     def backward(ctx, *gradients: Any):
         floats = [g for g, has in zip(gradients, ctx.has_gradient, strict=True) if has]
         back = iter(ctx.group.exchange(floats, ctx.received, ctx.sent, ctx.traffic))
-        return None, None, None, None, *(next(back) if has else None for has in ctx.has_gradient)
+        return *[None] * 5, *(next(back) if has else None for has in ctx.has_gradient)

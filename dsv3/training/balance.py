@@ -10,6 +10,9 @@ collected over all routers of a pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -30,6 +33,7 @@ class RouterWatch:
         }
         self.load: dict[str, Tensor] = {}
         self.reset()
+        self._looks = True
         self._hooks = [
             router.register_forward_hook(self._watch(name)) for name, router in self.routers.items()
         ]
@@ -37,8 +41,8 @@ class RouterWatch:
     def _watch(self, name: str):
         def hook(router, inputs, outputs):
             _, chosen, balance = outputs
-            if in_backward():
-                return  # the same tokens again, recomputed step by step
+            if in_backward() or not self._looks:
+                return  # the same tokens again, recomputed step by step; or tokens that are none
             self.load[name] += torch.bincount(chosen.flatten(), minlength=len(self.load[name]))
             if balance is not None:
                 self._balances.append(balance)
@@ -53,6 +57,15 @@ class RouterWatch:
             for name, router in self.routers.items()
         }
         self._balances: list[Tensor] = []
+
+    @contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """Within it nothing is counted."""
+        self._looks = False
+        try:
+            yield
+        finally:
+            self._looks = True
 
     def sequence_loss(self) -> Float[Tensor, ""] | float:
         """L_Bal / alpha of the forward pass since the last call: the sum over all routers."""

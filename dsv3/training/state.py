@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,7 +34,9 @@ from torch import Tensor, nn
 from dsv3.checkpoint.safetensors_io import DTYPE_NAMES, SafetensorsFile
 from dsv3.errors import DSV3Error
 from dsv3.files import open_plain, read_json, read_text
+from dsv3.model import Transformer
 from dsv3.training.optimizer import MOMENTS, AdamW
+from dsv3.training.sharing import all_experts, held_alone, my_experts
 
 _KEEP = 2
 _TENSORS, _FACTS, _SUMS = "state.safetensors", "state.json", "SHA256SUMS"
@@ -43,15 +46,30 @@ _TIMES = ("seconds", "cpu_seconds")
 _KINDS = {"recipe": dict, "config": dict, "text": str, "tokenizer": str, "fitted": bool}
 
 
-def whole_state(model: nn.Module, optimizer: AdamW, step: int) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint after so many steps. Ranks that share something out call it
-    together, and what comes is the same for any number of them."""
-    tensors = {f"model.{name}": value for name, value in _weights(model).items()}
+def whole_state(
+    model: Transformer, optimizer: AdamW, step: int, *, keep: bool = True
+) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint after so many steps, on the CPU. Ranks that share something out
+    call it together, and what comes is the same for any number of them. keep: False for those that
+    only give; they get nothing."""
     names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
-    for weight, key, moment in optimizer.whole_moments() if step else ():
-        tensors[f"optimizer.{key}.{names[weight]}"] = moment
-        tensors[f"optimizer.step.{names[weight]}"] = torch.tensor(float(step))
-    tensors["random.torch"] = torch.get_rng_state()
+    alone, tensors = held_alone(model), {}
+
+    def parts() -> Iterator[tuple[str, str, Tensor]]:
+        for name, value in _weights(model).items():
+            yield "model", name, value.detach()
+        for weight, key, moment in optimizer.whole_moments() if step else ():
+            yield f"optimizer.{key}", names[weight], moment
+
+    for kind, name, value in parts():
+        if name in alone:
+            value = all_experts(model, value)
+        if keep:
+            tensors[f"{kind}.{name}"] = value.cpu()
+            if kind != "model":
+                tensors[f"optimizer.step.{name}"] = torch.tensor(float(step))
+    if keep:
+        tensors["random.torch"] = torch.get_rng_state()
     return tensors
 
 
@@ -150,8 +168,9 @@ def check_sum(path: Path, name: str = _FACTS) -> None:
         raise _damaged(path, *fault)
 
 
-def load_state(path: Path, model: nn.Module, optimizer: AdamW) -> None:
-    """Put a checkpoint's tensors back into model, optimizer and random state.
+def load_state(path: Path, model: Transformer, optimizer: AdamW) -> None:
+    """Put a checkpoint's tensors, or of those that are shared out a rank's part, back into model,
+    optimizer and random state.
 
     Raises DSV3Error, before anything is put back, for a tensor that is missing, foreign, of
     another shape or dtype or not finite, and for bytes that are not those written.
@@ -175,11 +194,17 @@ def load_state(path: Path, model: nn.Module, optimizer: AdamW) -> None:
             torch.set_rng_state(file.read("random.torch"))
         except RuntimeError as error:
             raise _damaged(path, _TENSORS, f"random.torch: {error}") from None
+        alone = held_alone(model)
+
+        def mine(kind: str, name: str) -> Tensor:
+            value = file.read(f"{kind}.{name}")
+            return my_experts(model, value).clone() if name in alone else value
+
         with torch.no_grad():
             for name, value in _weights(model).items():
-                value.copy_(file.read(f"model.{name}"))
+                value.copy_(mine("model", name))
                 if f"optimizer.step.{name}" in expected:
-                    moments = {key: file.read(f"optimizer.{key}.{name}") for key in MOMENTS}
+                    moments = {key: mine(f"optimizer.{key}", name) for key in MOMENTS}
                     optimizer.take_moments(value, step, moments)
 
 
@@ -195,12 +220,15 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _expected(model: nn.Module, optimizer: AdamW, step: int) -> dict[str, tuple]:
+def _expected(model: Transformer, optimizer: AdamW, step: int) -> dict[str, tuple]:
     """dtype and shape of every tensor of a checkpoint. Each step updates every trained weight, so
     behind the first one all of them have moments."""
     expected: dict[str, tuple] = {"random.torch": ("U8", tuple(torch.get_rng_state().shape))}
+    alone = held_alone(model)
     for name, value in _weights(model).items():
         shape = tuple(value.shape)
+        if name in alone:
+            shape = (model.config.n_routed_experts, *shape[1:])
         expected[f"model.{name}"] = (DTYPE_NAMES[value.dtype], shape)
         if value.requires_grad and step:
             expected[f"optimizer.step.{name}"] = ("F32", ())

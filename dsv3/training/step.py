@@ -43,18 +43,19 @@ def train_step(
 ) -> dict[str, float]:
     """One update from the batch's n windows; returns loss, mtp_loss, sequence_loss, grad_norm.
 
-    group: data-parallel ranks, each with a whole model of its own. Rank r takes windows r, r + N,
-    ...; gradients and loads are added up, so that all ranks make the step that one process would
-    make (``dsv3.parallel.data`` says how nearly). Where the optimizer has shards, each rank updates
-    its part of the weights and hears of the others'. When a value is not finite, weights, optimizer
-    and biases are left as they were.
+    group: data-parallel ranks, each with a model of its own, whole or with its part of the experts.
+    Rank r takes windows r, r + N, ...; gradients and loads are added up, so that all ranks make the
+    step that one process would make (``dsv3.parallel.data`` says how nearly). Where the optimizer
+    has shards, each rank updates its part of the weights and hears of the others'. When a value is
+    not finite, weights, optimizer and biases are left as they were.
     """
     group = group or TensorGroup.single(batch.device)
     watch.reset()
     mine = batch[group.rank :: group.size]
     tokens = batch.shape[1] - 1 - model.config.num_nextn_predict_layers
+    at_once = max(values.micro_batch // tokens, 1)
     sums = torch.zeros(3, device=batch.device)
-    for part in mine.split(max(values.micro_batch // tokens, 1)):
+    for part in mine.split(at_once) if len(mine) else ():
         main, extra = losses(model, part)
         balance = watch.sequence_loss()
         share = len(part) / len(batch)
@@ -62,6 +63,10 @@ def train_step(
         (total * share).backward()
         ahead = sum(extra, main.new_zeros(())) / max(len(extra), 1)
         sums += share * torch.stack([main, ahead, torch.as_tensor(balance).to(main)]).detach()
+    if model.group.experts is not None:
+        most = len(batch[:: group.size])  # windows of rank 0, who has the most
+        for _ in range(math.ceil(most / at_once) - math.ceil(len(mine) / at_once)):
+            _serve(model, batch, watch)
     shards = optimizer.shards or (cut(model, group) if group.size > 1 else ())
     if shards:
         norm = _add_up(group, shards, sums, watch, values.clip)
@@ -90,6 +95,18 @@ def take_step(
                 if router.bias is not None:
                     update_bias(router.bias, watch.load[name], values.bias_speed)
     optimizer.zero_grad()
+
+
+def _serve(model: Transformer, batch: Int[Tensor, "n w"], watch: RouterWatch) -> None:
+    """Take part in the exchanges of a micro-batch, with my experts and without a window.
+
+    All ranks that share experts out go through the model equally often. Who has no window left
+    goes through it with one token, which nobody counts and whose loss weighs nothing.
+    """
+    shortest = batch[:1, : 2 + model.config.num_nextn_predict_layers]
+    with watch.looking_away():
+        main, extra = losses(model, shortest)
+        (objective(main, extra, 1.0) * 0.0).backward()
 
 
 def _add_up(
