@@ -21,7 +21,7 @@ or a block's one scale would be needed on both sides of it with other neighbours
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
@@ -82,6 +82,12 @@ class TensorSpec:
         return self.numel * ITEM_BYTES[self.dtype]
 
     @property
+    def layer(self) -> int | None:
+        """Number of its layer, MTP modules counted on; None outside of the layers."""
+        _, first, number, *_ = (*self.hf_name.split("."), "", "")
+        return int(number) if first == "layers" else None
+
+    @property
     def scale(self) -> TensorSpec | None:
         """The grid of scales of an FP8 weight; None for any other tensor."""
         if self.dtype != F8:
@@ -96,9 +102,16 @@ class TensorSpec:
             shape=tuple(ceil(size / BLOCK) for size in self.shape),
         )
 
-    def slice_for(self, rank: int, size: int, n_experts: int) -> tuple[range, ...] | None:
-        """What rank ``rank`` of ``size`` holds: one range per dimension, or None for nothing."""
-        if self.expert is not None and self.expert // (n_experts // size) != rank:
+    def slice_for(
+        self, rank: int, size: int, n_experts: int, held: Collection[int] | None = None
+    ) -> tuple[range, ...] | None:
+        """What rank ``rank`` of ``size`` holds: one range per dimension, or None for nothing.
+
+        held: its routed experts, where they are shared out otherwise than all else.
+        """
+        if self.expert is not None and held is None and self.expert // (n_experts // size) != rank:
+            return None
+        if self.expert is not None and held is not None and self.expert not in held:
             return None
         ranges = [range(n) for n in self.shape]
         if self.shard_dim is not None:

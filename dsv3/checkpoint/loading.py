@@ -12,7 +12,8 @@ scale, a wrong shape or dtype, NaN codes, a scale or a router bias that is not f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +58,7 @@ def load_model(
     precision: "fp8", "bf16" or "fp32"; any of them loads from FP8 and from plain checkpoints, and
     from those that are both: in fp8, a weight that is stored in plain numbers is quantised here.
     device: where the weights go; default: the group's device, or the CPU. group: the ranks that
-    share the model, on the same device. The end tokens of a ``generation_config.json`` become the
+    share the model, on the same device; a rank reads only what it holds. The end tokens of a ``generation_config.json`` become the
     model's ``eos_ids``. Raises DSV3Error, naming the file or tensor, for anything that does not
     fit.
     """
@@ -87,8 +88,17 @@ def rank_pieces(
     specs: list[TensorSpec], config: ModelConfig, group: TensorGroup
 ) -> Iterator[Piece]:
     """This rank's part of each released tensor; the MTP modules' copies are left out."""
+
+    @cache
+    def held(layer: int) -> Collection[int] | None:
+        """Experts of a layer that are here, where they are shared out otherwise than all else."""
+        if group.experts is None:
+            return None
+        return set(group.experts.holding(config.n_routed_experts, layer).held[group.experts.rank])
+
     for spec in specs:
-        part = spec.slice_for(group.rank, group.size, config.n_routed_experts)
+        mine = None if spec.layer is None else held(spec.layer)
+        part = spec.slice_for(group.rank, group.size, config.n_routed_experts, mine)
         if part is not None and not spec.copy_of:
             yield Piece(spec.name, spec.hf_name, part)
 
@@ -97,6 +107,13 @@ def _open_converted(
     folder: Path, group: TensorGroup, ranks: int
 ) -> tuple[ModelConfig, CheckpointReader, list[TensorSpec]]:
     """Like ``open_checkpoint``, of this rank's files; names there are the model's own."""
+    if group.experts is not None:
+        raise DSV3Error(
+            "converted for tensor-parallel ranks, which hold a part of everything",
+            where=folder,
+            found=f"experts to be shared out over {group.experts.size} ranks",
+            fix=f"Run with --tp {ranks} and without --ep, or use the released layout",
+        )
     if ranks != group.size:
         raise DSV3Error(
             "converted for another number of ranks",

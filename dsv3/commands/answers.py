@@ -26,23 +26,28 @@ from dsv3.generation.session import Session
 from dsv3.generation.tokenizer import Tokenizer
 from dsv3.model import Transformer
 from dsv3.parallel.agreement import agree_on
+from dsv3.parallel.experts import join_experts
 from dsv3.parallel.tensor import TensorGroup
 
 
 def answer(request: Request) -> None:
     """Load the model as the rank that this process is, and answer."""
     args = request.args
-    with TensorGroup.from_environment(args.device) as group:
+    group = (
+        join_experts(args.device, tensor=args.tp or 1)
+        if args.ep
+        else TensorGroup.from_environment(args.device)
+    )
+    with group.everyone as everyone:
         torch.set_num_threads(machine.threads())
         model = load_model(args.model, precision=args.precision, group=group)
         sampling = request.sampling_for(model)
-        job = Job(args, model, request.tokenizer, Terminal(group), sampling, request.own)
-        job.check_agreement()
+        job = Job(args, model, request.tokenizer, Terminal(everyone), sampling, request.own)
         job.warn()
         if args.interactive:
             Talk(job).run()
         else:
-            job.answer(*group.broadcast_object([request.texts, request.prompts]))
+            job.answer(*everyone.broadcast_object([request.texts, request.prompts]))
 
 
 @dataclass
@@ -151,6 +156,7 @@ class Job:
                     "model": str(self.args.model),
                     "precision": self.args.precision,
                     "tp": self.model.group.size,
+                    **({"ep": self.args.ep} if self.args.ep else {}),
                     "results": results,
                     "tokens_per_second": round(result.tokens_per_second, 2),
                     "acceptance": result.acceptance,
@@ -163,10 +169,10 @@ class Job:
 
     def summarize(self, result: Generation) -> None:
         """What was run and what it cost, on stderr. Every rank reports its own share."""
-        group, count = self.model.group, sum(map(len, result.ids))
+        group, count = self.model.group.everyone, sum(map(len, result.ids))
         tensors = [*self.model.parameters(), *self.model.buffers()]
         mine = dict(
-            sent=group.bytes_sent,
+            sent=_sent(self.model.group),
             weights=sum(tensor.nbytes for tensor in tensors),
             cache=result.cache_bytes,
             peak=_peak_memory(self.model.device),
@@ -221,6 +227,13 @@ class Job:
                 f"sampling    not supported and left out: {', '.join(self.own.ignored)} of {FILE}"
             )
         return lines
+
+
+def _sent(group: TensorGroup) -> int:
+    """Bytes that this rank has sent to others, for whatever purpose."""
+    if group.experts is None:
+        return group.bytes_sent
+    return group.bytes_sent + group.everyone.bytes_sent + group.experts.bytes_sent
 
 
 def _peak_memory(device: torch.device) -> int:

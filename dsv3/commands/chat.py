@@ -85,7 +85,7 @@ class Talk:
     def answer(self, line: str) -> None:
         """One turn: the line as a question, or as a text to continue."""
         question = [*self.messages, {"role": "user", "content": line}]
-        kind, value = self.job.model.group.broadcast_object(
+        kind, value = self.job.model.group.everyone.broadcast_object(
             self.ids(question, line) if self.terminal.speaks else None
         )
         if kind == "error":

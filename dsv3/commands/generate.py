@@ -50,6 +50,13 @@ def add_options(parser: ArgumentParser) -> None:
         "torchrun: the ranks that are there)",
     )
     parser.add_argument(
+        "--ep",
+        type=options.count,
+        metavar="N",
+        help="start N ranks that share the routed experts out; tokens travel to them. The rest of "
+        "the model is whole on each, or with --tp M cut over M of them",
+    )
+    parser.add_argument(
         "--precision",
         choices=("fp8", "bf16", "fp32"),
         default="fp8",
@@ -121,8 +128,13 @@ def run(args: Namespace, arguments: Sequence[str]) -> int:
     from dsv3.commands.request import Request
     from dsv3.commands.terminal import settings_kept
     from dsv3.generation.prompts import from_standard_input, handed_down
+    from dsv3.parallel.experts import check_tensor_ranks
 
-    ranks, starts = check_ranks(args.tp, "--tp", args.device)
+    if args.ep:
+        check_tensor_ranks(args.ep, args.tp or 1)
+        ranks, starts = check_ranks(args.ep, "--ep", args.device)
+    else:
+        ranks, starts = check_ranks(args.tp, "--tp", args.device)
     request = Request.checked(args, ranks)
     if not starts:
         answer(request)

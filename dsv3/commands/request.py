@@ -16,6 +16,7 @@ from dsv3.generation.speculative import check_can_draft
 from dsv3.generation.tokenizer import Tokenizer, load_tokenizer
 from dsv3.model import Transformer
 from dsv3.parallel.environment import place
+from dsv3.parallel.tensor import TensorGroup
 
 # Prompt tokens in one pass: bounds the memory of a long prompt without making small matrices.
 _PREFILL_CHUNK = 2048
@@ -39,6 +40,7 @@ class Request:
     @classmethod
     def checked(cls, args: Namespace, ranks: int) -> Request:
         """What ``args`` ask of a model on so many ranks; DSV3Error for what cannot be."""
+        cut_over = (args.tp or 1) if args.ep else ranks
         sampling = sampling_of(args)
         config = ModelConfig.from_pretrained(args.model)
         # A config without MTP is refused once the files were looked at: they may hold the layer,
@@ -46,9 +48,9 @@ class Request:
         if sampling.speculative and config.num_nextn_predict_layers:
             check_can_draft(config, sampling.num_draft_tokens)
         own = GenerationConfig.beside(args.model, config.vocab_size)
-        check_sharding(
-            config, ranks, blocks=args.precision == "fp8" or config.quantization_config is not None
-        )
+        blocks = args.precision == "fp8" or config.quantization_config is not None
+        check_sharding(config, cut_over, blocks=blocks)
+        TensorGroup(size=ranks).split(config.n_routed_experts, "n_routed_experts")
         tokenizer = load_tokenizer(args.model)
         # Rank 0's prompts are everybody's: a pipe is read once, a template may ask for the time.
         here = place()

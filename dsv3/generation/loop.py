@@ -144,7 +144,9 @@ class Stream(Iterator[Token]):
         self._model, self._prompts, self._sampling = model, prompts, sampling
         # pyrefly: ignore[bad-argument-type] - Sampling keeps its ids as tuples
         self._rows = Rows(rows, config.max_position_embeddings, sampling, eos, token_bytes)
-        self._choose = Chooser(model.group, len(rows), sampling, config.vocab_size, should_stop)
+        self._choose = Chooser(
+            model.group.everyone, len(rows), sampling, config.vocab_size, should_stop
+        )
         self._has_texts = tokenizer is not None
         self._passes, self._seconds = 0, 0.0
         works = rows and sampling.max_new_tokens

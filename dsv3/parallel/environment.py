@@ -24,11 +24,13 @@ _UNSET = "unset RANK WORLD_SIZE LOCAL_RANK to run without other ranks"
 
 @dataclass(frozen=True)
 class Place:
-    """Who I am: rank of size over all machines, local_rank on this one (None: nobody said)."""
+    """Who I am: rank of size over all machines, local_rank of local_size on this one (None: nobody
+    said)."""
 
     rank: int
     size: int
     local_rank: int | None
+    local_size: int | None = None
 
 
 def place() -> Place | None:
@@ -49,7 +51,9 @@ def place() -> Place | None:
             fix=f"Set both anew, or {_UNSET}",
         )
     local = _number("LOCAL_RANK", beside="RANK", least=0) if "LOCAL_RANK" in os.environ else None
-    if size > 1 and FOLDER not in os.environ:
+    if FOLDER in os.environ:
+        return Place(rank, size, local, size)
+    if size > 1:
         if not os.environ.get("MASTER_ADDR"):
             raise DSV3Error(
                 "missing, and so the ranks cannot meet",
@@ -65,7 +69,10 @@ def place() -> Place | None:
                 expected="at most 65535",
                 fix="Start ranks with torchrun",
             )
-    return Place(rank, size, local)
+    there = "LOCAL_WORLD_SIZE"
+    return Place(
+        rank, size, local, _number(there, beside="RANK", least=1) if there in os.environ else None
+    )
 
 
 def silence() -> int:

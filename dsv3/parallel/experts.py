@@ -43,6 +43,8 @@ from torch import Tensor
 
 from dsv3.backward import without_backward
 from dsv3.errors import DSV3Error
+from dsv3.parallel.environment import Place, place
+from dsv3.parallel.join import neighbours
 from dsv3.parallel.replicas import Plan
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.parallel.traffic import Topology, Traffic
@@ -322,6 +324,36 @@ class ExpertGroup:
             piece.clone(memory_format=torch.contiguous_format).view(part.dtype)  # aligned anew
             for part, piece in zip(parts, out.split(widths, 1), strict=True)
         ]
+
+
+def join_experts(device: str | None = None, *, tensor: int = 1) -> TensorGroup:
+    """Join the ranks that a launcher started, with the experts shared out over all of them.
+
+    All else of a model is whole on each rank, or with ``tensor`` cut over so many neighbours. For
+    inference: all hold the same tokens. A launcher says which ranks share a machine. Raises
+    DSV3Error as ``TensorGroup.from_environment`` does, and for ranks that ``tensor`` does not
+    divide.
+    """
+    ranks = TensorGroup.from_environment(device)
+    here = place() or Place(0, 1, 0)
+    experts = ExpertGroup(ranks, per_node=here.local_size)
+    check_tensor_ranks(ranks.size, tensor)
+    if tensor in (1, ranks.size):
+        members = ranks.process_group if tensor > 1 else None
+    else:
+        members = neighbours(here, tensor)
+    return TensorGroup(ranks.rank % tensor, tensor, members, ranks.device, experts)
+
+
+def check_tensor_ranks(experts: int, tensor: int) -> None:
+    """Raises DSV3Error where ranks that share experts out cannot be taken ``tensor`` at a time."""
+    if experts % tensor:
+        raise DSV3Error(
+            "the ranks that share the experts out are no whole number of groups to cut the rest over",
+            where="--ep and --tp",
+            found=f"{experts} and {tensor}",
+            expected=f"--ep a multiple of {tensor}",
+        )
 
 
 class _Exchange(torch.autograd.Function):

@@ -98,8 +98,29 @@ def _meeting_point(place: Place) -> dist.Store:
     return dist.PrefixStore(f"dsv3/{attempt}", store)
 
 
-def shake_hands(place: Place, secret: bytes, limit: timedelta = _HANDSHAKE) -> None:
-    """Every two ranks prove to each other that they know ``secret``.
+def neighbours(place: Place, size: int) -> dist.ProcessGroup:
+    """The group of ``size`` ranks that I am one of: 0 to size - 1, or those after, and so on.
+
+    Every rank calls it. A new group's ranks connect anew, so they prove themselves anew.
+    """
+    groups = [
+        dist.new_group(list(range(first, first + size)), timeout=_PATIENCE)
+        for first in range(0, place.size, size)
+    ]
+    mine = groups[place.rank // size]
+    folder = os.environ.get(FOLDER)
+    if folder and dist.get_backend() == "gloo":
+        shake_hands(place, (Path(folder) / SECRET).read_bytes(), group=mine)
+    return mine
+
+
+def shake_hands(
+    place: Place,
+    secret: bytes,
+    limit: timedelta = _HANDSHAKE,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Every two ranks, of all or of ``group``, prove to each other that they know ``secret``.
 
     The proof is a hash of the secret and of the direction, so that what a rank sends is of no use
     for standing in for it. Raises JoinFailed for a connection that proves nothing within ``limit``.
@@ -113,10 +134,11 @@ def shake_hands(place: Place, secret: bytes, limit: timedelta = _HANDSHAKE) -> N
             device="cpu",
         )
 
-    others = [rank for rank in range(place.size) if rank != place.rank]
+    members = range(place.size) if group is None else dist.get_process_group_ranks(group)
+    others = [rank for rank in members if rank != place.rank]
     got = {rank: torch.zeros(32, dtype=torch.uint8, device="cpu") for rank in others}
-    sending = [dist.isend(proof(place.rank, rank), rank) for rank in others]
-    receiving = [dist.irecv(got[rank], rank) for rank in others]
+    sending = [dist.isend(proof(place.rank, rank), rank, group) for rank in others]
+    receiving = [dist.irecv(got[rank], rank, group) for rank in others]
     for work in (*sending, *receiving):
         with suppress(RuntimeError):  # nothing came, or the connection was closed: no proof
             # pyrefly: ignore[missing-attribute] - None is for who is not of the group

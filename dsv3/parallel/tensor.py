@@ -187,7 +187,7 @@ class TensorGroup:
         """Rank ``src``'s x on every rank, in place."""
         if self.size > 1:
             self.bytes_sent += x.nbytes if self.rank == src else 0
-            dist.broadcast(x, src, group=self.process_group)
+            dist.broadcast(x, group=self.process_group, group_src=src)
         return x
 
     def broadcast_object(self, value, src: int = 0):
@@ -200,10 +200,10 @@ class TensorGroup:
             return value
         text = json.dumps(value).encode() if self.rank == src else b""
         length = torch.tensor([len(text)], device=self.device)
-        dist.broadcast(length, src, group=self.process_group)
+        dist.broadcast(length, group=self.process_group, group_src=src)
         data = torch.zeros(int(length), dtype=torch.uint8, device="cpu")
         if self.rank == src:
             data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         data = data.to(self.device)
-        dist.broadcast(data, src, group=self.process_group)
+        dist.broadcast(data, group=self.process_group, group_src=src)
         return json.loads(bytes(data.tolist()))
