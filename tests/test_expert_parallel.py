@@ -4,20 +4,33 @@ What is expected is computed without the package's exchange: by the dense layer,
 going through tokens and choices one by one.
 """
 
+import json
+import os
+import re
+import signal
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from test_cli import PROMPT, alive, dsv3, linux, members, one_line, pid_of_rank, start_endless
 
-from dsv3 import ModelConfig, Transformer
+from dsv3 import ModelConfig, Transformer, cli, generate, load_model
+from dsv3.checkpoint.contents import open_checkpoint
+from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.loading import rank_pieces
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import QuantizedTensor, quantize_activation
 from dsv3.moe import MoE
+from dsv3.parallel.environment import Place
 from dsv3.parallel.experts import ExpertGroup, Holding
+from dsv3.parallel.join import neighbours
 from dsv3.parallel.replicas import Plan, plan
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
+from dsv3.shipped import model_folder
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +52,8 @@ COPIES = {
     2: Plan((0, 1, 2, 3, 5, 0, 4, 5, 6, 7), 2),
     4: Plan((0, 1, 2, 5, 0, 3, 4, 6, 5, 7, 0, 0), 4),
 }
+
+COPIES_16 = plan([float(1 + expert % 5) for expert in range(16)], 20, groups=4, nodes=1, gpus=4)
 
 
 def random(seed: int) -> torch.Generator:
@@ -96,6 +111,7 @@ def everything(ranks: TensorGroup) -> dict:
     for copies in (None, COPIES[ranks.size]):
         found["gaps", copies is None] = gradient_gaps(ranks, copies)
     found["one token"] = one_token(ranks) if ranks.size == 4 else None
+    found["texts"] = [texts(group, precision) for group in groups(ranks) for precision in TEXTS]
     return found
 
 
@@ -116,6 +132,127 @@ def test_tokens_that_travel_equal_experts_in_one_place(found):
             assert all((other[key][case] == answer).all() for other in found), (
                 "ranks that go on with other numbers choose other tokens"
             )
+
+
+# Text of the model that comes along --------------------------------------------------------------
+
+TEXTS = ("fp8", "fp32")
+PROMPTS = [[0, 401, 805, 771, 982, 588], [0, 12], [0, *range(300, 308)]]
+
+
+def texts(group: TensorGroup | None, precision: str) -> list:
+    """Greedy tokens, plain and drafted, and the logits of a ragged batch."""
+    model = load_model("dsv3-mini", precision, group=group)
+    options = dict(max_new_tokens=10)
+    with torch.inference_mode():
+        logits = model(torch.tensor([PROMPTS[2], [*PROMPTS[0], 0, 0, 0]]), lengths=[9, 6])
+    return [
+        generate(model, PROMPTS, **options),
+        generate(model, PROMPTS, speculative=True, num_draft_tokens=2, **options),
+        logits.numpy(),
+    ]
+
+
+def groups(ranks: TensorGroup) -> list[TensorGroup]:
+    """Attention whole, with experts in equal runs and with copies; attention cut over two."""
+    loads = [float(1 + expert % 5) for expert in range(16)]
+    copies = {layer: plan(loads[layer:] + loads[:layer], 20, 4, 1, ranks.size) for layer in (2, 4)}
+    pair = neighbours(Place(ranks.rank, ranks.size, None), 2)
+    return [
+        TensorGroup(experts=ExpertGroup(ranks, per_node=1)),
+        TensorGroup(experts=ExpertGroup(ranks, plans=copies)),
+        TensorGroup(ranks.rank % 2, 2, pair, experts=ExpertGroup(ranks, per_node=2)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def texts_alone() -> list:
+    return [texts(None, precision) for precision in TEXTS]
+
+
+def test_text_does_not_depend_on_the_ranks(found, texts_alone):
+    wanted = texts_alone * 3
+    assert len(found[0]["texts"]) == len(wanted)
+    for number, (plain, drafted, logits) in enumerate(wanted):
+        for one in found:
+            assert one["texts"][number][0] == plain
+            assert one["texts"][number][1] == drafted
+            assert (one["texts"][number][2] == found[0]["texts"][number][2]).all()
+        gap = np.abs(found[0]["texts"][number][2] - logits).max() / np.abs(logits).max()
+        assert gap < (1e-5 if number % 2 else 1e-6)
+
+
+@pytest.mark.parametrize("plans", [None, {2: COPIES_16, 4: COPIES_16}], ids=["even", "copies"])
+def test_a_rank_reads_its_experts_and_no_others(plans):
+    config, reader, specs = open_checkpoint(model_folder("dsv3-mini"))
+    reader.close()
+    held: Counter = Counter()
+    for rank in range(4):
+        experts = ExpertGroup(TensorGroup(rank, 4), plans=plans)
+        pieces = [*rank_pieces(specs, config, TensorGroup(experts=experts))]
+        mine = {tuple(re.findall(r"(.*)[.]experts[.](\d+)[.]", p.name)) for p in pieces} - {()}
+        for ((layer, expert),) in mine:
+            number = 4 if layer.startswith("mtp") else int(layer.split(".")[1])
+            assert int(expert) in experts.holding(16, number).held[rank]
+            held[number, int(expert)] += 1
+        others = [piece for piece in pieces if ".ffn.experts." not in piece.name]
+        assert len(others) == len([s for s in specs if s.expert is None and not s.copy_of])
+    copied = {2, 4} if plans else set()
+    for layer in (2, 3, 4):
+        for expert in range(16):
+            assert held[layer, expert] == (
+                COPIES_16.experts.count(expert) if layer in copied else 1
+            )
+
+
+# dsv3 generate --ep ------------------------------------------------------------------------------
+
+
+def test_ranks_of_the_command(tiny_checkpoint, capsys):
+    words = ["generate", tiny_checkpoint, "--prompt", PROMPT, "--max-new-tokens", 8]
+    assert cli.main([*map(str, words), "--json", "--speculative"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    done = json.loads(dsv3(*words, "--json", "--speculative", "--ep", 2).stdout)
+    assert (done.pop("ep"), done["tp"]) == (2, 1)
+    assert done.keys() == alone.keys() and done["results"] == alone["results"]
+    shown = dsv3(*words, "--ep", 4, "--tp", 2)
+    assert shown.stdout == PROMPT + alone["results"][0]["text"] + "\n"
+    assert "4 ranks with 2 of the experts each" in shown.stderr
+    assert [line.split()[1] for line in shown.stderr.splitlines()[-4:]] == list("0123")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--ep", "3"], "n_routed_experts: cannot be cut.*found 8, expected a multiple of 3"),
+        (["--ep", "4", "--tp", "3"], r"--ep and --tp: .*choose --tp among \[1, 2, 4\]"),
+        (["--ep", "8", "--tp", "4"], "cut over 4 ranks|split over 4 ranks"),
+        (["--ep", "0"], "--ep: '0' is not a whole number"),
+    ],
+)
+def test_numbers_of_ranks_that_cannot_be(tiny_checkpoint, capsys, words, message):
+    assert cli.main(["generate", str(tiny_checkpoint), "--prompt", "x", *words]) == 2
+    output, errors = capsys.readouterr()
+    assert re.search(message, one_line(errors)) and output == ""
+
+
+def test_a_converted_checkpoint_says_how_it_runs(tiny_checkpoint, tmp_path):
+    convert(tiny_checkpoint, tmp_path / "cut", 2, progress=False)
+    for size, tensor in ((2, 1), (2, 2)):
+        experts = ExpertGroup(TensorGroup(0, size))
+        with pytest.raises(DSV3Error, match="Run with --tp 2 and without --ep"):
+            load_model(tmp_path / "cut", group=TensorGroup(0, tensor, experts=experts))
+
+
+@linux
+def test_a_killed_rank_is_named(tiny_checkpoint, tmp_path):
+    process = start_endless(tiny_checkpoint, tmp_path, "--ep", "2")
+    below = members(process.pid)
+    os.kill(pid_of_rank(process, 1), signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "rank 1 of 2 was killed by SIGKILL; the other ranks were" in one_line(errors)
+    assert not any(map(alive, below))
 
 
 # Training -----------------------------------------------------------------------------------------

@@ -58,9 +58,9 @@ def load_model(
     precision: "fp8", "bf16" or "fp32"; any of them loads from FP8 and from plain checkpoints, and
     from those that are both: in fp8, a weight that is stored in plain numbers is quantised here.
     device: where the weights go; default: the group's device, or the CPU. group: the ranks that
-    share the model, on the same device; a rank reads only what it holds. The end tokens of a ``generation_config.json`` become the
-    model's ``eos_ids``. Raises DSV3Error, naming the file or tensor, for anything that does not
-    fit.
+    share the model, on the same device, each of which reads only what it holds. The end tokens of
+    a ``generation_config.json`` become the model's ``eos_ids``. Raises DSV3Error, naming the file
+    or tensor, for anything that does not fit.
     """
     folder = model_folder(folder)
     group, device = agree(group, device)

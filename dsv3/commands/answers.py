@@ -180,11 +180,14 @@ class Job:
         ranks = [group.broadcast_object(mine, src=rank) for rank in range(group.size)]
         note = self.terminal.note
         plural = "rank" if group.size == 1 else "ranks"
+        experts, held = self.model.group.experts, ""
+        if experts is not None:
+            held = f" with {self.model.config.n_routed_experts // experts.size} of the experts each"
         where = self.model.device.type
         if where == "cpu":
             where += f" with {machine.threads_in_words(torch.get_num_threads())}"
         note(
-            f"model       {self.args.model}, {self.args.precision}, {group.size} {plural} on "
+            f"model       {self.args.model}, {self.args.precision}, {group.size} {plural}{held} on "
             f"{where}"
         )
         note(

@@ -50,7 +50,8 @@ class Request:
         own = GenerationConfig.beside(args.model, config.vocab_size)
         blocks = args.precision == "fp8" or config.quantization_config is not None
         check_sharding(config, cut_over, blocks=blocks)
-        TensorGroup(size=ranks).split(config.n_routed_experts, "n_routed_experts")
+        if args.ep:
+            TensorGroup(size=args.ep).split(config.n_routed_experts, "n_routed_experts")
         tokenizer = load_tokenizer(args.model)
         # Rank 0's prompts are everybody's: a pipe is read once, a template may ask for the time.
         here = place()

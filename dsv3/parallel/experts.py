@@ -348,11 +348,12 @@ def join_experts(device: str | None = None, *, tensor: int = 1) -> TensorGroup:
 def check_tensor_ranks(experts: int, tensor: int) -> None:
     """Raises DSV3Error where ranks that share experts out cannot be taken ``tensor`` at a time."""
     if experts % tensor:
+        fits = [number for number in range(1, experts + 1) if experts % number == 0]
         raise DSV3Error(
-            "the ranks that share the experts out are no whole number of groups to cut the rest over",
+            "ranks that share experts out cannot be grouped to cut the rest of the model",
             where="--ep and --tp",
-            found=f"{experts} and {tensor}",
-            expected=f"--ep a multiple of {tensor}",
+            found=f"{experts} ranks in groups of {tensor}",
+            fix=f"With --ep {experts}, choose --tp among {fits}",
         )
 
 

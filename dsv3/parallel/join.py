@@ -108,6 +108,7 @@ def neighbours(place: Place, size: int) -> dist.ProcessGroup:
         for first in range(0, place.size, size)
     ]
     mine = groups[place.rank // size]
+    assert isinstance(mine, dist.ProcessGroup)
     folder = os.environ.get(FOLDER)
     if folder and dist.get_backend() == "gloo":
         shake_hands(place, (Path(folder) / SECRET).read_bytes(), group=mine)
