@@ -43,6 +43,7 @@ def answer(request: Request) -> None:
         model = load_model(args.model, precision=args.precision, group=group)
         sampling = request.sampling_for(model)
         job = Job(args, model, request.tokenizer, Terminal(everyone), sampling, request.own)
+        job.check_agreement()
         job.warn()
         if args.interactive:
             Talk(job).run()
