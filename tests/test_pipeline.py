@@ -175,6 +175,16 @@ def test_the_trace_opens_in_a_viewer_of_traces():
     assert rows == {rank: f"rank {rank}" for rank in range(4)}
     boxes = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     assert len(boxes) == sum(len(order) for order in timeline.schedule.orders)
+    for event in trace["traceEvents"]:  # what the format asks of every event, and no phase but two
+        assert isinstance(event["name"], str) and isinstance(event["args"], dict)
+        assert isinstance(event["pid"], int) and isinstance(event["tid"], int)
+        assert event["ph"] == "X" or (event["ph"], event["name"]) == ("M", "thread_name")
+    for box in boxes:
+        assert box["ts"] >= 0 and box["dur"] > 0 and isinstance(box["cat"], str)
+    for rank in rows:  # two boxes of a row that overlap would be drawn one inside the other
+        mine = sorted((box["ts"], box["ts"] + box["dur"]) for box in boxes if box["tid"] == rank)
+        assert all(one[1] <= two[0] for one, two in pairwise(mine))
+    assert trace["displayTimeUnit"] in ("ms", "ns")
     last = max(boxes, key=lambda box: box["ts"] + box["dur"])
     assert last["ts"] + last["dur"] == pytest.approx(10 * timeline.end)
     assert boxes[0]["name"] == "F0"

@@ -4,15 +4,15 @@ Stage 0 begins with the embedding, the last one ends with norm, head and MTP mod
 layers lie between, a stretch each (``layers_of``). What goes from stage to stage is the stream of a
 micro-batch, and with it the sum of the sequence losses of the routers passed so far: the last
 stage adds it to the objective, and its gradient goes the same way back. A stage names its weights
-as the whole model does, so that the stages' ``state_dict`` together are a checkpoint's.
+as the whole model does.
 
 MTP reads the model's own embedding and head. The head is on its stage; the embedding may not be.
 
 * Folded in a V (DualPipeV), first and last stage are on one rank and share it, weight and
   gradient. That is why the report puts "the shallowest layers (including the embedding layer) and
   deepest layers (including the output head)" on the same rank (TR 3.2.3).
-* In 1F1B they are not. Each end has a copy, and gets half of the gradient. After each batch the
-  halves are exchanged and added up: both copies make the same step, and stay the same.
+* In 1F1B they are not. Each end has a copy, and gets a part of the gradient. After each batch the
+  parts are exchanged and added up: both copies make the same step, and stay the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dsv3.parallel.pipeline import Passed, Piece, pass_through, rank_of, stages_
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 from dsv3.training.balance import RouterWatch
-from dsv3.training.objective import losses_of, tokens_of
+from dsv3.training.objective import losses_of, objective, tokens_of
 from dsv3.training.optimizer import AdamW
 from dsv3.training.step import StepValues, take_step
 
@@ -119,9 +119,8 @@ def layers_of(layers: int, stages: int) -> list[range]:
 class StagedModel(nn.Module):
     """One rank's stages of a model that trains in a pipeline.
 
-    model: the whole, with the same weights on every rank; what is not of this rank's stages goes
-    when its last other user goes. One too large for that is made on the meta device, and this is
-    given room (``to_empty``) and its weights after it was cut. schedule: one of
+    model: the whole, with the same weights on every rank: each must be able to hold it for a
+    moment. What is not of this rank's stages goes when the caller lets go of it. schedule: one of
     ``dsv3.parallel.pipeline``. group: the ranks of the pipeline, in its order. stages: mine, by
     number. Raises DSV3Error when the layers are too few.
     """
@@ -147,12 +146,13 @@ class StagedModel(nn.Module):
         return {name: x for stage in self.stages.values() for name, x in stage.watch.load.items()}
 
     def backward(self, batch: Int[Tensor, "n w"], values: StepValues) -> Passed:
-        """Add the gradient of a batch's objective to ``.grad``, whole on every rank.
+        """Make ``.grad`` the gradient of a batch's objective, of my weights.
 
         batch: n windows, the same on all ranks. values.micro_batch: tokens that a micro-batch has
         at most; the n windows must divide. Returns what each rank has noted, and on the last
         stage's the losses of each micro-batch, (micro-batches, 3).
         """
+        self.zero_grad()
         for stage in self.stages.values():
             stage.watch.reset()
         length = tokens_of(self.config, batch).shape[1]
@@ -162,7 +162,7 @@ class StagedModel(nn.Module):
             self.stages,
             batch.to(self.group.device),
             carried=self._carried(rows, length),
-            loss=lambda found: objective_of(found, values),
+            loss=lambda found: _objective(found, values),
             micro_batches=-(-len(batch) // rows),
             group=self.group,
             unsplit=[number for number, stage in self.stages.items() if not stage.splits],
@@ -196,7 +196,7 @@ class StagedModel(nn.Module):
         return next(stage.shared for stage in self.stages.values() if stage.last)
 
     def _add_shared(self) -> None:
-        """Add up the two halves of the shared weight's gradient, where they are on two ranks."""
+        """Add up the two parts of the shared weight's gradient, where they are on two ranks."""
         first, last = self._ends()
         if first == last:
             return
@@ -207,10 +207,10 @@ class StagedModel(nn.Module):
                 weight.grad += Mail(self.group).swap(weight.grad, other, weight.grad, other)
 
 
-def objective_of(found: Float[Tensor, "1 3"], values: StepValues) -> Float[Tensor, ""]:
-    """What is minimised, from the last stage's losses (``dsv3.training.objective``)."""
+def _objective(found: Float[Tensor, "1 3"], values: StepValues) -> Float[Tensor, ""]:
+    """What is minimised, from the last stage's losses."""
     main, ahead, balance = found[0]
-    return main + values.mtp_weight * ahead + values.sequence_weight * balance
+    return objective(main, [ahead], values.mtp_weight) + values.sequence_weight * balance
 
 
 def pipeline_step(
