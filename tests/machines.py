@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,8 +105,7 @@ class Machine:
 
     def processes(self) -> list[int]:
         """All that run in it."""
-        found = _run("ip", "netns", "pids", self.space, check=False)
-        return list(map(int, found.stdout.split()))
+        return _processes(self.space)
 
 
 def told(process: subprocess.Popen) -> str:
@@ -123,6 +123,7 @@ def two_machines() -> Iterator[list[Machine]]:
         Machine(f"node{n}", f"{mark}{n}", f"v{os.getpid()}n{n}", f"{net}.{n + 1}", f"{net}.{2 - n}")
         for n in range(2)
     ]
+    _sweep()
     try:
         for one in machines:
             _run("ip", "netns", "add", one.space)
@@ -136,18 +137,35 @@ def two_machines() -> Iterator[list[Machine]]:
         yield machines
     finally:
         for one in machines:
-            end = time.monotonic() + 20
-            while (left := one.processes()) and time.monotonic() < end:
-                for pid in left:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                for process in one.started:
-                    process.poll()
-                time.sleep(0.05)
+            _remove(one.space, one.started)
             for process in one.started:
                 process.wait(20)
                 process.output.close()
-            _run("ip", "netns", "del", one.space, check=False)  # its end of the cable goes with it
+
+
+def _remove(space: str, started: Sequence[subprocess.Popen] = ()) -> None:
+    """End what runs in a namespace, and the namespace; its end of the cable goes with it."""
+    end = time.monotonic() + 20
+    while (left := _processes(space)) and time.monotonic() < end:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in started:
+            process.poll()
+        time.sleep(0.05)
+    _run("ip", "netns", "del", space, check=False)
+
+
+def _processes(space: str) -> list[int]:
+    return list(map(int, _run("ip", "netns", "pids", space, check=False).stdout.split()))
+
+
+def _sweep() -> None:
+    """Remove what a test run has left that was itself killed."""
+    for line in _run("ip", "netns", "list").stdout.splitlines():
+        found = re.match(r"dsv3-(\d+)-\d\b", line)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            _remove(found[0])
 
 
 def left_over() -> list[str]:
@@ -161,7 +179,3 @@ def _run(*words, check: bool = True) -> subprocess.CompletedProcess:
     if check and done.returncode:
         raise OSError(f"{' '.join(map(str, words))}: {done.stderr.strip()}")
     return done
-
-
-def package_root() -> Path:
-    return Path(__file__).resolve().parents[1]

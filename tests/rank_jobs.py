@@ -64,6 +64,7 @@ def killed(group: TensorGroup, job: dict) -> None:
 
 
 def waiting(group: TensorGroup, job: dict) -> None:
+    print(f"all have met: {os.getpid()}", flush=True)
     while True:
         dist.barrier()
         time.sleep(0.05)

@@ -14,7 +14,11 @@ and NCCL listen on the chosen interface, and nothing is encrypted. torchrun's ow
 store is a pickle: whoever reaches the port can run code as you. So everyone who can reach these
 machines over the network must be trusted: use a private network, or a firewall that lets only the
 machines of the run reach each other, and name the private interface in GLOO_SOCKET_IFNAME or
-NCCL_SOCKET_IFNAME. No option of torchrun replaces that.
+NCCL_SOCKET_IFNAME. No option of torchrun replaces that. (What we put into that store ourselves, the
+heartbeat of ``watch``, is JSON.) On a machine with several interfaces Gloo takes the address that
+the host's name stands for, which others may not reach; then the ranks find the store and not each
+other, and GLOO_SOCKET_IFNAME is what helps. torchrun's ``--local-addr`` is the same for its own
+store. With ``--rdzv-backend c10d`` rank 0, and the text, may be on any of the machines.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ others, and tells in one line which rank it was and how it ended. A rank that is
 is seen as well: the launcher says so, waits a minute for it to go on, and then ends them all. One
 that merely computes for long is never disturbed. A launcher that is itself killed takes its ranks
 along: each watches for its parent (``rank``). All are in the terminal's foreground together, so
-that Ctrl-Z stops all and ``fg`` continues all.
+that Ctrl-Z stops all and ``fg`` continues all. Ranks of torchrun, which may be on other machines,
+watch each other instead (``watch``).
 """
 
 from __future__ import annotations
