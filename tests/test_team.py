@@ -2,7 +2,9 @@
 
 import linecache
 import os
+import signal
 import sys
+import threading
 import time
 
 import psutil
@@ -98,6 +100,39 @@ def test_ranks_that_wait_for_each_other_say_in_which_line(team):
         team.limit = before
     for rank in range(2):
         assert f"rank {rank} waits in ring: dist.recv(x, left)" in str(error.value)
+
+
+def sleep(group):
+    time.sleep(60)
+
+
+def stop(group):
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.barrier()
+
+
+def test_nothing_is_left_of_a_run_that_is_interrupted(team):
+    team.run(talk)
+    pids = [worker.pid for worker in team._workers]
+    timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        team.run(sleep)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert team.run(cell(wrong=False), 10) == [42.0, 42.0], "no late answer is taken for another"
+
+
+def test_a_stopped_rank_is_ended_as_well(team):
+    team.run(talk)
+    pids, before = [worker.pid for worker in team._workers], team.limit
+    team.limit = 2
+    try:
+        with pytest.raises(DSV3Error, match="rank 0 waits in stop: .*; rank 1 does not answer"):
+            team.run(stop)
+    finally:
+        team.limit = before
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_ranks_end_with_their_parent(tmp_path):

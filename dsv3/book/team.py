@@ -75,13 +75,17 @@ class Team:
         order of ranks, with their numbers. Raises DSV3Error for a rank that failed, with the line,
         and for ranks that did not end in time, with the line in which each one waits.
         """
-        if not self._workers:
-            self._start()
         cells = _cells(function, {})
         work = cloudpickle.dumps((function, arguments))
-        for line in self._lines:
-            line.send_bytes(work)
-        answers = self._hear(self.limit)
+        try:
+            if not self._workers:
+                self._start()
+            for line in self._lines:
+                line.send_bytes(work)
+            answers = self._hear(self.limit)
+        except BaseException:  # interrupted: what comes later would be taken for the next answer
+            self.close()
+            raise
         for rank, answer in answers.items():
             for text in answer.printed.splitlines():
                 print(f"rank {rank}: {text}")
