@@ -3,6 +3,7 @@
 ``pytest -s tests/test_data_parallel.py`` prints the largest differences that were found.
 """
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,8 @@ from training_cases import RECIPE, TINY, little_text, stop_at, window
 from training_cases import little as little  # fixtures
 from training_cases import texts as texts
 
-from dsv3 import load_model
+from dsv3 import cli, load_model
+from dsv3.costs.training import Formats, Layout, data_parallel_bytes, training_memory
 from dsv3.fp8 import Fp8Recipe, fp8_linear
 from dsv3.model import Transformer
 from dsv3.parallel.data import ALIGNED, Shards
@@ -160,7 +162,12 @@ def test_uneven_weights_and_the_bytes_of_a_step(together):
 
 
 def everything(group: TensorGroup, bucket: int) -> dict:
-    return {"uneven": uneven(group, bucket), "steps": model_steps(group), "journey": journey(group)}
+    return {
+        "uneven": uneven(group, bucket),
+        "steps": model_steps(group),
+        "journey": journey(group),
+        "held": held(group),
+    }
 
 
 @pytest.fixture(scope="module", params=[(2, 1 << 22), (4, 1000)], ids=["2 ranks", "4 ranks"])
@@ -282,6 +289,50 @@ def test_ranks_make_the_steps_of_one_process(together):
     assert gaps["DP"] < 1e-5 < gaps["EP"] < 2 * weights_apart(other, alone)
 
 
+# What a rank holds and sends --------------------------------------------------------------------
+
+
+def held(group: TensorGroup) -> dict:
+    """In each way: bytes of weights and of moments on this rank, and bytes sent for a step."""
+    found = {}
+    for way, how in WAYS.items():
+        sharing = Sharing.of(group, **{"zero": False, "experts": False, **how})
+        model = Transformer(TINY, Precision.training("fp32"), sharing.for_model).init_weights(0)
+        cuts = cut(model, group)
+        optimizer = make_optimizer(model, shards=cuts if sharing.zero else ())
+        watch, before = RouterWatch(model), group.bytes_sent
+        train_step(model, optimizer, window(4), LOOSE, watch, group)
+        small = 4 + sum(len(load) for load in watch.load.values())  # losses, norm, loads: float64
+        found[way] = {
+            "weights": sum(value.nbytes for value in (*model.parameters(), *model.buffers())),
+            "moments": sum(s[name].nbytes for s in optimizer.state.values() for name in MOMENTS),
+            "sent": group.bytes_sent - before - all_reduce_bytes(8 * small, group.size),
+            "line": 4 * cuts[0].numel * group.size,
+        }
+    return found
+
+
+BIASES = 2 * 8  # of the routers, which costs counts among the weights; no gradient moves them
+
+
+def test_memory_and_traffic_are_as_costs_has_them(together):
+    """Exact but for the zeros that make shares even; they are more in a tiny model."""
+    ranks, together = len(together), [rank["held"] for rank in together]
+    formats = Formats("fp32", "fp32", "fp32", "fp32")
+    for way, how in WAYS.items():
+        layout = Layout(dp=ranks, ep=ranks if "experts" in how else 1, zero=int("zero" in how))
+        [memory] = training_memory(TINY, layout, formats)
+        [sent] = data_parallel_bytes(TINY, layout, formats)
+        print(f"{ranks} ranks, {way}: {together[0][way]} bytes")
+        kept = sum(rank[way]["moments"] for rank in together)
+        assert kept == ranks * memory.moments - BIASES * (8 if "zero" in how else 8 * ranks)
+        for rank in together:
+            assert rank[way]["weights"] == memory.weights
+            assert rank[way]["moments"] == pytest.approx(memory.moments, rel=0.02)
+            assert rank[way]["sent"] == all_reduce_bytes(rank[way]["line"], ranks)
+            assert rank[way]["sent"] == pytest.approx(sent, rel=0.05)
+
+
 # What travels in FP8 ----------------------------------------------------------------------------
 
 WIDTH = 7168
@@ -399,3 +450,19 @@ def test_checkpoints_are_complete_and_any_run_goes_on_from_them(texts, tmp_path)
     text = window()[:, :16]
     with torch.no_grad():
         assert (one(text) - other(text)).norm() < 1e-2 * one(text).norm()
+
+
+@pytest.mark.parametrize(
+    "options, found",
+    [
+        ("--ranks 3 --ep", "n_routed_experts: cannot be cut over the ranks (found 16"),
+        ("--ep 3", "n_routed_experts: cannot be cut over the ranks (found 16"),
+        ("--ranks 4 --ep 2", "--ep: experts are shared out over all ranks (found 2, expected 4"),
+        ("--ep 0", "--ep: '0' is not a whole number"),
+    ],
+)
+def test_experts_that_cannot_be_shared_out_so(options, found, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        sys.exit(cli.main(["train", "--preset", "mini", "--out", str(tmp_path), *options.split()]))
+    assert end.value.code == 2 and found in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -90,9 +90,12 @@ def add_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ep",
-        action="store_true",
-        help="save memory: the ranks share the routed experts out, and tokens travel to them "
-        "(expert parallelism); checkpoints are complete all the same",
+        nargs="?",
+        const=0,
+        type=options.count,
+        metavar="N",
+        help="save memory: all ranks share the routed experts out, and tokens travel to them "
+        "(expert parallelism); checkpoints are complete all the same. --ep N is --ep --ranks N",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
@@ -106,7 +109,16 @@ def run(args: Namespace, arguments: Sequence[str]) -> int:
     from dsv3.training.phases import check_phases, phases_of
     from dsv3.training.sharing import Sharing
 
-    ranks, starts = check_ranks(args.ranks, "--ranks", args.device)
+    if args.ep and args.ranks not in (None, args.ep):
+        raise DSV3Error(
+            "experts are shared out over all ranks",
+            where="--ep",
+            found=args.ep,
+            expected=f"{args.ranks}, or no number",
+        )
+    asked, option = (args.ep, "--ep") if args.ep else (args.ranks, "--ranks")
+    experts = args.ep is not None
+    ranks, starts = check_ranks(asked, option, args.device)
     described = read_description(MINI if args.config is None else args.config)
     out = args.out or described.out
     if out is None:
@@ -117,7 +129,7 @@ def run(args: Namespace, arguments: Sequence[str]) -> int:
     choices = {**described.choices, **given}
     recipe = Recipe(**choices)
     if starts:
-        Sharing.of(TensorGroup(size=ranks), zero=args.zero, experts=args.ep).check(described.config)
+        Sharing.of(TensorGroup(size=ranks), zero=args.zero, experts=experts).check(described.config)
         check_phases(phases_of(described.config, recipe), ranks)
         return launch(("-m", "dsv3", *arguments), ranks, threads=machine.threads(ranks, spare=0))
     with TensorGroup.from_environment(args.device) as group:
@@ -137,6 +149,6 @@ def run(args: Namespace, arguments: Sequence[str]) -> int:
             code=args.code or described.code,
             group=group,
             zero=args.zero,
-            experts=args.ep,
+            experts=experts,
         )
     return 0
