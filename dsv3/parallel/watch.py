@@ -90,6 +90,7 @@ class Watch:
         self._hurry, self._stopped = threading.Event(), threading.Event()
         self._exchanged = threading.Condition()
         self._begun = self._ended = 0
+        self._leaving = False  # all work is done: nobody is missed any more, nor the store
         self._wake = threading.Event()
         self._terminated = threading.Event()  # by SIGTERM
         self._judged = threading.Event()
@@ -126,6 +127,7 @@ class Watch:
         """All work is done: the others may go on without this rank. Does nothing twice."""
         if self._stopped.is_set():
             return
+        self._leaving = True
         self._publish(left=self._mine.left or DONE)
         self._stopped.set()
         self._wake.set()
@@ -150,6 +152,8 @@ class Watch:
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # the look-out is ending this process
         if not found:
+            self._hurry.clear()
+            self._ending.release()
             return None
         time.sleep(_LINGER_SECONDS)
         self._end_launcher()
@@ -217,7 +221,7 @@ class Watch:
                     self._answered = max(self._answered, now)
                 words = self._verdict(now)
             before = now
-            if words and not self._judged.is_set():
+            if words and not self._judged.is_set() and not self._leaving:
                 self._judge(words)
             if os.getppid() != self._parent:
                 self._judge("the launcher of this rank has gone")

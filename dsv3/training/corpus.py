@@ -80,6 +80,13 @@ class Corpus:
                 fix="Use the version of tokenizers that the run began with, or give a "
                 "new --out folder",
             )
+        if not _has_digest(file, self.tokenizer_digest):
+            raise DSV3Error(
+                "not the tokenizer that rank 0 has just written",
+                where=file,
+                found=None if file.exists() else "no such file",
+                fix="Give an --out folder that all machines share",
+            )
         self.tokenizer = Tokenizer.from_file(str(file))
         self.token_bytes = torch.from_numpy(data.token_bytes(self.tokenizer)).to(group.device)
         self._say("counting the held-out text")

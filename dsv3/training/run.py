@@ -135,11 +135,6 @@ class Run:
         self.corpus = Corpus(plays, code, self.terminal.say)
         if stored:
             stored.check_text(self.corpus.text)
-        known = stored.facts["tokenizer"] if stored else None
-        self.corpus.learn_tokenizer(out_dir, config, self.group, known)
-        self.targets = 1 + config.num_nextn_predict_layers
-        self.corpus.check_held_out(self.targets + max(phase.seq_len for phase in self.phases))
-        if stored:
             self.position = stored.position()
         agree_on(
             self.group,
@@ -153,6 +148,10 @@ class Run:
                 checkpoint=f"step {self.position.step}" if stored else "none",
             ),
         )
+        known = stored.facts["tokenizer"] if stored else None
+        self.corpus.learn_tokenizer(out_dir, config, self.group, known)
+        self.targets = 1 + config.num_nextn_predict_layers
+        self.corpus.check_held_out(self.targets + max(phase.seq_len for phase in self.phases))
         self.began = began - self.position.seconds  # minutes that were used before count
         self._enter(phase_at(self.phases, self.position.tokens), None)
         if stored:
