@@ -23,9 +23,9 @@ _SHARE = 64
 
 
 def can_group(x: Float[Tensor, "choices in"], stack: Float[Tensor, "experts out in"]) -> bool:
-    """Whether one grouped product serves all experts: aligned rows, and, on a CPU, where it visits
-    every expert, enough choices to go round."""
-    if len(x) < len(stack) and not x.is_cuda:
+    """Whether one grouped product serves all experts: rows at all, aligned ones, and, on a CPU,
+    where it visits every expert, enough choices to go round."""
+    if len(x) == 0 or (len(x) < len(stack) and not x.is_cuda):
         return False
     return all(size * x.itemsize % _ROW_BYTES == 0 for size in stack.shape[1:])
 

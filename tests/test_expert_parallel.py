@@ -217,7 +217,7 @@ def test_ranks_of_the_command(tiny_checkpoint, capsys):
     assert done.keys() == alone.keys() and done["results"] == alone["results"]
     shown = dsv3(*words, "--ep", 4, "--tp", 2)
     assert shown.stdout == PROMPT + alone["results"][0]["text"] + "\n"
-    assert "4 ranks with 2 of the experts each" in shown.stderr
+    assert "4 ranks with 2 routed experts each" in shown.stderr
     assert [line.split()[1] for line in shown.stderr.splitlines()[-4:]] == list("0123")
 
 

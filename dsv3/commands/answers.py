@@ -183,7 +183,8 @@ class Job:
         plural = "rank" if group.size == 1 else "ranks"
         experts, held = self.model.group.experts, ""
         if experts is not None:
-            held = f" with {self.model.config.n_routed_experts // experts.size} of the experts each"
+            each = self.model.config.n_routed_experts // experts.size
+            held = f" with {each} routed experts each"
         where = self.model.device.type
         if where == "cpu":
             where += f" with {machine.threads_in_words(torch.get_num_threads())}"

@@ -6,5 +6,7 @@
   a rank itself;
 * ``join``: how ranks find each other, and what may be trusted;
 * ``watch``, and ``roll`` with its rules: how those of several machines notice that one is lost;
+* ``experts``: routed experts shared out over ranks, and tokens that travel to them; ``replicas``:
+  copies of busy ones;
 * ``agreement``: what all ranks must have alike, compared before it is relied on.
 """

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -71,10 +72,19 @@ class Holding:
         """By a plan for copies of busy experts; a second copy on one rank would be of no use."""
         return Holding(tuple(tuple(dict.fromkeys(plan.on(gpu))) for gpu in range(plan.gpus)))
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Slots a rank."""
         return max(map(len, self.held))
+
+    @cached_property
+    def places(self) -> list[list[int]]:
+        """Of each expert, the slots of its copies."""
+        found: dict[int, list[int]] = {}
+        for owner, experts in enumerate(self.held):
+            for index, expert in enumerate(experts):
+                found.setdefault(expert, []).append(owner * self.width + index)
+        return [found[expert] for expert in range(len(found))]
 
     def slots(self, chosen: Int[Tensor, "n k"], rank: int = 0) -> Int[Tensor, "n k"]:
         """The slot for each choice of an expert, made on ``rank``.
@@ -82,17 +92,11 @@ class Holding:
         Of several copies of an expert, its choices take one after the other in turn, beginning
         with another one on each rank: on no rank do two copies' shares differ by more than one.
         """
-        places: dict[int, list[int]] = {}
-        for owner, experts in enumerate(self.held):
-            for index, expert in enumerate(experts):
-                places.setdefault(expert, []).append(owner * self.width + index)
-        copies = [len(places[expert]) for expert in range(len(places))]
+        copies = [len(slots) for slots in self.places]
         most, at = max(copies), dict(device=chosen.device)
-        if most == 1 and all(places[expert] == [expert] for expert in places):
+        if self.places == [[expert] for expert in range(len(copies))]:
             return chosen
-        table = torch.tensor(
-            [(places[expert] * most)[:most] for expert in range(len(copies))], **at
-        )
+        table = torch.tensor([(slots * most)[:most] for slots in self.places], **at)
         flat = chosen.flatten()
         ordered, order = flat.sort(stable=True)
         nth = torch.arange(len(flat), **at) - torch.searchsorted(ordered, ordered)
