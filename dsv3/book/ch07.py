@@ -161,7 +161,7 @@ def parallel_claims(answer: dict[str, bool | None]) -> Verdict:
         "a rank of a ring all-reduce sends ten times as much among 1,000 ranks as among 100": False,
         "with data parallelism alone, a model twice as large needs twice the memory per GPU": True,
         "a SwiGLU can be cut by its inner channels without a sum inside it": True,
-        "with ZeRO-1 each rank keeps only a part of the weights": False,
+        "with ZeRO-1 each rank keeps only a part of the weights that it computes with": False,
         "a token whose 8 experts are on 4 nodes crosses InfiniBand 8 times in a dispatch": False,
         "twice as many micro-batches halve the time that 1F1B's ranks wait": False,
         "the gradient of the weights can be postponed without making another rank wait": True,
@@ -174,7 +174,7 @@ def parallel_claims(answer: dict[str, bool | None]) -> Verdict:
         "rank holds the whole model; that is why it isn't enough",
         "a SwiGLU can be cut by its inner channels without a sum inside it": "an inner channel "
         "needs its row of w1 and of w3 and the whole input; all of that is on one rank",
-        "with ZeRO-1 each rank keeps only a part of the weights": "the weights are whole "
+        "with ZeRO-1 each rank keeps only a part of the weights that it computes with": "the weights are whole "
         "everywhere; what's shared out is the optimizer's: FP32 copy and moments",
         "a token whose 8 experts are on 4 nodes crosses InfiniBand 8 times in a dispatch": "one "
         "copy per node; inside, NVLink passes it on",

@@ -16,7 +16,7 @@ CLAIMS = {
     "a rank of a ring all-reduce sends ten times as much among 1,000 ranks as among 100": False,
     "with data parallelism alone, a model twice as large needs twice the memory per GPU": True,
     "a SwiGLU can be cut by its inner channels without a sum inside it": True,
-    "with ZeRO-1 each rank keeps only a part of the weights": False,
+    "with ZeRO-1 each rank keeps only a part of the weights that it computes with": False,
     "a token whose 8 experts are on 4 nodes crosses InfiniBand 8 times in a dispatch": False,
     "twice as many micro-batches halve the time that 1F1B's ranks wait": False,
     "the gradient of the weights can be postponed without making another rank wait": True,
@@ -118,7 +118,7 @@ PLANTED = {
     ],
     "parallel_claims": [
         (
-            CLAIMS | {"with ZeRO-1 each rank keeps only a part of the weights": True},
+            CLAIMS | {"with ZeRO-1 each rank keeps only a part of the weights that it computes with": True},
             "weights are whole",
         ),
         (
