@@ -118,7 +118,10 @@ PLANTED = {
     ],
     "parallel_claims": [
         (
-            CLAIMS | {"with ZeRO-1 each rank keeps only a part of the weights that it computes with": True},
+            CLAIMS
+            | {
+                "with ZeRO-1 each rank keeps only a part of the weights that it computes with": True
+            },
             "weights are whole",
         ),
         (
