@@ -4,8 +4,9 @@ Two networks join the GPUs, and a byte has a price on each. The report (TR 3.2.2
 gives 160 GB/s inside a node and 50 between nodes, 3.2 to 1; the later paper (ISCA 4.3, May 2025)
 says 200 and 50 on the label, 160 and 40 in use, both 4 to 1.
 
-*Expert parallelism* sends a token once to each node where it has experts, to the GPU with the same
-number as its own, and that one forwards it inside the node. Both networks work at the same time,
+*Expert parallelism* in training and prefill sends a token once to each node where it has experts,
+to the GPU with the same number as its own, and that one forwards it inside the node. (In decoding
+a token goes straight to each expert's GPU, TR 3.4.2.) Both networks work at the same time,
 so while the slow one carries a copy to each of 4 nodes, the fast one has time for 3.2 forwards per
 copy, 13 in all. DeepSeek-V3 uses 8 of them.
 
@@ -14,7 +15,7 @@ sends for every token of the group. In the forward pass of a layer, eight ranks 
 NVLink busy for 2.5 microseconds for each token that a GPU is worth (four ranks: 1.1), experts the
 slower network for 1.7. And the next product cannot begin before the sum is there, while DualPipe
 hides the way to the experts behind another micro-batch. DeepSeek-V3 was trained without: the
-memory that it would save is saved elsewhere (TR 3.2).
+memory that it would save is saved elsewhere (TR 3.2), and the H800's NVLink is slow (ISCA 4.2).
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class Layout:
         return self.pp + 1 if self.dualpipe else self.pp - rank
 
 
-# TR 3.2: 2,048 GPUs, 16 stages; experts over 64 ranks, which are 8 nodes.
+# TR 3.1, 3.2: 2,048 GPUs, 16 stages; experts over 64 ranks, which are 8 nodes.
 V3_LAYOUT = Layout(pp=16, dp=128, ep=64, zero=1, dualpipe=True)
 
 

@@ -7,7 +7,7 @@ gradients are added up. The sum of every rank's vector on every rank, an all-red
     all-gather       rank r sends part r of the sums to everyone
 
 and each half sends (N-1)/N of the vector. Between the halves lies an idea that costs nothing
-(ZeRO-1, Rajbhandari et al. 2020; TR 3.2.1). Adam's rule speaks of one number at a time, so rank r,
+(ZeRO-1, Rajbhandari et al. 2020; TR 3.2). Adam's rule speaks of one number at a time, so rank r,
 which has part r of the sums, can update part r of the weights by itself. It then needs moments for
 that part only, and what travels in the second half is new weights instead of sums. As many bytes
 are sent as before, and the two moments, 8 bytes a weight in float32, are shared out over N ranks.

@@ -11,7 +11,8 @@ token crosses to a node once, however many of its experts are there: to the rank
 number on that node, which passes it on inside the node. The way back is the same in reverse: sums
 are taken inside the node first, and one vector per node crosses. A rank applies the token's
 weights itself, so that what travels back is a sum already. With node-limited routing at most M
-nodes see a token, wherever its 8 experts are.
+nodes see a token, wherever its 8 experts are. (So it is in training and prefill; in decoding
+DeepSeek sends straight to each expert's GPU, TR 3.4.2.)
 
 What travels, at V3's width (d = 7,168): with FP8 products, codes and scales, 7,168 + 4 * 56 =
 7,392 bytes a token and destination; back 2 * 7,168 = 14,336 in bf16, as in the paper. A sum that

@@ -28,8 +28,9 @@ How torch is asked, and why:
 * *The first stage's I is empty.* Nobody waits for the gradient of tokens, and so torch leaves its
   whole backward to W. A measured timeline shows it; the result is the same.
 * *DualPipe itself is not in torch*, only DualPipeV, which does its work on half the ranks. Its
-  overlapped pairs are taken one after the other: on a GPU their messages overlap with products
-  anyway, and what splits a forward and a backward into matching parts is for the model to give.
+  overlapped pairs are taken one after the other: on a GPU the messages between stages
+  overlap with products anyway. Those between experts would not: for them a forward and a backward
+  have to be cut into matching parts, which only the model can do.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
 
 
 def zb1p(ranks: int, micro_batches: int) -> Schedule:
-    """ZB1P, the zero-bubble order that needs no more memory than 1F1B.
+    """ZB1P, of the zero-bubble family: the order that needs no more memory than 1F1B.
 
     As 1F1B, but a backward is only the gradient of the input; rank r is r weight gradients behind
     and catches up at the end, where it would wait.

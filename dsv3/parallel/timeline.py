@@ -6,8 +6,8 @@ begins as soon as its rank is free and what it needs is there:
 * F of stage s needs F of stage s - 1; B and I of stage s need F of the same stage and the
   backward of stage s + 1; W needs its I.
 
-Messages take no time: the report overlaps them with computation, and so does its table. Stages
-are equal. Nothing else is assumed, and so the table's formulae come out of the simulation instead
+Messages take no time: the report overlaps them with computation, and its table has no term for
+them. Stages are equal. Nothing else is assumed, and so the table's formulae come out of the simulation instead
 of going in: they are in ``bubble_formula`` and the tests compare the two.
 
 F, B, W are times of a forward, of a *whole* backward, and of the part of it that makes weight
@@ -105,7 +105,8 @@ class Timeline:
 
     def live(self, rank: int) -> list[tuple[float, int]]:
         """(time, activations held from then on) of a rank. An activation is what one stage keeps
-        of one micro-batch, from the start of its F to the end of its B or I."""
+        of one micro-batch, from the start of its F to the end of its B or I. (Its W still needs
+        some of that. Held until then, the peaks are the same.)"""
         changes: list[tuple[float, int]] = []
         for event in self.events[rank]:
             for work in event.step:
