@@ -25,6 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Seconds that a rank may wait while others compute; one that talks through threads of its own can
+# be stuck without our seeing it.
+_PATIENCE = 10.0
+
 
 class Stuck(Exception):
     """The ranks wait for each other. waiting: of each rank, what it waits in; "" if it is done."""
@@ -64,11 +68,10 @@ class _Exchange:
         with self.changed:
             self.waiting[rank] = _Call(kind, peer, deepcopy(given), _line())
             self.move()
-            self.changed.wait_for(lambda: rank in self.answers or self.stuck)
+            self.changed.wait_for(lambda: rank in self.answers or self.stuck, _PATIENCE)
             if rank in self.answers:
                 return self.answers.pop(rank)
-            assert self.stuck
-            raise self.stuck
+            raise self.stuck or self.found_stuck()
 
     def end(self) -> None:
         """A rank has returned, or failed."""
@@ -90,9 +93,12 @@ class _Exchange:
             self.answers.update(_COLLECTIVES[together.pop()](given))
             self.waiting.clear()
         if self.waiting and len(self.waiting) + self.done == self.size:
-            lines = {rank: call.line for rank, call in self.waiting.items()}
-            self.stuck = Stuck([lines.get(rank, "") for rank in range(self.size)])
+            self.stuck = self.found_stuck()
         self.changed.notify_all()
+
+    def found_stuck(self) -> Stuck:
+        lines = {rank: call.line for rank, call in self.waiting.items()}
+        return Stuck([lines.get(rank, "") for rank in range(self.size)])
 
 
 class Rank:

@@ -7,8 +7,8 @@ begins as soon as its rank is free and what it needs is there:
   backward of stage s + 1; W needs its I.
 
 Messages take no time: the report overlaps them with computation, and its table has no term for
-them. Stages are equal. Nothing else is assumed, and so the table's formulae come out of the simulation instead
-of going in: they are in ``bubble_formula`` and the tests compare the two.
+them. Stages are equal. Nothing else is assumed, and so the table's formulae come out of the
+simulation instead of going in: they are in ``bubble_formula`` and the tests compare the two.
 
 F, B, W are times of a forward, of a *whole* backward, and of the part of it that makes weight
 gradients; F&B is a forward and a backward that overlap. 1F1B's formula holds for
