@@ -17,6 +17,7 @@ from dsv3.config import ModelConfig
 from dsv3.model import Transformer
 from dsv3.moe import Experts
 from dsv3.parallel.data import Shards
+from dsv3.parallel.environment import place
 from dsv3.parallel.experts import ExpertGroup
 from dsv3.parallel.tensor import TensorGroup
 
@@ -35,14 +36,15 @@ class Sharing:
 
     @classmethod
     def of(cls, group: TensorGroup | None, *, zero: bool, experts: bool) -> Sharing:
-        """What was asked for; a group of one shares nothing."""
+        """What was asked for; a group of one shares nothing. A launcher says which ranks share a
+        machine."""
         group = group or TensorGroup.single()
-        several = group.size > 1
-        return cls(
-            group,
-            zero=zero and several,
-            experts=ExpertGroup(group, own_tokens=True) if experts and several else None,
-        )
+        if group.size == 1:
+            return cls(group)
+        here, nodes = place(), None
+        if experts:
+            nodes = ExpertGroup(group, own_tokens=True, per_node=here.local_size if here else None)
+        return cls(group, zero=zero, experts=nodes)
 
     def check(self, config: ModelConfig) -> None:
         """Raise DSV3Error for a model whose experts cannot be shared out over these ranks."""
