@@ -159,26 +159,26 @@ def parallel_claims(answer: dict[str, bool | None]) -> Verdict:
     """Eight statements about cuts, traffic and waiting."""
     right = {
         "a rank of a ring all-reduce sends ten times as much among 1,000 ranks as among 100": False,
-        "with data parallelism alone, a model twice as large needs twice the memory per GPU": True,
+        "with data parallelism alone, a model twice as large needs twice the memory per GPU for weights, gradients and optimizer": True,
         "a SwiGLU can be cut by its inner channels without a sum inside it": True,
         "with ZeRO-1 each rank keeps only a part of the weights that it computes with": False,
-        "a token whose 8 experts are on 4 nodes crosses InfiniBand 8 times in a dispatch": False,
-        "twice as many micro-batches halve the time that 1F1B's ranks wait": False,
+        "in V3's training, a token whose 8 experts are on 4 nodes crosses InfiniBand 8 times in a dispatch": False,
+        "twice as many micro-batches of the same size halve the time that 1F1B's ranks wait": False,
         "the gradient of the weights can be postponed without making another rank wait": True,
         "a replica of an expert changes what the model says": False,
     }
     why = {
         "a rank of a ring all-reduce sends ten times as much among 1,000 ranks as among 100": "2 n "
         "(N-1)/N hardly depends on N; the number of rounds does",
-        "with data parallelism alone, a model twice as large needs twice the memory per GPU": "each "
+        "with data parallelism alone, a model twice as large needs twice the memory per GPU for weights, gradients and optimizer": "each "
         "rank holds the whole model; that is why it isn't enough",
         "a SwiGLU can be cut by its inner channels without a sum inside it": "an inner channel "
         "needs its row of w1 and of w3 and the whole input; all of that is on one rank",
         "with ZeRO-1 each rank keeps only a part of the weights that it computes with": "the weights are whole "
         "everywhere; what's shared out is the optimizer's: FP32 copy and moments",
-        "a token whose 8 experts are on 4 nodes crosses InfiniBand 8 times in a dispatch": "one "
+        "in V3's training, a token whose 8 experts are on 4 nodes crosses InfiniBand 8 times in a dispatch": "one "
         "copy per node; inside, NVLink passes it on",
-        "twice as many micro-batches halve the time that 1F1B's ranks wait": "filling and draining "
+        "twice as many micro-batches of the same size halve the time that 1F1B's ranks wait": "filling and draining "
         "take (p-1)(F+B), however many flow in between; only the share is halved",
         "the gradient of the weights can be postponed without making another rank wait": "the "
         "stage before needs the gradient of the input alone; ZB1P lives on that",

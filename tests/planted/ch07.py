@@ -14,11 +14,13 @@ BYTES = {
 }
 CLAIMS = {
     "a rank of a ring all-reduce sends ten times as much among 1,000 ranks as among 100": False,
-    "with data parallelism alone, a model twice as large needs twice the memory per GPU": True,
+    "with data parallelism alone, a model twice as large needs twice the memory per GPU for "
+    "weights, gradients and optimizer": True,
     "a SwiGLU can be cut by its inner channels without a sum inside it": True,
     "with ZeRO-1 each rank keeps only a part of the weights that it computes with": False,
-    "a token whose 8 experts are on 4 nodes crosses InfiniBand 8 times in a dispatch": False,
-    "twice as many micro-batches halve the time that 1F1B's ranks wait": False,
+    "in V3's training, a token whose 8 experts are on 4 nodes crosses InfiniBand 8 times in a "
+    "dispatch": False,
+    "twice as many micro-batches of the same size halve the time that 1F1B's ranks wait": False,
     "the gradient of the weights can be postponed without making another rank wait": True,
     "a replica of an expert changes what the model says": False,
 }
@@ -125,7 +127,11 @@ PLANTED = {
             "weights are whole",
         ),
         (
-            CLAIMS | {"twice as many micro-batches halve the time that 1F1B's ranks wait": True},
+            CLAIMS
+            | {
+                "twice as many micro-batches of the same size halve the time that 1F1B's ranks "
+                "wait": True
+            },
             "only the share",
         ),
         (CLAIMS | {"a replica of an expert changes what the model says": True}, "a copy"),
