@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from dsv3.config import ModelConfig
 from dsv3.fp8 import QuantizedTensor
 from dsv3.layers import SwiGLU
-from dsv3.parallel.experts import Holding
+from dsv3.parallel.experts import Holding, experts_of
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
 
@@ -142,13 +142,14 @@ class Experts(nn.Module):
     ):
         super().__init__()
         self.precision = precision
-        self.visited = group.experts is not None  # by tokens that travel
-        if group.experts is None:
+        shared_out = experts_of(group)
+        self.visited = shared_out is not None  # by tokens that travel
+        if shared_out is None:
             group.split(config.n_routed_experts, "n_routed_experts")
             self.holding, rank = Holding.even(config.n_routed_experts, group.size), group.rank
         else:
-            self.holding = group.experts.holding(config.n_routed_experts, layer)
-            rank = group.experts.rank
+            self.holding = shared_out.holding(config.n_routed_experts, layer)
+            rank = shared_out.rank
         self.held = self.holding.held[rank]
         self.count, self.first = len(self.held), rank * self.holding.width
         self.total = self.holding.width * len(self.holding.held)
@@ -262,7 +263,7 @@ class MoE(nn.Module):
         self, u: Float[Tensor, "n d"], weights: Float[Tensor, "n k"], chosen: Int[Tensor, "n k"]
     ) -> Float[Tensor, "n d"]:
         """The weighted sum of all chosen experts' outputs, on whichever ranks those are."""
-        group = self.group.experts
+        group = experts_of(self.group)
         assert group is not None
         mine, weights, chosen = (group.share(x) for x in (u, weights, chosen))
         parts = self.precision.parts(self.precision.operand(mine))  # in fp8, codes travel

@@ -29,6 +29,7 @@ from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error, Notice
 from dsv3.fp8 import QuantizedTensor, decode_scale
 from dsv3.model import Transformer
+from dsv3.parallel.experts import experts_of
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.placement import agree
 from dsv3.shipped import model_folder
@@ -92,9 +93,10 @@ def rank_pieces(
     @cache
     def held(layer: int) -> Collection[int] | None:
         """Experts of a layer that are here, where they are shared out otherwise than all else."""
-        if group.experts is None:
+        experts = experts_of(group)
+        if experts is None:
             return None
-        return set(group.experts.holding(config.n_routed_experts, layer).held[group.experts.rank])
+        return set(experts.holding(config.n_routed_experts, layer).held[experts.rank])
 
     for spec in specs:
         mine = None if spec.layer is None else held(spec.layer)
@@ -111,7 +113,7 @@ def _open_converted(
         raise DSV3Error(
             "converted for tensor-parallel ranks, which hold a part of everything",
             where=folder,
-            found=f"experts to be shared out over {group.experts.size} ranks",
+            found=f"experts to be shared out over {group.everyone.size} ranks",
             fix=f"Run with --tp {ranks} and without --ep, or use the released layout",
         )
     if ranks != group.size:

@@ -26,7 +26,7 @@ from dsv3.generation.session import Session
 from dsv3.generation.tokenizer import Tokenizer
 from dsv3.model import Transformer
 from dsv3.parallel.agreement import agree_on
-from dsv3.parallel.experts import join_experts
+from dsv3.parallel.experts import experts_of, join_experts
 from dsv3.parallel.tensor import TensorGroup
 
 
@@ -181,7 +181,7 @@ class Job:
         ranks = [group.broadcast_object(mine, src=rank) for rank in range(group.size)]
         note = self.terminal.note
         plural = "rank" if group.size == 1 else "ranks"
-        experts, held = self.model.group.experts, ""
+        experts, held = experts_of(self.model.group), ""
         if experts is not None:
             each = self.model.config.n_routed_experts // experts.size
             held = f" with {each} routed experts each"
@@ -236,9 +236,10 @@ class Job:
 
 def _sent(group: TensorGroup) -> int:
     """Bytes that this rank has sent to others, for whatever purpose."""
-    if group.experts is None:
+    experts = experts_of(group)
+    if experts is None:
         return group.bytes_sent
-    return group.bytes_sent + group.everyone.bytes_sent + group.experts.bytes_sent
+    return group.bytes_sent + experts.ranks.bytes_sent + experts.bytes_sent
 
 
 def _peak_memory(device: torch.device) -> int:

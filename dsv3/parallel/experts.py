@@ -331,6 +331,12 @@ class ExpertGroup:
         ]
 
 
+def experts_of(group: TensorGroup) -> ExpertGroup | None:
+    """Through whom a model of this group has its routed experts shared out; None: nobody does."""
+    assert group.experts is None or isinstance(group.experts, ExpertGroup)
+    return group.experts
+
+
 def join_experts(device: str | None = None, *, tensor: int = 1) -> TensorGroup:
     """Join the ranks that a launcher started, with the experts shared out over all of them.
 

@@ -18,7 +18,7 @@ DeepSeek-V3 was trained without tensor parallelism (TR 3.2); inference uses it f
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,14 +30,19 @@ from dsv3.parallel.join import join
 from dsv3.parallel.rank import is_collective
 from dsv3.parallel.watch import Watch
 
-if TYPE_CHECKING:
-    from dsv3.parallel.experts import ExpertGroup
-
 # What a gradient through a collective is told: it would miss what the other ranks did.
 _NO_GRADIENT = dict(
     what="no gradient goes back through a model that is cut over several ranks",
     fix="Train whole models, one on each rank, and share the batch (dsv3.training.step.train_step)",
 )
+
+
+class SharesExperts(Protocol):
+    """Who shares a model's routed experts out: ``parallel.experts.ExpertGroup``. ranks: over whom;
+    own_tokens: whether each of them has tokens of its own."""
+
+    ranks: TensorGroup
+    own_tokens: bool
 
 
 class TensorGroup:
@@ -63,7 +68,7 @@ class TensorGroup:
         size: int = 1,
         process_group=None,
         device: torch.device | str = "cpu",
-        experts: ExpertGroup | None = None,
+        experts: SharesExperts | None = None,
         watch: Watch | None = None,
     ):
         self.rank, self.size, self.device = rank, size, torch.device(device)
