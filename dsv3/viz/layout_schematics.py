@@ -75,14 +75,14 @@ def layout_2048(
             arrow(scene, (left + wide, y), (left + room, y), colour=OWN, width=2)
     scene.text(_LEFT - 12, top - 16, "stage", anchor="end", size=SMALL, bold=True)
     if layout.dualpipe:
-        scene.text(_LEFT - 12, top - 32, "DualPipe: and", anchor="end", size=SMALL, fill="soft")
+        scene.text(_LEFT - 12, top - 32, "DualPipe, also", anchor="end", size=SMALL, fill="soft")
     legend(
         scene,
         _LEFT,
         low + 18,
         [
             (OWN, STRONG, "the token's own node"),
-            (EXPERTS, STRONG, "nodes of its experts in one layer, by lot"),
+            (EXPERTS, STRONG, "nodes of its experts in one layer (at random here)"),
             (NETWORK, STRONG, "sent between nodes"),
         ],
     )
