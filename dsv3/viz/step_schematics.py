@@ -36,14 +36,8 @@ def adamw_state(formats: Formats = REPORT, config: ModelConfig | None = None) ->
         ("weight", "w", formats.weights, "blue", "forward and backward read it"),
         ("master weight", "w", formats.master, "green", "steps are added here; w is its rounding"),
         ("gradient", "g", formats.gradients, "orange", "the sum over all micro-batches"),
-        ("first moment", "m", formats.moments, "purple", "0.9 m + 0.1 g: which way, on average"),
-        (
-            "second moment",
-            "v",
-            formats.moments,
-            "purple",
-            "0.95 v + 0.05 g²: how large, on average",
-        ),
+        ("first moment", "m", formats.moments, "purple", "0.9 m + 0.1 g: which way on average"),
+        ("second moment", "v", formats.moments, "purple", "0.95 v + 0.05 g²: how large on average"),
     )
     each = formats.bytes_per_parameter
     whole = f"{each * parameters / 1e12:.2f} TB"
