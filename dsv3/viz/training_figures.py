@@ -29,8 +29,8 @@ from dsv3.viz.figure import (
 )
 
 _LINES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
-_SHARES = LinearSegmentedColormap.from_list("shares", [BLUE, "#ffffff", VERMILLION])
-_EVEN = TwoSlopeNorm(1, vmin=0, vmax=3)
+SHARES = LinearSegmentedColormap.from_list("shares", [BLUE, "#ffffff", VERMILLION])
+EVEN = TwoSlopeNorm(1, vmin=0, vmax=3)
 _MARKS = ("o", "s", "^", "D", "v", "P")
 
 Log = Sequence[Mapping]
@@ -222,7 +222,7 @@ def loads_figure(log: Log, router: str) -> Figure:
     )
     edges = np.concatenate([[0], (x[1:] + x[:-1]) / 2, x[-1:]])
     image = top.pcolormesh(
-        edges, np.arange(loads.shape[1] + 1) - 0.5, share.T, cmap=_SHARES, norm=_EVEN
+        edges, np.arange(loads.shape[1] + 1) - 0.5, share.T, cmap=SHARES, norm=EVEN
     )
     top.set(title=f"tokens of each expert, {router}", ylabel="expert")
     top.set_yticks(range(0, loads.shape[1], max(loads.shape[1] // 4, 1)))
