@@ -73,8 +73,8 @@ def train(fault: str) -> list[dict[str, float]]:
         if position.step % _EVERY == 0 or position.step == _AT + 1:
             line = {
                 "step": position.step,
-                "loss": main,
-                "mtp_loss": extra,
+                "loss": main.detach(),
+                "mtp_loss": extra.detach(),
                 "grad_norm": norm,
                 "max_violation": max_violation(watch.load["layers.1.ffn.gate"]),
             }

@@ -8,18 +8,20 @@ shows is how a run goes, not what a model can learn: one scene is learned by hea
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import tokenizers
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from dsv3 import data
+from dsv3.book import held_out
 from dsv3.config import ModelConfig
 from dsv3.data.vocabulary import BOS, EOS
+from dsv3.generation.tokenizer import load_tokenizer
+from dsv3.training.evaluation import evaluate_domains
 from dsv3.training.learner import Learner, first_learner
 from dsv3.training.phases import phases_of
 from dsv3.training.recipe import Recipe
@@ -99,14 +101,19 @@ def new_learner(recipe: Recipe = RECIPE) -> Learner:
     return first_learner(CONFIG, recipe, Sharing.of(None, zero=False, experts=False))
 
 
-def check_windows(count: int = 8) -> dict[str, Int[Tensor, "n w"]]:
-    """Windows to measure on: of the scene, which is read in training, and of held-out sums."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(TOKENIZER))
-    scene, sums = domains()
-    width = LENGTH + 1 + CONFIG.num_nextn_predict_layers
-    found = {}
-    for name, texts in (("scene", scene.train), ("new sums", sums.held_out)):
-        ids = torch.from_numpy(data.pack(tokenizer, texts)).long()
-        whole = ids[: len(ids) // width * width].view(-1, width)
-        found[name] = whole[:: len(whole) // count][:count]
-    return found
+def look(learner: Learner) -> dict[str, dict[str, float]]:
+    """Figures on text that was never read: plays of the book's held-out windows, and new sums."""
+    book_tokenizer = load_tokenizer(TOKENIZER.parent)
+    windows, domain = held_out.read(book_tokenizer, LENGTH + 1 + CONFIG.num_nextn_predict_layers)
+    widths = torch.from_numpy(data.token_bytes(tokenizers.Tokenizer.from_file(str(TOKENIZER))))
+    texts = {"plays": windows[domain == 0], "sums": windows[domain == 2]}
+    figures, _ = evaluate_domains(learner.model, texts, widths, learner.watch)
+    return figures
+
+
+def copied(learner: Learner) -> Learner:
+    """Another learner with the same weights, moments and biases, which goes its own way."""
+    copy = new_learner()
+    copy.model.load_state_dict(learner.model.state_dict())
+    copy.optimizer.load_state_dict(deepcopy(learner.optimizer.state_dict()))
+    return copy
