@@ -15,6 +15,8 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from dsv3 import data
 from dsv3.book import held_out
@@ -101,13 +103,19 @@ def new_learner(recipe: Recipe = RECIPE) -> Learner:
     return first_learner(CONFIG, recipe, Sharing.of(None, zero=False, experts=False))
 
 
-def look(learner: Learner) -> dict[str, dict[str, float]]:
-    """Figures on text that was never read: plays of the book's held-out windows, and new sums."""
-    book_tokenizer = load_tokenizer(TOKENIZER.parent)
-    windows, domain = held_out.read(book_tokenizer, LENGTH + 1 + CONFIG.num_nextn_predict_layers)
-    widths = torch.from_numpy(data.token_bytes(tokenizers.Tokenizer.from_file(str(TOKENIZER))))
+@cache
+def _unread() -> tuple[dict[str, Int[Tensor, "n w"]], Int[Tensor, " vocab"]]:
+    """Held-out windows of plays and sums, and the bytes of each token."""
+    width = LENGTH + 1 + CONFIG.num_nextn_predict_layers
+    windows, domain = held_out.read(load_tokenizer(TOKENIZER.parent), width)
+    widths = data.token_bytes(tokenizers.Tokenizer.from_file(str(TOKENIZER)))
     texts = {"plays": windows[domain == 0], "sums": windows[domain == 2]}
-    figures, _ = evaluate_domains(learner.model, texts, widths, learner.watch)
+    return texts, torch.from_numpy(widths)
+
+
+def look(learner: Learner) -> dict[str, dict[str, float]]:
+    """Figures on text that is never read in training: scenes of other plays, and new sums."""
+    figures, _ = evaluate_domains(learner.model, *_unread(), learner.watch)
     return figures
 
 

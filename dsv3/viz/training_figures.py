@@ -334,3 +334,25 @@ def retrieval_figure(before: Grid, after: Grid, trained: int | None = None) -> F
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0%", "25%", "50%", "75%", "100%"])
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
+
+
+@styled
+def disturbed_figure(
+    runs: Mapping[str, Sequence[float]], undisturbed: Sequence[float], first: int = 41
+) -> Figure:
+    """How much higher than in an undisturbed run the loss is, step by step after a bad batch.
+
+    runs: name -> losses, of which the first is that of the bad batch itself and is not drawn;
+    undisturbed: losses of the same steps; first: number of the bad batch's step.
+    """
+    figure, axes = new_figure(9.6, 3.1)
+    for (name, losses), colour, mark in zip(runs.items(), (VERMILLION, BLUE, GREEN), _MARKS):
+        more = [a - b for a, b in zip(losses, undisturbed, strict=True)][1:]
+        x = range(first + 1, first + 1 + len(more))
+        axes.plot(x, more, color=colour, marker=mark, markersize=4.5, label=name)
+    axes.axhline(0, color=GREY, linestyle="--", linewidth=1)
+    axes.set(
+        xlabel=f"step (the bad batch is step {first})", ylabel="loss above the undisturbed\nrun (nats)"
+    )
+    axes.legend(loc="upper left")
+    return figure
