@@ -94,6 +94,8 @@ def compared(results: Results, figure: Callable[[dict], float] = loss, name: str
     right.set(xlim=(-1.45 * reach, 1.45 * reach), title="the same, seed by seed")
     right.set_xlabel(f"difference to “{base}”\n(mean ± standard deviation of pairs)")
     right.tick_params(axis="y", length=0)
+    for panel in (left, right):
+        panel.locator_params(axis="x", nbins=6)
     return drawn
 
 
@@ -157,10 +159,15 @@ def loads_by_domain(results: Results, seed: int | None = None) -> Figure:
     seed: of the runs drawn, by default the least; experts of other seeds have other numbers, so
     they cannot be averaged. What is said of bits is over all seeds.
     """
+    seeds = [run["seed"] for run in results.told["runs"]]
+    seed = min(seeds) if seed is None else seed
+    if seed not in seeds:
+        raise ValueError(f"no seed {seed}; there are {', '.join(map(str, sorted(set(seeds))))}")
     shown = {
-        arm: next(run for run in _runs(results, arm) if seed is None or run["seed"] == seed)
+        run["arm"]: run
         for arm in results.arms
-        if any(_routers(run) for run in _runs(results, arm))
+        for run in _runs(results, arm)
+        if run["seed"] == seed and _routers(run)
     }
     if not shown:
         raise ValueError("no arm has experts")
