@@ -47,13 +47,6 @@ from dsv3.viz.numbers import (
 )
 from dsv3.viz.routing import routing_figure
 from dsv3.viz.scene import draw
-from dsv3.viz.training_figures import (
-    grad_norm_figure,
-    loads_figure,
-    retrieval_figure,
-    run_figure,
-    schedules_figure,
-)
 
 __all__ = [
     "PARTS",
@@ -72,10 +65,8 @@ __all__ = [
     "error_map_figure",
     "forms_figure",
     "gain_figure",
-    "grad_norm_figure",
     "kept_directions_figure",
     "load_history_figure",
-    "loads_figure",
     "loss_by_position_figure",
     "measured_roofline_figure",
     "memory_per_rank_figure",
@@ -87,13 +78,10 @@ __all__ = [
     "rank_error_figure",
     "relative_error_figure",
     "relative_figure",
-    "retrieval_figure",
     "roofline_figure",
     "rotation_figure",
     "rotation_in_between_figure",
     "routing_figure",
-    "run_figure",
-    "schedules_figure",
     "show",
     "stream_figure",
     "violation_figure",
