@@ -336,8 +336,14 @@ def test_arms_are_compared_within_pairs():
     left, right = figure.axes
     said = [text for text in words(figure) if "±" in text and "\n" not in text]
     assert said == ["+0.020 ± 0.000", "+0.040 ± 0.000"]
+    share = 0.04 / made.of("plain").mean
+    assert f"{share:+.2%}" in words(figure)
     assert any("900,000 tokens per run, 3 seeds per arm" in text for text in words(figure))
     assert "nats per token" in left.get_xlabel() and "plain" in right.get_xlabel()
+    for word, box in written(figure):
+        for line in right.lines:
+            x, y = right.transData.transform((line.get_xdata()[0], line.get_ydata()[0]))
+            assert line.get_marker() not in set("os^") or not box.contains(x, y), word
     dots = sorted(float(line.get_xdata()[0]) for line in left.lines if line.get_marker() in "os^")
     assert dots == pytest.approx(sorted(run["loss"] for run in made.told["runs"]))
     text = compared.described(made)
