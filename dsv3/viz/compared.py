@@ -74,11 +74,15 @@ def compared(results: Results, figure: Callable[[dict], float] = loss, name: str
             left.plot(value, row, marker=mark, **more)
         mean = results.of(arm, figure).mean
         left.plot([mean, mean], [row - 0.28, row + 0.28], color=BLACK, linewidth=1.6)
-        if arm == base:
-            right.text(0.98, row, "the base", transform=right.get_yaxis_transform(), ha="right",
-                       va="center", color=GREY)  # fmt: skip
-            continue
         gap = results.against(arm, figure)
+        whole = results.of(base, figure).mean
+        share = f"{gap.mean / whole:+.2%}".replace("-", "−") if whole else ""
+        right.text(
+            0.98, row, "the base" if arm == base else share, ha="right", va="center", color=GREY,
+            transform=right.get_yaxis_transform(),
+        )  # fmt: skip
+        if arm == base:
+            continue
         for value, mark in zip(gap.values, _SEEDS):
             right.plot(value, row, marker=mark, **more)
         right.errorbar(
@@ -91,9 +95,11 @@ def compared(results: Results, figure: Callable[[dict], float] = loss, name: str
     left.set_yticks(range(len(arms)), labels=arms)
     left.set(ylim=(len(arms) - 0.4, -0.6), xlabel=name, title=_conditions(results))
     reach = max(abs(x) for arm in arms for x in results.against(arm, figure).values) or 1.0
-    right.set(xlim=(-1.45 * reach, 1.45 * reach), title="the same, seed by seed")
-    right.set_xlabel(f"difference to “{base}”\n(mean ± standard deviation of pairs)")
+    right.set(xlim=(-1.6 * reach, 2 * reach), title="the same, seed by seed")
+    right.set_xlabel(f"difference to “{base}”\n(mean ± standard deviation; grey: in % of the base)")
     right.tick_params(axis="y", length=0)
+    for panel in (left, right):
+        panel.locator_params(axis="x", nbins=6)
     return drawn
 
 
@@ -157,10 +163,15 @@ def loads_by_domain(results: Results, seed: int | None = None) -> Figure:
     seed: of the runs drawn, by default the least; experts of other seeds have other numbers, so
     they cannot be averaged. What is said of bits is over all seeds.
     """
+    seeds = [run["seed"] for run in results.told["runs"]]
+    seed = min(seeds) if seed is None else seed
+    if seed not in seeds:
+        raise ValueError(f"no seed {seed}; there are {', '.join(map(str, sorted(set(seeds))))}")
     shown = {
-        arm: next(run for run in _runs(results, arm) if seed is None or run["seed"] == seed)
+        run["arm"]: run
         for arm in results.arms
-        if any(_routers(run) for run in _runs(results, arm))
+        for run in _runs(results, arm)
+        if run["seed"] == seed and _routers(run)
     }
     if not shown:
         raise ValueError("no arm has experts")

@@ -126,7 +126,7 @@ def _phases_alt(parts: Sequence[Stretch]) -> str:
 # Stopping and going on --------------------------------------------------------------------------
 
 # Of the shipped run's steps 10, 20 ... 120, rounded.
-LOSSES = (7.20, 6.15, 5.66, 5.18, 4.96, 4.72, 4.65, 4.44, 4.34, 4.28, 4.24, 4.19)
+LOSSES = (7.20, 6.15, 5.66, 5.18, 4.70, 4.32, 4.03, 4.07, 4.11, 4.06, 3.88, 3.70)
 
 
 def resume(losses: Sequence[float] = LOSSES, saved: int = 5, killed: int = 8) -> Scene:
@@ -137,10 +137,10 @@ def resume(losses: Sequence[float] = LOSSES, saved: int = 5, killed: int = 8) ->
     """
     if not 1 <= saved < killed < len(losses):
         raise ValueError("a checkpoint, then a kill, then the end")
-    left, right, top, floor = 40, WIDTH - 8, 56, 210
+    left, right, top, floor = 40, WIDTH - 8, 116, 236
     scene = Scene(
         WIDTH,
-        392,
+        416,
         f"A loss falls over {len(losses)} steps. A checkpoint is written after step {saved}; the "
         f"process is killed after step {killed}. A second one reads the checkpoint, repeats steps "
         f"{saved + 1} to {killed} with equal losses and goes on along the same line. The "
@@ -148,6 +148,7 @@ def resume(losses: Sequence[float] = LOSSES, saved: int = 5, killed: int = 8) ->
         "recipe and text.",
     )
     low, high = min(losses), max(losses)
+    again = f"step{'s' * (killed - saved > 1)} {saved + 1}" + f" to {killed}" * (killed - saved > 1)
     points = [
         (
             left + (right - left - 20) * place / (len(losses) - 1) + 10,
@@ -169,26 +170,27 @@ def resume(losses: Sequence[float] = LOSSES, saved: int = 5, killed: int = 8) ->
         scene.text(x, floor + 26, str(place), anchor="middle", size=SMALL, fill="soft")
     scene.text(right, floor + 42, "step", anchor="end", size=SMALL, fill="soft")
     x = points[killed - 1][0] + 14
-    scene.line((x, 76), (x, floor + 10), stroke="vermillion", stroke_width=2, dashed=True)
-    scene.text(x + 8, 84, f"killed after step {killed}", bold=True)
-    scene.text(x + 8, 101, "what was in memory is gone", size=SMALL, fill="soft")
+    scene.line((x, 72), (x, floor + 10), stroke="vermillion", stroke_width=2, dashed=True)
+    at, anchor = (x + 8, "start") if x < WIDTH - 180 else (x - 8, "end")
+    scene.text(at, 78, f"killed after step {killed}", bold=True, anchor=anchor)
+    scene.text(at, 95, "what was in memory is gone", size=SMALL, fill="soft", anchor=anchor)
     key = left + (right - left) * 0.5
     for line, (fill, stroke, radius, words) in enumerate(
         (
             ("paper", "blue", 7, "the first process"),
-            ("orange", None, 3.6, f"the second: steps {saved + 1} to {killed} again, bit for bit"),
+            ("orange", None, 3.6, f"the second: {again} again, bit for bit"),
         )
     ):
         scene.circle(key, 28 + 20 * line, radius, fill=fill, stroke=stroke, stroke_width=2)
         scene.text(key + 14, 28 + 20 * line, words, size=SMALL, fill="soft")
-    _checkpoint(scene, 284, saved, points[saved - 1])
+    _checkpoint(scene, 308, saved, points[saved - 1])
     return scene
 
 
 def _checkpoint(scene: Scene, top: float, saved: int, point: tuple[float, float]) -> None:
     """The checkpoint's contents, with what would be lost without them."""
-    arrow(scene, (point[0], point[1] + 10), (point[0], 206), colour="green", width=2)
-    arrow(scene, (point[0], 248), (point[0], top - 2), colour="green", width=2)
+    arrow(scene, (point[0], point[1] + 10), (point[0], 233), colour="green", width=2)
+    arrow(scene, (point[0], 272), (point[0], top - 2), colour="green", width=2)
     scene.rect(0, top, WIDTH, 104, rounded=6, fill="green", opacity=0.1, stroke="green")
     scene.text(
         12, top + 16, f"checkpoint after step {saved}: all that the next step reads", bold=True

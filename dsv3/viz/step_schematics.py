@@ -13,8 +13,8 @@ from types import MappingProxyType
 import torch
 
 from dsv3.config import ModelConfig
-from dsv3.costs import Formats, parameter_count
-from dsv3.costs.training import ITEM_BYTES, REPORT
+from dsv3.costs import REPORT, Formats, parameter_count
+from dsv3.costs.training import ITEM_BYTES
 from dsv3.training.balance import max_violation, update_bias
 from dsv3.training.schedules import Schedules
 from dsv3.viz.scene import Scene

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from dsv3.training.schedules import Schedules
+from dsv3.training.schedules import LearningRate, Schedules
 from dsv3.viz.figure import (
     BLACK,
     BLUE,
@@ -45,6 +45,8 @@ def schedules_figure(schedules: Schedules | None = None, seq_len: int = 4096) ->
     """
     told = schedules or Schedules.deepseek_v3()
     rate, size, unit = told.learning_rate, *_unit(told.total)
+    if not isinstance(rate, LearningRate):
+        raise ValueError("pre-training's schedules, not an extension's")
     warm, tokens = [], 0.0
     for step in range(rate.warmup_steps):
         warm.append((tokens, rate.at(step, tokens)))
@@ -73,16 +75,15 @@ def schedules_figure(schedules: Schedules | None = None, seq_len: int = 4096) ->
         f"{_sci(rate.last)} for the last {(told.total - rate.low_until) / size:.3g}{unit}",
         right=True,
         up=True,
-        away=26,
+        away=42,
     )
     ramp = np.linspace(0, told.total, 2000)
     second.plot(ramp / size, [told.batch.at(at) for at in ramp], color=ORANGE)
     second.set(title="windows per step", ylim=(0, 1.2 * told.batch.last))
-    second.set_yticks(
-        [told.batch.first, told.batch.last],
-        labels=[f"{told.batch.first:,}", f"{told.batch.last:,}"],
-    )
-    _edge(second, told.batch.until / size, unit)
+    sizes = sorted({told.batch.first, told.batch.last})
+    second.set_yticks(sizes, labels=[f"{windows:,}" for windows in sizes])
+    if len(sizes) > 1:
+        _edge(second, told.batch.until / size, unit)
     for panel, switch, title, colour in (
         (third, told.mtp_weight, "λ, weight of the MTP loss", GREEN),
         (fourth, told.bias_speed, "γ, step of the routing bias", VERMILLION),
