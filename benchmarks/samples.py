@@ -46,7 +46,8 @@ def sample(run: Path, out: Path, kept: Path | None = None) -> None:
     for checkpoint in checkpoints:
         began = time.perf_counter()
         new = samples_of(checkpoint, tokenizer)
-        samples = [old for old in samples if old.step != new[0].step] + new
+        done = {each.step for each in new}
+        samples = [old for old in samples if old.step not in done] + new
         save_samples(out, samples)
         print(f"{checkpoint.name}: {time.perf_counter() - began:.1f} s", flush=True)
         for each in new:

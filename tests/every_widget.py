@@ -30,6 +30,7 @@ CASES = {
     "Draft explorer": Case("DraftExplorer(model, tokenizer, text)", "Stage"),
     "Timeline explorer": Case("TimelineExplorer()", "Micro-batches"),
     "Placement explorer": Case("PlacementExplorer(replicas=24)", "Replicas"),
+    "Training run": Case("TrainingRun(shipped, step=1200)", "Step"),
 }
 
 

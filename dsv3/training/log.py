@@ -165,16 +165,15 @@ def read_log(path: str | Path) -> RunLog:
     for number, text in enumerate(read_text(path).split("\n")[:-1], 1):
         try:
             line = parse_json(text)
-            names = ("step", "tokens", "windows") if "loss" in line else ("step", "tokens")
-            good = all(type(line[name]) is int and line[name] > 0 for name in names)
-        except (ValueError, TypeError, KeyError):
-            good = False
-        if not good:
+        except ValueError:
+            line = None
+        if not _is_line(line):
             raise DSV3Error(
                 "not a line of a training log",
                 where=f"{path}, line {number}",
                 found=f"{text:.60}",
-                expected='a JSON object with "step" and "tokens", beside a "loss" also "windows"',
+                expected='a JSON object with "step" and "tokens", of a step also with "loss", "lr" '
+                'and "windows"',
             )
         if "loss" in line:
             steps.append(line)
@@ -185,3 +184,15 @@ def read_log(path: str | Path) -> RunLog:
             "no step is logged yet", where=path, fix="Wait for the first line with a loss"
         )
     return RunLog(tuple(steps), tuple(held_out))
+
+
+def _is_line(line: object) -> bool:
+    """Whether it has what every line has; a loss may be NaN, for runs that break have logs too."""
+    if not isinstance(line, dict):
+        return False
+    whole, numbers = ("step", "tokens"), ()
+    if "loss" in line:
+        whole, numbers = (*whole, "windows"), ("loss", "lr")
+    return all(type(line.get(name)) is int and line[name] > 0 for name in whole) and all(
+        type(line.get(name)) in (int, float) for name in numbers
+    )

@@ -84,14 +84,18 @@ def write_on(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt] = PROMPTS, seed: int = 0
 ) -> Iterator[tuple[str, str]]:
     """(beginning, what the model writes after it) of each prompt, as the start of a document. A
-    text ends before a ``stop``, and where the context ends."""
+    text ends before a ``stop``, and where the context ends; a beginning that fills the context is
+    left out."""
     for prompt in prompts:
         ids = tokenizer.encode(prompt.text, add_bos=True)
+        room = model.config.max_position_embeddings - len(ids)
+        if room < 1:
+            continue
         result = complete(
             model,
             [ids],
             tokenizer=tokenizer,
-            max_new_tokens=min(prompt.tokens, model.config.max_position_embeddings - len(ids)),
+            max_new_tokens=min(prompt.tokens, room),
             temperature=prompt.temperature,
             top_p=prompt.top_p,
             seed=seed,

@@ -8,21 +8,21 @@ what the model wrote then. What comes after the moment is grey.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from dsv3.training.log import RunLog
 from dsv3.training.samples import Sample
-from dsv3.viz.scene import Scene, columns
+from dsv3.viz.scene import Scene
+from dsv3.viz.written import draw_text, millions
 
 WIDTH, LEFT, RIGHT, COLUMN = 920, 104, 760, 772
 LOSSES = (72, 190)  # upper edge and height
 BATCH = "this step's batch"  # what loads are of, beside the domains
 PALETTE = ("orange", "green", "purple", "yellow", "vermillion")  # of the domains
-_LINES = 240  # of a longer log, at most so many points are drawn, and the moment
+_LINES = 160  # of a longer log, at most so many points are drawn, and the moment
 _PARTS = 60  # places to point at
-_LETTER, _ROW, _ROWS = 7.0, 15, 12  # of the text that was written
 
 Point = tuple[float, float]
 
@@ -62,7 +62,7 @@ def run_scene(
     top = sum(LOSSES) + 40
     bars = top + sum(strip.height + 10 for strip in strips) + 26
     below = router is not None or bool(samples)
-    scene = Scene(WIDTH, bars + (206 if samples else 176) if below else bars - 20, _alt(now))
+    scene = Scene(WIDTH, bars + (238 if samples else 176) if below else bars - 20, _alt(now))
     scene.text(0, 12, _headline(now), bold=True, size=14)
     scene.text(0, 35, _second(now), fill="soft")
     _losses(scene, now)
@@ -73,7 +73,7 @@ def run_scene(
     if router is not None:
         _bars(scene, now, bars, 440 if samples else WIDTH)
     if samples:
-        _text(scene, now, 470 if router is not None else 0, bars)
+        draw_text(scene, samples, now.sample, 470 if router is not None else 0, bars)
     return scene
 
 
@@ -115,7 +115,7 @@ def _headline(now: _Now) -> str:
     mtp = f", MTP loss {now.line['mtp_loss']:.3f}" if "mtp_loss" in now.line else ""
     tokens = max(each["tokens"] for each in (now.line, now.held_out or now.line))
     return (
-        f"Step {now.step:,} of {now.last:,}, {_millions(tokens)} tokens read: "
+        f"Step {now.step:,} of {now.last:,}, {millions(tokens)} tokens read: "
         f"loss {now.line['loss']:.3f}{mtp}"
     )
 
@@ -149,10 +149,6 @@ def _alt(now: _Now) -> str:
 def _load_title(now: _Now, load: Sequence[int]) -> str:
     text = now.load_of if now.load_of == BATCH else f"held-out {now.load_of}"
     return f"{router_name(now.router or '')}, {text}: MaxVio {now.violation(load):.2f}"
-
-
-def _millions(tokens: int) -> str:
-    return f"{tokens / 1e6:.1f} million" if tokens >= 1e5 else f"{tokens:,}"
 
 
 def _short(value: float) -> str:
@@ -225,8 +221,8 @@ def _curve(
     width: float = 1.8,
     steps: bool = False,
 ) -> None:
-    """What was until now in its colour, over all of it in grey. Values that are no numbers leave a
-    gap; steps: each value holds from the line before it on."""
+    """What was until now in its colour, what comes after it in grey. Values that are no numbers
+    leave a gap; steps: each value holds from the line before it on."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for step, value in values:
         if value is None or not math.isfinite(value):
@@ -237,11 +233,13 @@ def _curve(
             pieces[-1][-1] = (step, value)
         else:
             pieces[-1].append((step, value))
-    for stroke, last in (("line", math.inf), (colour, now.step)):
-        for piece in pieces:
-            part = [(step, value) for step, value in piece if step <= last]
-            if steps and 0 < len(part) < len(piece) and last > part[-1][0]:
-                part.append((last, part[-1][1]))
+    for piece in pieces:
+        count = sum(step <= now.step for step, _ in piece)
+        before, after = piece[:count], piece[max(0, count - 1) :]
+        if steps and len(after) > 1 and before and before[-1][0] < now.step:
+            before.append((now.step, before[-1][1]))
+            after[0] = before[-1]
+        for stroke, part in (("line", after), (colour, before)):
             if len(part) > 1:
                 scene.line(*(at(*point) for point in part), stroke=stroke, stroke_width=width)
 
@@ -278,7 +276,7 @@ def _strips(now: _Now) -> list[_Strip]:
         _Strip("learning rate", 44, "blue", said("lr"), number("lr"), steps=False),
         _Strip("λ (MTP)", 18, "blue", said("mtp_weight"), number("mtp_weight")),
         _Strip("γ (bias)", 18, "blue", said("bias_speed"), number("bias_speed")),
-        _Strip("windows per step", 18, "blue", said("windows"), batch),
+        _Strip("batch", 18, "blue", said("windows"), batch),
         _Strip("gradient norm", 30, "green", said("grad_norm"), number("grad_norm"), steps=False),
         _Strip("MaxVio", 44, "vermillion", maxvio, lambda line: f"{maxvio(line):.2f}", steps=False),
     ]
@@ -286,7 +284,8 @@ def _strips(now: _Now) -> list[_Strip]:
 
 
 def _draw_strip(scene: Scene, now: _Now, strip: _Strip, top: float) -> None:
-    values = [(line["step"], strip.value(line)) for line in now.shown]
+    lines = now.log.steps if strip.steps else now.shown  # steps come to a few corners
+    values = [(line["step"], strip.value(line)) for line in lines]
     most = max([v for _, v in values if v is not None and math.isfinite(v)], default=0) or 1.0
     bottom, middle = top + strip.height, top + strip.height / 2
 
@@ -331,12 +330,12 @@ def _label(log: RunLog, step: int) -> str:
     line = log.step_at(step)
     mtp = f", MTP {line['mtp_loss']:.3f}" if "mtp_loss" in line else ""
     return (
-        f"step {step:,}, {_millions(line['tokens'])} tokens\nloss {line['loss']:.3f}{mtp}\n"
+        f"step {step:,}, {millions(line['tokens'])} tokens\nloss {line['loss']:.3f}{mtp}\n"
         f"learning rate {_short(line['lr'])}"
     )
 
 
-# The loads, and the text ----------------------------------------------------------------------
+# The loads ----------------------------------------------------------------------
 
 
 def _bars(scene: Scene, now: _Now, top: float, right: float) -> None:
@@ -367,57 +366,3 @@ def _bars(scene: Scene, now: _Now, top: float, right: float) -> None:
         words += [(level + 13, f"{mean:,.0f}"), (bottom, "0")]
     for y, word in words:
         scene.text(left - 9, y, word, size=11, anchor="end", fill="soft")
-
-
-def _text(scene: Scene, now: _Now, left: float, top: float) -> None:
-    """What the model wrote at the last checkpoint up to now; the prompt is paler."""
-    sample = now.sample
-    if sample is None:
-        first = now.samples[0].step
-        scene.text(left, top, f"No text yet: the first is of step {first:,}.", fill="soft")
-        return
-    title = f"Written at step {sample.step:,} ({_millions(sample.tokens)} tokens)"
-    scene.text(left, top, title, bold=True, size=13)
-    room = int((WIDTH - left - 20) / _LETTER)
-    rows = wrapped(sample.prompt, sample.text, room)
-    shown = rows if len(rows) <= _ROWS else [*rows[: _ROWS - 1], ("", "…")]
-    label = f"the prompt, then what was written at step {sample.step:,}"
-    scene.rect(left, top + 14, WIDTH - left, _ROWS * _ROW + 10, rounded=4, fill="pale", label=label)
-    for row, (given, written) in enumerate(shown):
-        y = top + 14 + 5 + (row + 0.5) * _ROW
-        for x, words, fill in ((0, given, "soft"), (columns(given) * _LETTER, written, "ink")):
-            if words.strip():
-                scene.text(left + 10 + x, y, words, size=11, code=True, fill=fill)
-
-
-def wrapped(prompt: str, text: str, room: int) -> list[tuple[str, str]]:
-    """Lines of at most ``room`` letters, cut at a space where there is one, each as the part that
-    belongs to the prompt and the part that was written."""
-    whole = (prompt + text).replace("\t", "    ")
-    given = len(prompt.replace("\t", "    "))
-    rows, start = [], 0
-    for line in whole.split("\n"):
-        end = start + len(line)
-        at = start
-        while True:
-            stop = at
-            while stop < end and columns(whole[at : stop + 1]) <= room:
-                stop += 1
-            if stop < end:
-                space = whole.rfind(" ", at + 1, stop + 1)
-                stop = space if space > 0 and whole[at:space].strip() else max(stop, at + 1)
-            middle = min(max(given, at), stop)
-            rows.append((whole[at:middle], whole[middle:stop]))
-            at = stop + 1 if stop < end and whole[stop] == " " else stop
-            if at >= end:
-                break
-        start = end + 1
-    return rows
-
-
-def by_prompt(samples: Sequence[Sample]) -> Mapping[str, list[Sample]]:
-    """Samples of each prompt, by their steps."""
-    prompts: dict[str, list[Sample]] = {}
-    for sample in sorted(samples, key=lambda sample: sample.step):
-        prompts.setdefault(sample.prompt, []).append(sample)
-    return prompts

@@ -10,9 +10,10 @@ import ipywidgets
 from dsv3.errors import DSV3Error
 from dsv3.training.log import RunLog, read_log
 from dsv3.training.samples import Sample, read_samples
-from dsv3.viz.run_scene import BATCH, by_prompt, router_name, run_scene
+from dsv3.viz.run_scene import BATCH, router_name, run_scene
 from dsv3.viz.scene import Scene
 from dsv3.viz.widgets.panel import Panel, control
+from dsv3.viz.written import by_prompt
 
 
 class TrainingRun(Panel):
