@@ -274,6 +274,7 @@ def test_texts_are_cut_into_lines():
     rows = wrapped("one two", " three four\n\n\tfive", 10)
     assert rows == [("one two", ""), ("", "three four"), ("", ""), ("", "    five")]
     assert wrapped("ab", "c" * 7, 4) == [("ab", "cc"), ("", "cccc"), ("", "c")]
+    assert wrapped("", "a\x1b\rb\ufffd", 9) == [("", "a▯▯b\ufffd")]
     assert wrapped("a\nb", "", 9) == [("a", ""), ("b", "")]
     prompt, text = "x = [1, 2,\n", "    3]  # and more words than a line has room for\n" * 3
     rows = wrapped(prompt, text, 16)

@@ -166,7 +166,7 @@ def read_log(path: str | Path) -> RunLog:
         try:
             line = parse_json(text)
         except ValueError:
-            line = None
+            line = {}
         if not _is_line(line):
             raise DSV3Error(
                 "not a line of a training log",

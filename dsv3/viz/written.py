@@ -50,9 +50,10 @@ def draw_text(
 
 def wrapped(prompt: str, text: str, room: int) -> list[tuple[str, str]]:
     """Lines of at most ``room`` letters, cut at a space where there is one, each as the part that
-    belongs to the prompt and the part that was written."""
-    whole = (prompt + text).replace("\t", "    ")
-    given = len(prompt.replace("\t", "    "))
+    belongs to the prompt and the part that was written. Bytes that are no letters, of which young
+    models write many, become boxes."""
+    prompt, text = map(_shown, (prompt, text))
+    whole, given = prompt + text, len(prompt)
     rows, start = [], 0
     for line in whole.split("\n"):
         end = start + len(line)
@@ -71,3 +72,10 @@ def wrapped(prompt: str, text: str, room: int) -> list[tuple[str, str]]:
                 break
         start = end + 1
     return rows
+
+
+def _shown(text: str) -> str:
+    return "".join(
+        letter if letter == "\n" or letter.isprintable() else "▯"
+        for letter in text.replace("\t", "    ")
+    )
