@@ -355,5 +355,5 @@ def test_the_stored_picture_is_small():
 
 
 def test_the_default_text_of_loads_is_the_batch():
-    assert TrainingRun(SHIPPED).load_of.value == BATCH
+    assert TrainingRun("dsv3-mini").load_of.value == BATCH
     assert {mark.fill for mark in TrainingRun(SHIPPED).scene().marks} - {None} <= set(COLOURS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import ipywidgets
 
 from dsv3.errors import DSV3Error
+from dsv3.shipped import model_folder
 from dsv3.training.log import RunLog, read_log
 from dsv3.training.samples import Sample, read_samples
 from dsv3.viz.run_scene import BATCH, router_name, run_scene
@@ -39,7 +40,7 @@ class TrainingRun(Panel):
         router: str | None = None,
         load_of: str = BATCH,
     ):
-        self.run = log if isinstance(log, RunLog) else read_log(log)
+        self.run = log if isinstance(log, RunLog) else read_log(model_folder(log))
         given = read_samples(samples) if isinstance(samples, (str, Path)) else samples or ()
         self._samples = by_prompt(given)
         moments, dropdown = self.run.moments, ipywidgets.Dropdown
