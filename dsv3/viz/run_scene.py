@@ -297,7 +297,8 @@ def _draw_strip(scene: Scene, now: _Now, strip: _Strip, top: float) -> None:
     _curve(scene, now, values, strip.colour, at, steps=strip.steps)
     scene.text(COLUMN, middle, strip.words(now.line), size=12)
     if strip.name == "MaxVio" and now.router:
-        scene.text(WIDTH, middle, router_name(now.router), size=11, anchor="end", fill="soft")
+        words = f"{router_name(now.router)}, batch"
+        scene.text(WIDTH, middle, words, size=11, anchor="end", fill="soft")
     elif not strip.steps:
         scene.text(WIDTH, middle, f"highest {_short(most)}", size=11, anchor="end", fill="soft")
 
