@@ -96,6 +96,7 @@ def test_bfloat16_moments_are_rounded_once_a_step_and_nothing_else_is():
 
 def test_bfloat16_moments_stay_near_float32():
     """50 steps: weights move by about 0.2 each; the formats differ by 1 percent of that at most."""
+    # fact 41
     start = weights()
     narrow, wide = (
         run(AdamW([{"params": weights()}], moments=moments, **OPTIONS), 50)

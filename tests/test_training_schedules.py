@@ -45,6 +45,7 @@ def test_learning_rate_falls_without_jumps_until_the_last_part():
 
 
 def test_parts_add_up_to_the_whole():
+    # fact 58
     parts = [10 * T, 4.3 * T, 333e9, 167e9]
     assert sum(parts) == PAPER.total == 14.8 * T
     ends = (
