@@ -1,7 +1,7 @@
 """Every chapter has the same parts in the same order, so that a reader finds them.
 
 Chapters 1 to 3 follow the pattern of the first edition in full; chapter 8 was written before it
-and has the parts that all share. Chapters 4, 5 and 7 are of the second edition: the question first,
+and has the parts that all share. Chapters 4 to 7 are of the second edition: the question first,
 one story of at most 5,000 words, and the workshop after it.
 """
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 TAUGHT = [path for path in CHAPTERS if path.name[:2] in ("01", "02", "03")]
-SECOND = [path for path in CHAPTERS if path.name[:2] in ("04", "05", "07")]
+SECOND = [path for path in CHAPTERS if path.name[:2] in ("04", "05", "06", "07")]
 
 
 def name_of(path: Path) -> str:
@@ -58,6 +58,7 @@ def test_the_book_has_its_chapters_in_order():
         "03_moe_gating.ipynb",
         "04_fp8.ipynb",
         "05_mtp.ipynb",
+        "06_training.ipynb",
         "07_parallelism.ipynb",
         "08_full_model.ipynb",
     ]

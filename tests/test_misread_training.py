@@ -79,6 +79,6 @@ def test_misread_weights_are_a_checkpoint(tmp_path: Path):
         if missing == "biases":
             for router in again.watch.routers.values():
                 router.bias.zero_()
-        text = nursery.new_stream(0 if missing == "place in the text" else place)
-        go(again, text, Position() if missing == "place in the schedules" else position, 2)
+        stream.position = 0 if missing == "place in the text" else place
+        go(again, stream, Position() if missing == "place in the schedules" else position, 2)
         assert torch.equal(all_of(again), all_of(whole)) == (missing == "nothing"), missing

@@ -28,7 +28,7 @@ def story(chapter: int) -> list:
 
 
 def test_the_chapters_of_the_second_edition_list_their_terms():
-    for chapter in (4, 5, 7):
+    for chapter in (4, 5, 6, 7):
         assert len([term for term in TERMS if term["chapter"] == chapter]) >= 12
     names = [term["term"] for term in TERMS]
     assert len(names) == len(set(names)), "a term has one home"
