@@ -1,5 +1,5 @@
 """The command line: ``dsv3 generate``, ``convert``, ``cast``, ``inspect``, ``diff``, ``train``,
-``bench``, ``doctor``.
+``experiment``, ``bench``, ``doctor``.
 
 Each command is a module of ``dsv3.commands``, with its options and its work. This module puts their
 parsers together, runs the one that was named, and turns failures into one line and an exit code.
@@ -20,7 +20,18 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from dsv3 import __version__
-from dsv3.commands import bench, cast, convert, diff, doctor, generate, inspect, streams, train
+from dsv3.commands import (
+    bench,
+    cast,
+    convert,
+    diff,
+    doctor,
+    experiment,
+    generate,
+    inspect,
+    streams,
+    train,
+)
 from dsv3.errors import DSV3Error, Notice, shown
 from dsv3.machine import check_threads
 from dsv3.parallel.rank import (
@@ -35,7 +46,7 @@ from dsv3.parallel.rank import (
 )
 
 # In the order in which --help lists them.
-COMMANDS = (generate, convert, cast, inspect, diff, train, bench, doctor)
+COMMANDS = (generate, convert, cast, inspect, diff, train, experiment, bench, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
