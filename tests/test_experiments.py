@@ -1,0 +1,118 @@
+"""The experiments: arms that differ in what they say, paired starts, and what the results say."""
+
+import json
+
+import pytest
+import torch
+
+from dsv3.attention import Attention
+from dsv3.checkpoint.layout import layout
+from dsv3.commands.experiment import NAMES
+from dsv3.training.experiments import EXPERIMENTS, Results
+from dsv3.training.experiments.arms import BASE, Arm
+from dsv3.training.experiments.runs import size
+from dsv3.training.experiments.surgery import NoShared, build
+
+ARMS = [
+    pytest.param(arm, id=f"{name}-{label}")
+    for name, experiment in EXPERIMENTS.items()
+    for label, arm in experiment.arms.items()
+]
+
+
+def test_the_command_names_every_experiment_and_each_has_its_base():
+    assert tuple(EXPERIMENTS) == NAMES
+    for experiment in EXPERIMENTS.values():
+        assert experiment.base in experiment.arms and len(experiment.arms) > 1
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_each_arm_is_built_and_learns(arm):
+    model = build(arm, seed=1)
+    tokens = torch.randint(0, BASE.vocab_size, (1, 8))
+    model(tokens).square().mean().backward()
+    reached = {name for name, value in model.layers.named_parameters() if value.grad is not None}
+    assert reached == {name for name, _ in model.layers.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["balance", "attention", "experts"])
+def test_arms_weigh_as_much_and_work_as_much_where_the_question_says_so(name):
+    sizes = [size(build(arm, 1)) for arm in EXPERIMENTS[name].arms.values()]
+    for what, within in (("parameters", 0.045), ("activated", 0.006)):
+        values = [one[what] for one in sizes]
+        assert max(values) - min(values) <= within * max(values), what
+
+
+def test_a_dense_model_of_either_size():
+    arms = EXPERIMENTS["sparse"].arms
+    experts, active, large = (size(build(arms[label], 1)) for label in arms)
+    assert abs(active["parameters"] - experts["activated"]) < 0.006 * active["parameters"]
+    assert abs(large["parameters"] - experts["parameters"]) < 0.002 * large["parameters"]
+    assert large["parameters"] == large["activated"]
+
+
+def test_sizes_are_those_of_the_checkpoint():
+    spec = sum(one.numel for one in layout(BASE, scales=False, mtp=False, mtp_copies=False))
+    biases = (BASE.num_hidden_layers - BASE.first_k_dense_replace) * BASE.n_routed_experts
+    found = size(build(Arm(), 1))
+    assert found["parameters"] == spec - biases, "a bias is stepped, not trained"
+    assert found["cached"] == BASE.latent_dim * BASE.num_hidden_layers
+
+
+@pytest.mark.parametrize("kv_heads, head_dim", [(4, 36), (2, 48), (1, 58)])
+def test_plain_attention_stands_where_latent_attention_was(kv_heads, head_dim):
+    model = build(Arm(kv_heads=kv_heads, head_dim=head_dim), 1)
+    found = [module for module in model.modules() if isinstance(module, Attention)]
+    assert len(found) == BASE.num_hidden_layers + 1
+    assert size(model)["cached"] == 2 * kv_heads * head_dim * BASE.num_hidden_layers
+
+
+def test_what_two_arms_have_alike_begins_alike():
+    """A pair differs in the choice, not in luck: equal names and shapes, equal first values."""
+    one, other = build(Arm(), 3), build(Arm(kv_heads=1, head_dim=58), 3)
+    mine, its = dict(one.named_parameters()), dict(other.named_parameters())
+    alike = [name for name in mine if name in its and "attn." not in name]
+    assert len(alike) > 20 and all(torch.equal(mine[name], its[name]) for name in alike)
+    again = dict(build(Arm(), 4).named_parameters())
+    assert not torch.equal(mine["layers.1.ffn.gate.weight"], again["layers.1.ffn.gate.weight"])
+
+
+def test_first_values_have_the_width_of_what_they_read():
+    weights = dict(build(Arm(kv_heads=4, head_dim=36), 1).named_parameters())
+    depth = (2 * BASE.num_hidden_layers) ** 0.5
+    for name, wanted in (
+        ("layers.0.attn.attention.wq.weight", 128**-0.5),
+        ("layers.0.attn.attention.wo.weight", 144**-0.5 / depth),
+        ("layers.1.ffn.experts.w2", 128**-0.5 / depth),
+        ("embed.weight", 0.3),
+    ):
+        assert float(weights[name].std()) == pytest.approx(wanted, rel=0.03), name
+
+
+def test_without_a_shared_expert_nothing_is_added():
+    model = build(EXPERIMENTS["experts"].arms["none shared, 3 of 16"], 1)
+    assert sum(isinstance(module, NoShared) for module in model.modules()) == 3
+    assert model.config.num_experts_per_tok == 3
+
+
+def results(losses: dict[str, list[float]]) -> Results:
+    runs = [
+        {"arm": arm, "seed": seed, "loss": loss, "size": {"parameters": 1, "activated": 1}}
+        for arm, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    return Results({"base": "plain", "runs": runs})
+
+
+def test_differences_are_taken_within_pairs():
+    """Seeds scatter by 1, pairs by nothing: the spread of the difference is 0."""
+    found = results({"new": [2.5, 3.5, 1.5], "plain": [3.0, 4.0, 2.0]})
+    assert found.arms == ["plain", "new"]
+    assert found.of("new").mean == pytest.approx(2.5) and found.of("new").deviation == 1
+    assert found.against("new").values == (-0.5, -0.5, -0.5)
+    assert found.against("new").deviation == 0
+    assert "-0.500 ± 0.000" in found.table().splitlines()[-1]
+
+
+def test_results_are_json():
+    assert json.loads(json.dumps(results({"plain": [1.0]}).told))
