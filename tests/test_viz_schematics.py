@@ -11,10 +11,14 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dsv3 import viz
-from dsv3.costs import REPORT, Layout
+from dsv3.config import ModelConfig
+from dsv3.costs import PLAIN, REPORT, Layout
 from dsv3.costs.experts import EFFECTIVE_LINKS
 from dsv3.fp8 import quantize_activation, quantize_weight
 from dsv3.parallel.timeline import Durations
+from dsv3.training.phases import phases_of
+from dsv3.training.recipe import Recipe
+from dsv3.training.step import StepValues
 from dsv3.viz import cluster_schematics as cluster
 from dsv3.viz import cut_schematics as cut
 from dsv3.viz import drafting_schematics as drafting
@@ -25,12 +29,16 @@ from dsv3.viz import layout_schematics as layouts
 from dsv3.viz import mtp_schematics as mtp
 from dsv3.viz import parallel_schematics as parallel
 from dsv3.viz import pipeline_schematics as pipeline
+from dsv3.viz import run_schematics as runs
 from dsv3.viz import schematic
 from dsv3.viz import shard_schematics as shard
+from dsv3.viz import step_schematics as step
+from dsv3.viz import training_schematics as windows
 from dsv3.viz.scene import Circle, Line, Polygon, Rect, Scene, Text, still, text_width
 
 MODULES = [
-    fp8, products, training, mtp, drafting, parallel, cut, shard, cluster, pipeline, layouts
+    fp8, products, training, mtp, drafting, parallel, cut, shard, cluster, pipeline, layouts,
+    windows, step, runs,
 ]  # fmt: skip
 # Other arguments that a chapter may give.
 MORE = {
@@ -72,6 +80,19 @@ MORE = {
     "stage_placement(2)": lambda: pipeline.stage_placement(2, ("ZB1P", "DualPipeV")),
     "layout_2048(small)": lambda: layouts.layout_2048(Layout(4, 32, 16), home=0),
     "layout_2048(ZeRO-3)": lambda: layouts.layout_2048(Layout(12, 128, 128, zero=3), home=15),
+    "packing(other)": lambda: windows.packing(
+        (("BOS", "a", "b", "EOS"), ("BOS", "c", "EOS"), ("BOS", "d", "e", "EOS")), 4, at=1
+    ),
+    "one_step(ours)": lambda: windows.one_step(StepValues(learning_rate=0.0025, mtp_weight=0.1)),
+    "adamw_state(plain)": lambda: step.adamw_state(PLAIN, ModelConfig.mini()),
+    "clipping(three)": lambda: step.clipping(
+        {"first": (-1, 2), "second": (0.125, 0.5), "third": (-0.5, -2)}, bound=1.5
+    ),
+    "bias_rule(one takes all)": lambda: step.bias_rule((120, 0, 0), (0.01, -0.0104, 0), 0.002),
+    "two_phases(ours)": lambda: runs.two_phases(
+        runs.stretches(phases_of(ModelConfig.mini(), Recipe()))
+    ),
+    "resume(early)": lambda: runs.resume((3.0, 2.5, 2.75, 2.0), saved=1, killed=2),
     "prefill_decode(one)": lambda: layouts.prefill_decode(layouts.DEPLOYMENTS[2:]),
 }
 
