@@ -112,7 +112,7 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
             question="What keeps experts busy, and what does it cost?",
             arms={
                 "bias rule": _USUAL,
-                "auxiliary loss": Arm(bias_rule=False, balance=0.02),
+                "auxiliary loss": Arm(bias_rule=False, balance=0.01),
                 "nothing": Arm(bias_rule=False, balance=0.0),
             },
             base="bias rule",
