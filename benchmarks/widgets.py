@@ -108,6 +108,11 @@ def moves(title: str, widget) -> Iterator[Callable[[], None]]:
             "policy": ["global", "hierarchical"],
             "gpus": [4, 8],
         },
+        "Training run": {
+            "step": [10, 3541, 2000],
+            "router": ["layers.3.ffn.gate", "mtp.0.ffn.gate"],
+            "load_of": ["plays", "code"],
+        },
     }[title]
     turns = [cycle([(name, value) for value in row]) for name, row in values.items()]
     for name, value in chain.from_iterable(zip(*turns)):

@@ -10,7 +10,13 @@ SETUP = f"""\
 from dsv3 import load_model, load_tokenizer
 from dsv3.viz.widgets import *
 shipped, text = {str(Path(__file__).parents[1] / "assets" / "dsv3-mini")!r}, {TEXT!r}
-model, tokenizer = load_model(shipped, precision="fp32"), load_tokenizer(shipped)"""
+model, tokenizer = load_model(shipped, precision="fp32"), load_tokenizer(shipped)
+from dsv3.training.samples import Sample
+samples = [
+    Sample(step=step, tokens=8192 * step, prompt=prompt, text=f"{{text}}  # {{step}}")
+    for step in (400, 1600)
+    for prompt, text in (("def f(x):\\n", "    return x\\n\\n"), ("1 + 1 =", " 2"))
+]"""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ CASES = {
     "Draft explorer": Case("DraftExplorer(model, tokenizer, text)", "Stage"),
     "Timeline explorer": Case("TimelineExplorer()", "Micro-batches"),
     "Placement explorer": Case("PlacementExplorer(replicas=24)", "Replicas"),
+    "Training run": Case("TrainingRun(shipped, samples, step=1200)", "Step"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Widgets of chapters 4, 5 and 7 as a reader moves them: a real JupyterLab in a real browser.
+"""Widgets of chapters 4 to 7 as a reader moves them: a real JupyterLab in a real browser.
 
 Needs Chromium (the fixture ``browser`` of conftest.py).
 """
@@ -26,7 +26,8 @@ pytestmark = pytest.mark.slow
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "dsv3-mini"
 WIDGETS = (
-    "Scale microscope", "Number line", "Draft explorer", "Timeline explorer", "Placement explorer"
+    "Scale microscope", "Number line", "Draft explorer", "Timeline explorer", "Placement explorer",
+    "Training run",
 )  # fmt: skip
 
 
@@ -220,6 +221,43 @@ def test_replicas_are_dragged_and_chosen(page, tmp_path):
     panel.screenshot(path=tmp_path / "placement.png")
 
 
+def test_a_training_run_is_scrubbed_through(page, tmp_path):
+    ours = every_widget.make("Training run", every_widget.names())
+    page.scroll_to(ours.title)
+    check_shown(page, ours.title, ours.scene())
+    page.press_slider(ours.title, "Step", "ArrowRight", 3)
+    ours.step.value = 1230
+    check_shown(page, ours.title, ours.scene())
+    choose(page, ours.title, "Router", "layer 3")
+    choose(page, ours.title, "Loads of", "code")
+    ours.router.value, ours.load_of.value = "layers.3.ffn.gate", "code"
+    check_shown(page, ours.title, ours.scene())
+    panel = page.panel(ours.title)
+    keys = ours.scene().keys()
+    panel.locator(f"[data-key='{keys[50]}']").click()
+    ours.drawing.choose(keys[50])
+    check_shown(page, ours.title, ours.scene())
+    assert (
+        f"loss {ours.run.step_at(ours.step.value)['loss']:.3f}"
+        in panel.locator(".tip").inner_text()
+    )
+    page.page.keyboard.press("ArrowRight")
+    page.page.keyboard.press("Enter")
+    ours.drawing.choose(keys[51])
+    check_shown(page, ours.title, ours.scene())
+    assert page.focused() == {"key": keys[51], "pressed": "true"}
+    panel.locator("[aria-label^='expert 9: ']").hover()
+    assert "times the mean" in panel.locator(".tip").inner_text()
+    choose(page, ours.title, "Prompt", "1 + 1 =")
+    ours.prompt.value = "1 + 1 ="
+    check_shown(page, ours.title, ours.scene())
+    panel.locator(f"[data-key='{keys[0]}']").click()
+    ours.drawing.choose(keys[0])
+    panel.get_by_text("The first look at held-out text was at step 400").wait_for()
+    check_shown(page, ours.title, ours.scene())
+    panel.screenshot(path=tmp_path / "training.png")
+
+
 def test_they_can_be_read_on_a_dark_page(lab, browser, tmp_path):
     """Words on a colour stay dark or white there, all others are light."""
     lab.use_theme("JupyterLab Dark")
@@ -229,7 +267,8 @@ def test_they_can_be_read_on_a_dark_page(lab, browser, tmp_path):
     page.scroll_to(timeline.title)
     choose(page, timeline.title, "Schedule", "DualPipe")
     page.press_slider(timeline.title, "Micro-batches", "ArrowLeft", 4)
-    for widget in (timeline, placement):
+    training = every_widget.make("Training run", every_widget.names())
+    for widget in (timeline, placement, training):
         title = widget.title
         page.scroll_to(title)
         check_shown(page, title, widget.scene())

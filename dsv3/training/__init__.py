@@ -7,11 +7,11 @@ what a step changes), ``sharing`` (what ranks have in common), ``state`` and ``r
 (checkpoints, and going on from them), ``log``, ``terminal``, ``minutes`` (a run that fits a time)
 and ``run``, the loop that puts them together.
 ``described`` reads a run from a file; ``mini.toml`` is the one of the shipped model.
-``exam``, ``anatomy`` and ``needle`` ask what came of it.
+``exam``, ``anatomy`` and ``needle`` ask what came of it, ``samples`` what it wrote on the way.
 """
 
 from dsv3.training.described import MINI, Description, read_description
-from dsv3.training.log import LOG_FILE
+from dsv3.training.log import LOG_FILE, RunLog, read_log
 from dsv3.training.recipe import Recipe
 from dsv3.training.run import Run, train
 from dsv3.training.usual import usual_precision
@@ -22,7 +22,9 @@ __all__ = [
     "Description",
     "Recipe",
     "Run",
+    "RunLog",
     "read_description",
+    "read_log",
     "train",
     "usual_precision",
 ]

@@ -114,7 +114,7 @@ def save_state(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor])
 def remove_old(folder: Path) -> None:
     """Remove all checkpoints but the newest two, and what a kill has left half-written."""
     half_written = [path for path in folder.glob("step-*.partial") if path.is_dir()]
-    for old in [*_complete(folder)[:-_KEEP], *half_written]:
+    for old in [*all_states(folder)[:-_KEEP], *half_written]:
         try:
             shutil.rmtree(old)
         except OSError as error:
@@ -127,8 +127,18 @@ def remove_old(folder: Path) -> None:
 
 def latest_state(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run, if there is one."""
-    complete = _complete(folder)
+    complete = all_states(folder)
     return complete[-1] if complete else None
+
+
+def all_states(folder: Path) -> list[Path]:
+    """All complete checkpoints, by number: step-1000000 comes after step-999999."""
+    found = [
+        path
+        for path in folder.glob("step-*")
+        if _NAME.fullmatch(path.name) and path.name == f"step-{_number(path):06d}" and path.is_dir()
+    ]
+    return sorted(found, key=_number)
 
 
 def read_facts(path: Path) -> dict:
@@ -273,7 +283,7 @@ def _damaged(path: Path, file: str, found: object, expected: str | None = None) 
     The way out is looked for first: the newest checkpoint before it whose sums hold.
     """
     remove = [path.name]
-    before = [old for old in _complete(path.parent) if _number(old) < _number(path)]
+    before = [old for old in all_states(path.parent) if _number(old) < _number(path)]
     while before and any(_fault(before[-1], name) for name in (_FACTS, _TENSORS)):
         remove.append(before.pop().name)
     names = " and ".join(remove)
@@ -314,16 +324,6 @@ def _number(path: Path) -> int:
     if not match:
         raise DSV3Error("not a training checkpoint", where=path, expected="a folder step-NNNNNN")
     return int(match[1])
-
-
-def _complete(folder: Path) -> list[Path]:
-    """All checkpoints, by number: step-1000000 comes after step-999999."""
-    found = [
-        path
-        for path in folder.glob("step-*")
-        if _NAME.fullmatch(path.name) and path.name == f"step-{_number(path):06d}" and path.is_dir()
-    ]
-    return sorted(found, key=_number)
 
 
 def _flush(path: Path) -> None:

@@ -14,6 +14,7 @@ from dsv3.viz.widgets.microscope import ScaleMicroscope
 from dsv3.viz.widgets.number_line import NumberLine
 from dsv3.viz.widgets.placement import PlacementExplorer
 from dsv3.viz.widgets.timeline import TimelineExplorer
+from dsv3.viz.widgets.training_run import TrainingRun
 
 __all__ = [
     "DraftExplorer",
@@ -25,4 +26,5 @@ __all__ = [
     "RoutingExplorer",
     "ScaleMicroscope",
     "TimelineExplorer",
+    "TrainingRun",
 ]
