@@ -88,7 +88,7 @@ def test_misread_mask_zero(departs):
             "self.experts(flat, weights, chosen)",
             "flat + self.experts(flat, weights, chosen)",
         ),
-        (MoE.forward, " + self.shared_experts.partial_sum(flat)", ""),
+        (MoE.forward, "weights, chosen) + shared", "weights, chosen)"),
         (ModelConfig.is_moe, "layer >= self.first_k_dense_replace", "layer >= 0"),
     ],
 )

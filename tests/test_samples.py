@@ -15,10 +15,12 @@ from training_cases import RECIPE, TINY, little_text, window
 
 from dsv3.errors import DSV3Error
 from dsv3.generation.tokenizer import load_tokenizer
-from dsv3.training import Run
+from dsv3.training import Run, read_log
+from dsv3.training.log import Stretch
 from dsv3.training.resuming import BEFORE, CHECKPOINTS
 from dsv3.training.samples import PROMPTS, Prompt, model_of, read_samples, samples_of, write_on
 from dsv3.training.state import all_states
+from dsv3.viz.widgets import TrainingRun
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -64,7 +66,7 @@ def test_every_checkpoint_was_kept(kept):
 @pytest.mark.parametrize("step, context", [(1, 32), (6, 128), (9, 128)])
 def test_the_model_of_a_checkpoint_is_that_of_the_run(kept, step, context):
     folder, models = kept
-    before = torch.get_rng_state()
+    before = torch.manual_seed(5).get_state()
     model, at, tokens = model_of(folder / "kept" / f"step-{step:06d}")
     assert torch.equal(before, torch.get_rng_state())
     assert (at, tokens) == (step, training_cases.POSITIONS[step - 1])
@@ -122,7 +124,18 @@ def test_the_script_writes_what_the_widget_reads(kept, tmp_path, capsys):
     before = out.read_bytes()
     script.sample(folder / "run", out)
     assert out.read_bytes() == before
+    widget = TrainingRun(folder / "run", out, step=8)
+    assert "Written at step 8:" in widget.alt and "grow from 16 to 64 tokens" in widget.alt
     assert all(list(row) == ["step", "tokens", "prompt", "text"] for row in json.loads(before))
+
+
+def test_the_log_of_a_tiny_run_is_read(kept):
+    """Two windows in its first step, then four of 16 tokens, then one of 64."""
+    log = read_log(kept[0] / "run")
+    assert [line["tokens"] for line in log.steps] == training_cases.POSITIONS
+    assert log.stretches == (Stretch(0, 1, 16), Stretch(6, 7, 64))
+    assert log.routers == tuple(training_cases.ROUTERS) and log.moments == tuple(range(1, 10))
+    assert [line["step"] for line in log.held_out] == [4, 8, 9]
 
 
 def test_a_damaged_checkpoint_is_refused(kept, tmp_path):

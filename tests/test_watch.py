@@ -48,6 +48,15 @@ def test_silence_is_named_with_host_and_only_after_its_time(roll):
     assert roll.silent(60, 20) == [2, 3]
 
 
+def test_ranks_of_a_machine_are_lost_together_though_their_last_beats_were_apart(roll):
+    for second, (two, three) in enumerate([(1, 1), (1, 2)]):
+        entries = [replace(ALL[0], beat=second), replace(ALL[1], beat=second)]
+        roll.take([*entries, replace(ALL[2], beat=two), replace(ALL[3], beat=three)], (), second)
+    heard_of = "have not been heard of for 20 s"
+    roll.heard.update({0: 20.0, 1: 20.0})
+    assert roll.verdict(20.5, 20, False) == f"ranks 2, 3 of 4 (host node1) {heard_of}"
+
+
 def test_who_is_seen_running_is_not_silent(roll):
     """A rank whose threads are held up, for however long."""
     heard(roll, 300, silent=(2,), seen=((3, 2),))

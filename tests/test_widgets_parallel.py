@@ -153,6 +153,13 @@ def test_a_measured_timeline_stands_beside_the_simulated_on_one_axis():
     assert "formula" not in texts(pipeline_scene(measured, unit="ms"))[1].lower()
 
 
+def test_the_legend_of_several_timelines_names_what_any_of_them_shows():
+    scene = pipelines_scene({name: timeline(name, 4, 8) for name in ("1F1B", "ZB1P", "DualPipe")})
+    legend = texts(scene)[: texts(scene).index("waits: the bubble") + 3]
+    assert {"of the weights W", "fainter: 4 and up, from the other end", "overlap"} <= set(legend)
+    still(scene)
+
+
 def test_durations_of_nothing_are_drawn():
     """A W of 0, and an I of 0 where W is the whole backward."""
     for durations in (Durations(1, 2, 0), Durations(1, 1, 1), Durations(0, 0, 0)):

@@ -13,6 +13,7 @@ from dsv3.errors import shown
 
 DONE = "done"
 HURRY_SECONDS = 5  # of silence, once a collective has failed
+_APART_SECONDS = 2  # by which the beats of one machine may come apart
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ class Roll:
             if rank != self.rank and (hurry or now - since > HURRY_SECONDS):
                 return f"{self.named([rank])} has ended: {self.entries[rank].left}"
         if silent := self.silent(now, limit):
+            # What silenced a machine silenced all of it, though their last beats were not together.
+            nodes = {self.entries[rank].node for rank in silent}
+            quiet = self.silent(now, limit - _APART_SECONDS)
+            silent = [rank for rank in quiet if self.entries[rank].node in nodes]
             closed = "gone: a connection was closed, and there has been no word"
             how = closed if hurry else "not been heard of"
             return f"{self.named(silent)} {_has(silent)} {how} for {limit:g} s"

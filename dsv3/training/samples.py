@@ -102,9 +102,8 @@ def write_on(
             stop=prompt.stop,
             eos_ids=[tokenizer.eos_id],
         )
-        text = tokenizer.decode(result.ids[0])
-        ends = [text.find(stop) for stop in prompt.stop if stop in text]
-        yield prompt.text, text[: min(ends, default=None)]
+        assert result.texts is not None  # there is a tokenizer
+        yield prompt.text, result.texts[0]
 
 
 def samples_of(checkpoint: Path, tokenizer: Tokenizer) -> list[Sample]:

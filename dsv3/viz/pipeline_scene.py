@@ -11,7 +11,7 @@ The picture is made from a ``Timeline`` alone: one that was simulated, or one th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dsv3.parallel.schedules import Schedule, Work
 from dsv3.parallel.timeline import Durations, Event, Timeline, activation_formula, bubble_formula
@@ -58,7 +58,7 @@ def pipeline_scene(
     scene = Scene(WIDTH, bottom + 86 + _MEMORY, _alt(timeline, durations, rank, unit))
     scene.text(0, 12, _headline(timeline, unit), bold=True, size=14)
     scene.text(0, 34, _formulae(timeline, durations, unit), fill="soft")
-    _legend(scene, timeline.schedule, 56, durations is not None)
+    _legend(scene, [timeline.schedule], 56, durations is not None)
     axis = _Axis(timeline.end)
     _rows(scene, axis, timeline, top, _weights_share(durations), rank, unit)
     axis.draw(scene, bottom, unit)
@@ -73,7 +73,7 @@ def pipelines_scene(timelines: Mapping[str, Timeline], *, unit: str = "") -> Sce
     heights = [38 + timeline.schedule.ranks * _row(timeline) for timeline in timelines.values()]
     alt = " ".join(f"{name}: {_headline(timeline, unit)}." for name, timeline in timelines.items())
     scene = Scene(WIDTH, 22 + sum(heights) + 36, alt)
-    _legend(scene, next(iter(timelines.values())).schedule, 6, False)
+    _legend(scene, [timeline.schedule for timeline in timelines.values()], 6, False)
     top = 22.0
     for (name, timeline), height in zip(timelines.items(), heights):
         scene.text(0, top + 16, f"{name}: {_headline(timeline, unit)}", bold=True, size=13)
@@ -205,9 +205,9 @@ def _row(timeline: Timeline) -> float:
     return 28.0 if timeline.schedule.ranks <= 8 else 20.0
 
 
-def _legend(scene: Scene, schedule: Schedule, y: float, split: bool) -> None:
+def _legend(scene: Scene, schedules: Sequence[Schedule], y: float, split: bool) -> None:
     """split: whether the boxes of whole backwards show their two parts."""
-    steps = [step for order in schedule.orders for step in order]
+    steps = [step for schedule in schedules for order in schedule.orders for step in order]
     kinds = {work.kind for step in steps for work in step}
     green = [] if split or "B" not in kinds else ["backward B"]
     if split or "I" in kinds:
@@ -219,8 +219,7 @@ def _legend(scene: Scene, schedule: Schedule, y: float, split: bool) -> None:
     if split or "W" in kinds:
         entries.append(("yellow", None, "of the weights" + " W" * ("W" in kinds)))
     entries.append(("vermillion", _WAITS, "waits: the bubble"))
-    if schedule.directions == 2:
-        half = schedule.micro_batches // 2
+    for half in {one.micro_batches // 2 for one in schedules if one.directions == 2}:
         entries.append(("sky", _FAINTER, f"fainter: {half} and up, from the other end"))
     x = 0.0
     for fill, opacity, words in entries:

@@ -32,8 +32,10 @@ def adamw_state(formats: Formats = REPORT, config: ModelConfig | None = None) ->
     formats: the report's by default; config: the 671B model's.
     """
     parameters = parameter_count(config or ModelConfig.deepseek_v3())
+    assumed = " (format: our assumption)" if formats == REPORT else ""  # see costs.REPORT
+    read = f"forward and backward read it{assumed}"
     parts = (
-        ("weight", "w", formats.weights, "blue", "forward and backward read it"),
+        ("weight", "w", formats.weights, "blue", read),
         ("master weight", "w", formats.master, "green", "steps are added here; w is its rounding"),
         ("gradient", "g", formats.gradients, "orange", "the sum over all micro-batches"),
         ("first moment", "m", formats.moments, "purple", "0.9 m + 0.1 g: which way on average"),

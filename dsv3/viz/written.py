@@ -49,9 +49,9 @@ def draw_text(
 
 
 def wrapped(prompt: str, text: str, room: int) -> list[tuple[str, str]]:
-    """Lines of at most ``room`` letters, cut at a space where there is one, each as the part that
-    belongs to the prompt and the part that was written. Bytes that are no letters, of which young
-    models write many, become boxes."""
+    """Lines of at most ``room`` letters (2 or more), cut at a space where there is one, each as the
+    part that belongs to the prompt and the part that was written. Bytes that are no letters, of
+    which young models write many, become boxes."""
     prompt, text = map(_shown, (prompt, text))
     whole, given = prompt + text, len(prompt)
     rows, start = [], 0
@@ -64,7 +64,7 @@ def wrapped(prompt: str, text: str, room: int) -> list[tuple[str, str]]:
                 stop += 1
             if stop < end:
                 space = whole.rfind(" ", at + 1, stop + 1)
-                stop = space if space > 0 and whole[at:space].strip() else max(stop, at + 1)
+                stop = space if space > 0 and whole[at:space].strip() else stop
             middle = min(max(given, at), stop)
             rows.append((whole[at:middle], whole[middle:stop]))
             at = stop + 1 if stop < end and whole[stop] == " " else stop
