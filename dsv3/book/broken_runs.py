@@ -22,14 +22,7 @@ from dsv3.training.position import Position
 
 PATH = nursery.ROOT / "chapters/data/broken_runs.json"
 # Letter of the log -> its fault.
-NAMES = {
-    "A": "leak",
-    "B": "moments",
-    "C": "fine",
-    "D": "sign",
-    "E": "kept",
-    "F": "batch",
-}
+NAMES = {"A": "leak", "B": "moments", "C": "fine", "D": "sign", "E": "kept", "F": "batch"}
 _AT = 40  # step of what happens once
 _EVERY = 2
 

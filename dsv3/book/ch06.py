@@ -183,10 +183,7 @@ def training_claims(answer: dict[str, bool | None]) -> Verdict:
             False,
             "all of it is multiplied by one number",
         ),
-        "the balance loss of V3 has a weight of 0": (
-            False,
-            "0.0001: small, and not nothing",
-        ),
+        "the balance loss of V3 has a weight of 0": (False, "0.0001: small, and not nothing"),
         "the routing bias gets a small gradient through the gate weights": (
             False,
             "it only decides who is chosen, and choosing has no gradient; the weights are made of "

@@ -353,7 +353,8 @@ def disturbed_figure(
         axes.plot(x, more, color=colour, marker=mark, markersize=4.5, label=name)
     axes.axhline(0, color=GREY, linestyle="--", linewidth=1)
     axes.set(
-        xlabel=f"step (the bad batch is step {first})", ylabel="loss above the undisturbed\nrun (nats)"
+        xlabel=f"step (the bad batch is step {first})",
+        ylabel="loss above the undisturbed\nrun (nats)",
     )
     axes.legend(loc="upper left")
     return figure

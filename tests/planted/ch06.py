@@ -108,10 +108,18 @@ PLANTED = {
         (CLAIMS | {key: not truth}, phrase)
         for (key, truth), phrase in zip(
             CLAIMS.items(),
-            ("the sign", "no mask", "one number", "0.0001", "no gradient", "rounded away",
-             "fresh moments", "by heart"),
+            (
+                "the sign",
+                "no mask",
+                "one number",
+                "0.0001",
+                "no gradient",
+                "rounded away",
+                "fresh moments",
+                "by heart",
+            ),
         )
-    ],  # fmt: skip
+    ],
     "broken_runs": [
         (LOGS | {"A": "fine", "C": "leak"}, "no honest module"),
         (LOGS | {"B": "fine", "C": "moments"}, "up to step 41"),
