@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from dsv3.book import broken_runs as stored
-from dsv3.book import nursery
+from dsv3.book import step_slips
 from dsv3.book.exercise import Verdict, judge, judge_numbers, judge_statements
-from dsv3.training.learner import Learner
 from dsv3.training.simulation import simulate
-from dsv3.training.step import StepValues
 
 
 def batch_sizes(answer: dict[str, int | None]) -> Verdict:
@@ -353,68 +348,6 @@ def _same(a, b) -> bool:
 
 # --- close the book ---------------------------------------------------------------------------
 
-_VALUES = StepValues(
-    learning_rate=3e-3, mtp_weight=0.3, bias_speed=0.01, sequence_weight=0.01, clip=1.0
-)
-
-
-def _step(
-    learner: Learner,
-    batch: Tensor,
-    values: StepValues,
-    *,
-    weight: float | None = None,
-    balance: bool = True,
-    clips: str = "before",
-    way: int = 1,
-    leak: bool = False,
-    asked_once: bool = False,
-    zero: bool = True,
-    reset: bool = True,
-    rate: bool = True,
-    total: bool = False,
-) -> float:
-    """A step of a learner, with the mistakes that are asked for."""
-    model, optimizer, watch = learner.model, learner.optimizer, learner.watch
-    if reset:
-        watch.reset()
-    scores, states = model(batch[:, :-2], return_hidden=True)
-    ahead, _ = model.mtp_logits(states, batch[:, 2:] if leak else batch[:, 1:-1])
-    targets = batch[:, 1:-1], batch[:, 1:-1] if asked_once else batch[:, 2:]
-    main, extra = (
-        F.cross_entropy(said.flatten(0, 1), asked.flatten())
-        for said, asked in zip((scores, ahead), targets)
-    )
-    loss = main + (values.mtp_weight if weight is None else weight) * extra
-    if balance:
-        loss = loss + values.sequence_weight * watch.sequence_loss()
-    loss.backward()
-    if clips == "before":
-        clip_grad_norm_(model.parameters(), values.clip)
-    if rate:
-        for group in optimizer.param_groups:
-            group["lr"] = values.learning_rate
-    optimizer.step()
-    with torch.no_grad():
-        for name, router in watch.routers.items():
-            load = watch.load[name]
-            router.bias += way * values.bias_speed * (load.mean() - load).sign()
-    if zero:
-        optimizer.zero_grad()
-    return float((loss if total else main).detach())
-
-
-def _after(step: Callable) -> tuple[list[float], Tensor]:
-    """The losses that four steps return, and all weights and biases after them."""
-    learner, random = nursery.new_learner(), torch.Generator().manual_seed(2)
-    batches = [torch.randint(2048, (4, 18), generator=random) for _ in range(3)]
-    # A batch of one token, as in the chapter: its gradient is long.
-    batches.insert(1, torch.full((4, 18), nursery.ONE_TOKEN))
-    with torch.enable_grad():
-        said = [step(learner, batch, _VALUES) for batch in batches]
-    state = learner.model.state_dict().values()
-    return said, torch.cat([value.flatten().float() for value in state])
-
 
 def one_step(answer: Callable) -> Verdict:
     """learner, batch (n, T + 2), values -> loss of the next token; the learner is changed."""
@@ -426,14 +359,18 @@ def one_step(answer: Callable) -> Verdict:
             else Verdict(name, "wrong", "give the function itself; leave out the ()")
         )
     try:
-        said, found = _after(answer)
+        said, found = step_slips.after(answer)
     except Exception as error:
         return Verdict(name, "wrong", f"your function stops with {type(error).__name__}: {error}")
-    right_said, right = _mistaken("")
-    if said[0] is None and torch.equal(found, _after(lambda *given: None)[1]):
+    right_said, right = step_slips.mistaken("")
+    if said[0] is None and torch.equal(found, step_slips.after(lambda *given: None)[1]):
         return Verdict(name, "open", "nothing written yet; fill in the gap and run the cell again")
-    if not _close(found, right):
-        fitting = [text for text in _SLIPS if _close(found, _mistaken(text)[1])]
+    if not step_slips.close(found, right):
+        fitting = [
+            text
+            for text in step_slips.SLIPS
+            if step_slips.close(found, step_slips.mistaken(text)[1])
+        ]
         said_of = "; or: ".join(fitting) or (
             f"after four steps weights are off by up to {float((found - right).abs().max()):.2g}"
         )
@@ -445,30 +382,3 @@ def one_step(answer: Callable) -> Verdict:
         return Verdict(name, "wrong", "the learner is right, but you return another loss than that "
                        "of the next token")  # fmt: skip
     return Verdict(name, "right", "four steps, and the weights are those of the package's")
-
-
-_SLIPS: dict[str, dict] = {
-    "the bias goes the wrong way: it grows for an expert that got less": dict(way=-1),
-    "the bias does not move": dict(way=0),
-    "gradients are not set to zero after the step, and pile up": dict(zero=False),
-    "the gradient is not clipped": dict(clips="never"),
-    "the MTP loss has no weight: it is lambda times as large": dict(weight=1.0),
-    "the MTP loss is missing": dict(weight=0.0),
-    "the balance loss is missing": dict(balance=False),
-    "the module is fed the token that it is asked for": dict(leak=True),
-    "the module is asked for the token that it was just fed": dict(asked_once=True),
-    "watch is not reset: loads of earlier batches count as well": dict(reset=False),
-    "the optimizer's rate is never set, and is 0": dict(rate=False),
-}
-
-
-@cache
-def _mistaken(slip: str) -> tuple[list[float], Tensor]:
-    """What comes of a slip, "" for none."""
-    how = _SLIPS.get(slip, {})
-    return _after(lambda *given: _step(*given, **how))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether two ways came to the same weights; an update moves each by some 0.003."""
-    return bool((a - b).abs().mean() < 2e-5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv3.book import ch06
+from dsv3.book import step_slips
 
 SIZES = {
     "tokens in V3's first step": 12_582_912,
@@ -71,11 +71,11 @@ def the_generator(run):
 
 
 def step(**how):
-    return lambda *given: ch06._step(*given, **how)
+    return lambda *given: step_slips.step(*given, **how)
 
 
 def returns_nothing(*given):
-    ch06._step(*given)
+    step_slips.step(*given)
 
 
 PLANTED = {
