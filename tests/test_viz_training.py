@@ -381,7 +381,7 @@ def test_dense_arms_have_no_panel_and_each_says_its_bits():
 
 def test_what_a_bad_batch_adds_is_drawn_without_its_own_loss():
     runs = {"clipped": [9.0, 2.1, 2.0], "not clipped": [9.0, 2.3, 2.4]}
-    (axes,) = training_figures.disturbed_figure(runs, [2.0, 2.0, 1.9]).axes
+    (axes,) = figures.disturbed_figure(runs, [2.0, 2.0, 1.9]).axes
     drawn = {line.get_label(): line for line in axes.lines}
     assert list(drawn["clipped"].get_xdata()) == [42, 43]
     assert drawn["clipped"].get_ydata() == pytest.approx([0.1, 0.1])
