@@ -298,6 +298,15 @@ def test_a_run_is_drawn_from_its_log(log):
     assert right.lines[3].get_xdata()[0] == pytest.approx(26, abs=0.1)
 
 
+def test_a_short_run_is_drawn_over_its_steps(log):
+    left, right = figures.run_figure(log, over="steps").axes
+    assert left.get_xlabel() == right.get_xlabel() == "step"
+    assert left.lines[2].get_xdata()[-1] == [line for line in log if "loss" in line][-1]["step"]
+    assert right.lines[0].get_xdata()[-1] == log[-1]["step"]
+    with pytest.raises(ValueError, match="seconds"):
+        figures.run_figure(log, over="seconds")
+
+
 def test_the_mean_of_a_constant_is_the_constant():
     assert figures._smooth([2.0] * 7, 5) == pytest.approx([2.0] * 7)
 

@@ -28,6 +28,7 @@ def step(
     balance: bool = True,
     clips: str = "before",
     way: int = 1,
+    sign: bool = True,
     leak: bool = False,
     asked_once: bool = False,
     zero: bool = True,
@@ -59,7 +60,8 @@ def step(
     with torch.no_grad():
         for name, router in watch.routers.items():
             load = watch.load[name]
-            router.bias += way * values.bias_speed * (load.mean() - load).sign()
+            short = load.mean() - load
+            router.bias += way * values.bias_speed * (short.sign() if sign else short)
     if zero:
         optimizer.zero_grad()
     return float((loss if total else main).detach())
@@ -78,8 +80,11 @@ def after(step: Callable) -> tuple[list[float], Tensor]:
 
 
 SLIPS: dict[str, dict] = {
-    "the bias goes the wrong way: it grows for an expert that got less": dict(way=-1),
+    "the bias goes the wrong way: it should grow for an expert that got less": dict(way=-1),
     "the bias does not move": dict(way=0),
+    "the bias moves by the sign of the load's distance to the mean, not by the distance": dict(
+        sign=False
+    ),
     "gradients are not set to zero after the step, and pile up": dict(zero=False),
     "the gradient is not clipped": dict(clips="never"),
     "the MTP loss has no weight: it is lambda times as large": dict(weight=1.0),

@@ -144,7 +144,7 @@ def resume(losses: Sequence[float] = LOSSES, saved: int = 5, killed: int = 8) ->
         f"A loss falls over {len(losses)} steps. A checkpoint is written after step {saved}; the "
         f"process is killed after step {killed}. A second one reads the checkpoint, repeats steps "
         f"{saved + 1} to {killed} with equal losses and goes on along the same line. The "
-        "checkpoint holds weights and biases, two moments, random state, position, and digests of "
+        "checkpoint holds weights and biases, two moments, random state, position, and fingerprints of "
         "recipe and text.",
     )
     low, high = min(losses), max(losses)
@@ -200,7 +200,7 @@ def _checkpoint(scene: Scene, top: float, saved: int, point: tuple[float, float]
         ("two moments", "of every weight"),
         ("random state", "of torch"),
         ("position", "step, tokens, phase"),
-        ("recipe, digests", "of text, tokenizer"),
+        ("recipe, fingerprints", "of text, tokenizer"),
     )
     wide = (WIDTH - 20) / len(parts)
     for place, (title, words) in enumerate(parts):

@@ -37,7 +37,7 @@ def adamw_state(formats: Formats = REPORT, config: ModelConfig | None = None) ->
     parts = (
         ("weight", "w", formats.weights, "blue", read),
         ("master weight", "w", formats.master, "green", "steps are added here; w is its rounding"),
-        ("gradient", "g", formats.gradients, "orange", "the sum over all micro-batches"),
+        ("gradient", "g", formats.gradients, "orange", "the sum over the batch"),
         ("first moment", "m", formats.moments, "purple", "0.9 m + 0.1 g: which way on average"),
         ("second moment", "v", formats.moments, "purple", "0.95 v + 0.05 g²: how large on average"),
     )

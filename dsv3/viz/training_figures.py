@@ -173,12 +173,21 @@ def _smooth(values: Sequence[float], over: int) -> np.ndarray:
 
 
 @styled
-def run_figure(log: Log, smooth: int = 9) -> Figure:
+def run_figure(log: Log, smooth: int = 9, over: str = "tokens") -> Figure:
     """Left, the training loss as logged and smoothed; right, bits per byte on held-out text, by
-    domain. A dotted line where longer windows begin."""
+    domain. A dotted line where longer windows begin.
+
+    over: what runs to the right, "tokens" (in millions) or "steps".
+    """
+    if over not in ("tokens", "steps"):
+        raise ValueError(f'over: "tokens" or "steps", not {over!r}')
     steps, held = _steps(log), _held_out(log)
     figure, (left, right) = new_figure(9.6, 3.6, ncols=2)
-    x = [line["tokens"] / 1e6 for line in steps]
+
+    def place(line: Mapping) -> float:
+        return line["step"] if over == "steps" else line["tokens"] / 1e6
+
+    x = [place(line) for line in steps]
     for key, name, colour in (
         ("mtp_loss", "MTP, one token further", SKY),
         ("loss", "next token", BLUE),
@@ -189,7 +198,7 @@ def run_figure(log: Log, smooth: int = 9) -> Figure:
     left.set(title="training", ylabel="loss (nats per token)", ylim=(0, None))
     for domain, colour, mark in zip(held[0]["held_out"], (BLUE, ORANGE, GREEN, PURPLE), _MARKS):
         right.plot(
-            [line["tokens"] / 1e6 for line in held],
+            [place(line) for line in held],
             [line["held_out"][domain]["bits_per_byte"] for line in held],
             color=colour,
             marker=mark,
@@ -198,8 +207,10 @@ def run_figure(log: Log, smooth: int = 9) -> Figure:
         )
     right.set(title="text never seen", ylabel="bits per byte", ylim=(0, None))
     for panel, high in ((left, 0.42), (right, 0.04)):
-        panel.set(xlabel="tokens read (millions)", xlim=(0, x[-1] * 1.01))
-        _longer(panel, log, high)
+        name = "step" if over == "steps" else "tokens read (millions)"
+        panel.set(xlabel=name, xlim=(0, x[-1] * 1.01))
+        if over == "tokens":
+            _longer(panel, log, high)
     right.set_ylim(0, 1.05 * right.get_ylim()[1])
     left.legend(loc="upper right", bbox_to_anchor=(0.86, 1))
     right.legend(loc="lower left")

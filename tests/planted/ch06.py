@@ -25,7 +25,16 @@ LOGS = dict(A="leak", B="moments", C="fine", D="sign", E="kept", F="batch")
 
 
 def adamw(
-    *, correct=True, beside=True, decays="weight", old=False, root=True, keep=False, square=True
+    *,
+    correct=True,
+    beside=True,
+    decays="weight",
+    old=False,
+    root=True,
+    keep=False,
+    square=True,
+    way=1,
+    early=0,
 ):
     def answer(w, g, m, v, t, lr=0.1, b1=0.9, b2=0.95, decay=0.1, eps=1e-8):
         if decays == "gradient":
@@ -35,14 +44,16 @@ def adamw(
         v = b2 * v + (1 - b2) * (g * g if square else g.abs())
         above, below = before if old else (m, v)
         if correct:
-            above, below = above / (1 - b1**t), below / (1 - b2**t)
+            above, below = above / (1 - b1 ** (t + early)), below / (1 - b2 ** (t + early))
         if not root:
             size = below + eps
         else:
             size = below.sqrt() + eps if beside else (below + eps).sqrt()
-        new = w - lr * above / size
+        new = w - way * lr * above / size
         if decays == "weight":
-            new = new - lr * decay * w
+            new = new - way * lr * decay * w
+        if decays == "after":
+            new = new - lr * decay * new
         if decays == "whole":
             new = new - decay * w
         return (new, above, below) if keep else (new, m, v)
@@ -82,7 +93,7 @@ PLANTED = {
     "batch_sizes": [
         (SIZES | {"tokens in V3's first step": 3_072}, "each has 4,096 tokens"),
         (SIZES | {"steps at the lowest learning rate": 2_654}, "round up"),
-        (SIZES | {"steps at the lowest learning rate": 13_273}, "has grown"),
+        (SIZES | {"steps at the lowest learning rate": 13_272}, "has grown"),
         (SIZES | {"tokens in a step after the ramp": 12_582_912}, "the other one"),
         (SIZES | {"tokens in a step after the ramp": 61_000_000}, "times 4,096"),
     ],
@@ -93,6 +104,9 @@ PLANTED = {
         (adamw(decays="no"), "decay is missing"),
         (adamw(decays="whole"), "by the learning rate as well"),
         (adamw(old=True), "moments of before"),
+        (adamw(decays="after"), "not after it"),
+        (adamw(way=-1), "subtract it"),
+        (adamw(early=1), "has t = 1"),
         (adamw(root=False), "the root of v"),
         (adamw(keep=True), "for this step alone"),
         (adamw(square=False), "mean of squares"),
@@ -101,6 +115,7 @@ PLANTED = {
         ({FIRST: 0.1, LAST: 0.003}, "smaller steps"),
         ({FIRST: 0.0003, LAST: 0.003}, "larger steps"),
         ({FIRST: 0.01, LAST: 0.02}, "smaller steps"),
+        ({FIRST: 0.005, LAST: 0.003}, "larger steps"),
         ({FIRST: 0, LAST: None}, "nothing changes"),
         ({FIRST: "0.01", LAST: None}, "a number from 0 to 10"),
     ],
@@ -139,6 +154,7 @@ PLANTED = {
     "one_step": [
         (step(way=-1), "wrong way"),
         (step(way=0), "does not move"),
+        (step(sign=False), "by the sign"),
         (step(zero=False), "pile up"),
         (step(clips="never"), "not clipped"),
         (step(weight=1.0), "no weight"),
