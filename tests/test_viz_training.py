@@ -23,6 +23,7 @@ from dsv3.config import ModelConfig
 from dsv3.costs import PLAIN, REPORT, TOKENS_PER_STEP, parameter_count
 from dsv3.training.balance import max_violation
 from dsv3.training.experiments import Results
+from dsv3.training.experiments.gradients import GradientError, Harm
 from dsv3.training.optimizer import AdamW, make_optimizer
 from dsv3.training.phases import phases_of
 from dsv3.training.recipe import Recipe
@@ -85,6 +86,26 @@ def words(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Letters)]
 
 
+def product_errors(worst: int = 29) -> list[GradientError]:
+    """Made up: with blocks a token's error is twice that with tiles, in one place 9.5 times."""
+    attention = [f"attn.{name}" for name in ("wq_a", "wq_b", "wkv_a", "wkv_b", "wo")]
+    dense = [f"ffn.{name}" for name in ("w1", "w3", "w2")]
+    shared = [f"ffn.shared_experts.{name}" for name in ("w1", "w3", "w2")]
+    moe = [*attention, "ffn.experts.w13", "ffn.experts.w2", *shared]
+    layers = {"layers.0": attention + dense, "layers.1": moe, "layers.2": moe, "mtp.0": moe}
+    names = [f"{layer}.{name}" for layer, some in layers.items() for name in some]
+    return [
+        GradientError(
+            name=name,
+            tokens=100,
+            tile=Harm(whole=0.02, token=0.02),
+            block=Harm(whole=0.02, token=0.02 * (9.5 if place == worst else 2)),
+            spread=100.0 * 3 ** (place % 5),
+        )
+        for place, name in enumerate(names)
+    ]
+
+
 DRAWN = {
     "schedules": lambda log: figures.schedules_figure(),
     "schedules, ours": lambda log: figures.schedules_figure(Recipe().schedules, 256),
@@ -100,6 +121,8 @@ DRAWN = {
     ),
     "compared, two": lambda log: compared.compared(results(("bf16", "fp8"), (16, 16), 5)),
     "compared, alike": lambda log: compared.compared(results(seeds=1), lambda run: 1.0, "ones"),
+    "tiles, blocks": lambda log: compared.tiles_against_blocks(product_errors()),
+    "tiles, blocks, worst first": lambda log: compared.tiles_against_blocks(product_errors(0)),
     "curves": lambda log: compared.curves(results()),
     "domains": lambda log: compared.loads_by_domain(results()),
     "domains, some dense": lambda log: compared.loads_by_domain(
@@ -365,6 +388,22 @@ def test_curves_differ_from_the_base_by_what_was_added():
     _, right = compared.curves(results()).axes
     for line, gap in zip(right.lines, (0.02, 0.04)):
         assert line.get_ydata() == pytest.approx([gap] * 30)
+
+
+@pytest.mark.parametrize("worst", [0, 29])
+def test_the_product_is_named_where_blocks_add_most(worst):
+    made = product_errors(worst)
+    above, below = compared.tiles_against_blocks(made).axes
+    said = [text.get_text() for text in above.texts if "times" in text.get_text()]
+    assert said == [f"{made[worst].name}: 9.5 times"]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in above.lines}
+    assert drawn["tiles, 1 × 128"] == [one.tile.token for one in made]
+    assert drawn["blocks, 128 × 128"] == [one.block.token for one in made]
+    assert [one.spread for one in made] in [list(line.get_ydata()) for line in below.lines]
+    labels = [label.get_text() for label in below.get_xticklabels()]
+    assert labels[13:18] == ["routed w13", "routed w2", "shared w1", "shared w3", "shared w2"]
+    layers = [text.get_text() for text in above.texts if "times" not in text.get_text()]
+    assert layers == ["layers.0", "layers.1", "layers.2", "mtp.0"]
 
 
 def test_specialisation_is_in_bits():

@@ -1,27 +1,32 @@
 """Figures of the experiments of chapter 6: arms against their base, seed by seed.
 
 Runs from the same seed begin alike and read the same text, so what is compared is the difference
-within each pair; seeds themselves scatter more than most choices do. All figures take
-``dsv3.training.experiments.Results``; ``described`` says in words what ``compared`` shows.
+within each pair; seeds themselves scatter more than most choices do. These figures take
+``dsv3.training.experiments.Results``; ``described`` says in words what ``compared`` shows. The last
+one, ``tiles_against_blocks``, compares what one backward pass does in each layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from math import ceil
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, PercentFormatter
 
 from dsv3.training.experiments import Results
+from dsv3.training.experiments.gradients import FORMS, GradientError
 from dsv3.training.experiments.results import Spread
 from dsv3.training.routing import mutual_information
-from dsv3.viz.figure import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure, styled
+from dsv3.viz.figure import BLACK, BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, new_figure, styled
 from dsv3.viz.training_figures import EVEN, SHARES
 
 _ARMS = (BLUE, ORANGE, GREEN, PURPLE)
 _SEEDS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_SUBNORMAL = 448 / 2.0**-6  # E4M3's largest number over its smallest with all digits
 _LOSS = "loss on text never seen (nats per token)"
 
 
@@ -209,3 +214,55 @@ def _routers(run: dict) -> list[str]:
     """Of the layers of the main model."""
     loads = next(iter(run["load_by_domain"].values()))
     return [name for name in loads if name.startswith("layers.")]
+
+
+@styled
+def tiles_against_blocks(found: Sequence[GradientError]) -> Figure:
+    """Above, the error of a token's input gradient in every product, with dy in tiles and in
+    blocks, and the name of the product where blocks add most; below, how unlike the tokens of a
+    block are. Both scales are logarithmic."""
+    place = range(len(found))
+    tile, block = (np.array([getattr(one, form).token for one in found]) for form in FORMS)
+    figure, (above, below) = new_figure(
+        9.6, 5.2, nrows=2, sharex=True, gridspec_kw={"height_ratios": (3, 2)}
+    )
+    above.vlines(place, tile, block, color=GREY, linewidth=0.8, zorder=1)
+    above.plot(place, tile, "o", color=BLUE, markersize=5, label="tiles, 1 × 128")
+    above.plot(place, block, "s", color=ORANGE, markersize=5, label="blocks, 128 × 128")
+    worst = int((block / tile).argmax())
+    side = -1 if worst > len(found) / 2 else 1
+    above.annotate(
+        f"{found[worst].name}: {block[worst] / tile[worst]:.1f} times", (worst, block[worst]),
+        xytext=(8 * side, 0), textcoords="offset points",
+        ha="right" if side < 0 else "left", va="center",
+    )  # fmt: skip
+    above.set(yscale="log", ylim=(0.7 * tile.min(), 2.4 * block.max()))
+    above.set_ylabel("error of a token's dx\n(mean, share of its length)")
+    above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    above.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    above.minorticks_off()
+    above.legend(loc="upper left", ncols=2)
+    below.plot(place, [one.spread for one in found], "o", color=BLACK, markersize=4)
+    below.axhline(_SUBNORMAL, color=GREY, linestyle=":", linewidth=1)
+    below.text(
+        0, _SUBNORMAL, f"{_SUBNORMAL:,.0f}: beyond, all of a token is subnormal in E4M3",
+        color=GREY, va="bottom",
+    )  # fmt: skip
+    below.set(yscale="log", ylabel="largest of the block\nover the token's\n(1 in 20 exceeds)")
+    below.set_xticks(place, labels=[_matrix(one.name) for one in found], rotation=90)
+    end = 0
+    for layer, some in groupby(found, lambda one: ".".join(one.name.split(".")[:2])):
+        start, end = end, end + len(list(some))
+        above.text(
+            (start + end - 1) / 2, 1.02, layer, ha="center", transform=above.get_xaxis_transform()
+        )
+        for panel in (above, below):
+            panel.axvline(end - 0.5, color=LIGHT, linewidth=1, zorder=0)
+    below.set_xlim(-0.7, end - 0.3)
+    return figure
+
+
+def _matrix(name: str) -> str:
+    """What a matrix is called within its layer."""
+    *_, where, matrix = name.split(".")
+    return {"experts": "routed ", "shared_experts": "shared "}.get(where, "") + matrix

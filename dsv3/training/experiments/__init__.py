@@ -10,7 +10,8 @@ tokens may vanish at 671 billion, and one that takes a trillion tokens to show d
 So each experiment says beside its question what its answer does not tell.
 
 ``arms`` lists them, ``surgery`` makes models that a config cannot describe, ``runs`` trains them,
-``results`` reads what came out. ``dsv3 experiment NAME`` is the command.
+``results`` reads what came out. ``dsv3 experiment NAME`` is the command. ``gradients`` trains
+nothing: it asks one step of a trained model where tiles and blocks differ.
 """
 
 from dsv3.training.experiments.arms import EXPERIMENTS, Arm, Experiment
