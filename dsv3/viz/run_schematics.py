@@ -125,11 +125,8 @@ def _phases_alt(parts: Sequence[Stretch]) -> str:
 
 # Stopping and going on --------------------------------------------------------------------------
 
-# Of the shipped run's steps 10, 20 ... 120, rounded.
-LOSSES = (7.20, 6.15, 5.66, 5.18, 4.70, 4.32, 4.03, 4.07, 4.11, 4.06, 3.88, 3.70)
 
-
-def resume(losses: Sequence[float] = LOSSES, saved: int = 5, killed: int = 8) -> Scene:
+def resume(losses: Sequence[float], saved: int = 5, killed: int = 8) -> Scene:
     """What a checkpoint has in it, and a run that is killed and goes on from it on the same line.
 
     losses: of steps 1, 2 ...; saved: the step after which the checkpoint was written; killed: the
@@ -144,8 +141,8 @@ def resume(losses: Sequence[float] = LOSSES, saved: int = 5, killed: int = 8) ->
         f"A loss falls over {len(losses)} steps. A checkpoint is written after step {saved}; the "
         f"process is killed after step {killed}. A second one reads the checkpoint, repeats steps "
         f"{saved + 1} to {killed} with equal losses and goes on along the same line. The "
-        "checkpoint holds weights and biases, two moments, random state, position, and fingerprints of "
-        "recipe and text.",
+        "checkpoint holds weights and biases, two moments, random state, position, and "
+        "fingerprints of recipe and text.",
     )
     low, high = min(losses), max(losses)
     again = f"step{'s' * (killed - saved > 1)} {saved + 1}" + f" to {killed}" * (killed - saved > 1)
@@ -159,8 +156,8 @@ def resume(losses: Sequence[float] = LOSSES, saved: int = 5, killed: int = 8) ->
     headline(scene, "Killed, and the same line goes on")
     scene.line((left, top - 10), (left, floor + 14), (right, floor + 14), stroke="line")
     scene.text(left - 8, top - 18, "loss", anchor="end", size=SMALL, fill="soft")
-    scene.text(left - 8, top, number(high), anchor="end", size=SMALL, fill="soft")
-    scene.text(left - 8, floor, number(low), anchor="end", size=SMALL, fill="soft")
+    scene.text(left - 8, top, f"{high:.1f}", anchor="end", size=SMALL, fill="soft")
+    scene.text(left - 8, floor, f"{low:.1f}", anchor="end", size=SMALL, fill="soft")
     scene.line(*points, stroke="line", stroke_width=1.4)
     for place, (x, y) in enumerate(points, start=1):
         if place <= killed:

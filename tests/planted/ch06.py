@@ -7,7 +7,7 @@ from dsv3.book import step_slips
 SIZES = {
     "tokens in V3's first step": 12_582_912,
     "tokens in a step after the ramp": 62_914_560,
-    "steps at the lowest learning rate": 2_655,
+    "whole steps in the last 167 billion tokens": 2_654,
 }
 CLAIMS = {
     "Adam's first step is twice as long for a gradient twice as large": False,
@@ -92,8 +92,8 @@ def returns_nothing(*given):
 PLANTED = {
     "batch_sizes": [
         (SIZES | {"tokens in V3's first step": 3_072}, "each has 4,096 tokens"),
-        (SIZES | {"steps at the lowest learning rate": 2_654}, "round up"),
-        (SIZES | {"steps at the lowest learning rate": 13_272}, "has grown"),
+        (SIZES | {"whole steps in the last 167 billion tokens": 2_655}, "round down"),
+        (SIZES | {"whole steps in the last 167 billion tokens": 13_272}, "has grown"),
         (SIZES | {"tokens in a step after the ramp": 12_582_912}, "the other one"),
         (SIZES | {"tokens in a step after the ramp": 61_000_000}, "times 4,096"),
     ],
@@ -150,6 +150,7 @@ PLANTED = {
         (kept(without=["step"]), "as if they had just begun"),
         (the_generator, "get_state()"),
         (lambda run: [run.weights], "return a dict"),
+        (lambda run: kept()(run) | {"weights": run.weights.tolist()}, "tensors as tensors"),
     ],
     "one_step": [
         (step(way=-1), "wrong way"),

@@ -163,8 +163,7 @@ def train_arm(arm: Arm, seed: int, tokens: int, corpus: Corpus) -> dict:
     position, losses, violations = Position(), [], []
     while position.tokens < tokens:
         values, windows = step_values(phase, recipe, position)
-        if not arm.bias_rule:
-            values = replace(values, bias_speed=0.0)
+        values = replace(values, bias_speed=arm.bias * values.bias_speed)
         batch = stream.draw(windows)[:, : recipe.seq_len + 1 + arm.model.num_nextn_predict_layers]
         result = train_step(model, optimizer, batch, values, watch)
         if not math.isfinite(result["loss"]):
