@@ -1,18 +1,25 @@
 """The experiments: arms that differ in what they say, paired starts, and what the results say."""
 
 import json
+import re
+from math import isfinite
+from pathlib import Path
+from statistics import fmean
 
+import nbformat
 import pytest
 import torch
 
 from dsv3.attention import Attention
 from dsv3.checkpoint.layout import layout
 from dsv3.commands.experiment import NAMES
-from dsv3.training.experiments import EXPERIMENTS, Results
+from dsv3.training.experiments import EXPERIMENTS, Results, read_results
 from dsv3.training.experiments.arms import BASE, Arm
+from dsv3.training.experiments.results import STORED
 from dsv3.training.experiments.runs import size
 from dsv3.training.experiments.surgery import NoShared, build
 
+CHAPTER = Path(__file__).parents[1] / "chapters" / "06_training.ipynb"
 ARMS = [
     pytest.param(arm, id=f"{name}-{label}")
     for name, experiment in EXPERIMENTS.items()
@@ -116,3 +123,75 @@ def test_differences_are_taken_within_pairs():
 
 def test_results_are_json():
     assert json.loads(json.dumps(results({"plain": [1.0]}).told))
+
+
+# What is stored --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_stored_is_whole(name):
+    """Every arm from the same three seeds, over the experiment's tokens, with nothing missing."""
+    told, experiment = read_results(name).told, EXPERIMENTS[name]
+    for key in ("question", "report", "limit", "base", "tokens"):
+        assert told[key] == getattr(experiment, key)
+    assert told["command"] == f"dsv3 experiment {name}"
+    seeds = {arm: [r["seed"] for r in told["runs"] if r["arm"] == arm] for arm in experiment.arms}
+    assert seeds == {arm: [1, 2, 3] for arm in experiment.arms}
+    for run in told["runs"]:
+        assert run["size"] == size(build(experiment.arms[run["arm"]], 1))
+        assert run["loss"] == pytest.approx(fmean(d["loss"] for d in run["by_domain"].values()))
+        tokens, losses = zip(*run["curve"])
+        assert tokens[-1] >= experiment.tokens > tokens[-2] and all(map(isfinite, losses))
+
+
+def test_stored_results_are_small():
+    assert sum(file.stat().st_size for file in STORED.glob("*.json")) < 2**20
+
+
+def test_runs_that_two_experiments_share_are_the_same():
+    """The usual arm is trained once: chance must not differ between two tables."""
+    usual = {
+        name: [run["loss"] for run in read_results(name).told["runs"] if run["arm"] == arm]
+        for name, arm in (
+            ("balance", "bias rule"),
+            ("mtp", "with MTP"),
+            ("sparse", "experts"),
+            ("attention", "MLA"),
+            ("experts", "1 shared, 2 of 16"),
+        )
+    }
+    assert len(set(map(tuple, usual.values()))) == 1
+
+
+def said_of(name: str) -> list[tuple[str, str]]:
+    """What chapter 6 says of an experiment's means and deviations."""
+    cells = nbformat.read(CHAPTER, as_version=4).cells
+    (text,) = (cell.source for cell in cells if cell.id == f"experiment-{name}-meaning")
+    return re.findall(r"([+−]?\d+\.\d+) ± (\d+\.\d+)", text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_chapter_says_is_in_the_runs(name):
+    """Each "mean ± deviation" of the text is that of an arm, or of its difference to the base: in
+    loss (nats, or percent of the base's), or in the largest MaxVio of the main routers."""
+    found, base = read_results(name), read_results(name).told["base"]
+    spreads = []
+    for figure in (lambda run: run["loss"], worst_violation):
+        for arm in found.arms:
+            own, gap = found.of(arm, figure), found.against(arm, figure)
+            spreads += [(own.mean, own.deviation), (gap.mean, gap.deviation)]
+            whole = found.of(base, figure).mean
+            if whole:
+                spreads.append((100 * gap.mean / whole, 100 * gap.deviation / whole))
+    claims = said_of(name)
+    assert claims
+    for mean, deviation in claims:
+        digits = len(mean.partition(".")[2])
+        wanted = float(mean.replace("−", "-")), float(deviation)
+        assert wanted in {(round(m, digits), round(d, digits)) for m, d in spreads}, wanted
+
+
+def worst_violation(run: dict) -> float:
+    """0 for a dense model."""
+    main = (v for name, v in run["max_violation"].items() if name.startswith("layers."))
+    return max(main, default=0.0)

@@ -126,6 +126,7 @@ def adamw(answer: Callable) -> Verdict:
 # --- gamma ------------------------------------------------------------------------------------
 
 _ALL, _LAST = "all 200 steps below 0.28", "last 50 below 0.18"
+_FITTING = {_ALL: 0.01, _LAST: 0.003}
 
 
 def tune_gamma(answer: Mapping[str, float | None]) -> Verdict:
@@ -159,13 +160,9 @@ def _gamma_fault(key: str, gamma: object) -> str:
         return ""
     if gamma == 0:
         return f"without a step nothing changes; the mean is {value:.2f}"
-    if key == _ALL:
-        swings = found[-50:].mean() > 0.2
-    else:
-        swings = found[100:150].mean() - found[150:].mean() < 0.02  # it does not fall any more
     return f"the mean is {value:.2f}; " + (
-        "it has arrived and swings: take smaller steps"
-        if swings
+        "the bias swings: take smaller steps"
+        if gamma > _FITTING[key]
         else "it arrives late: take larger steps"
     )
 
