@@ -60,6 +60,12 @@ def _told(spread: Spread) -> str:
     return f"{spread.mean:+.{digits}f} ± {spread.deviation:.{digits}f}".replace("-", "−")
 
 
+def _percent(share: float) -> str:
+    """With two or three digits, whatever its size."""
+    digits = 2 if abs(share) < 0.01 else 1 if abs(share) < 0.1 else 0
+    return f"{share:+.{digits}%}".replace("-", "−")
+
+
 @styled
 def compared(results: Results, figure: Callable[[dict], float] = loss, name: str = _LOSS) -> Figure:
     """Left, a figure of every run, pairs joined; right, its difference to the base arm from the
@@ -81,7 +87,7 @@ def compared(results: Results, figure: Callable[[dict], float] = loss, name: str
         left.plot([mean, mean], [row - 0.28, row + 0.28], color=BLACK, linewidth=1.6)
         gap = results.against(arm, figure)
         whole = results.of(base, figure).mean
-        share = f"{gap.mean / whole:+.2%}".replace("-", "−") if whole else ""
+        share = _percent(gap.mean / whole) if whole else ""
         right.text(
             0.98, row, "the base" if arm == base else share, ha="right", va="center", color=GREY,
             transform=right.get_yaxis_transform(),

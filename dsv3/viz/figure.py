@@ -8,8 +8,11 @@ from pathlib import Path
 
 import matplotlib.style
 from IPython.display import Image
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from PIL import Image as Raster  # matplotlib writes its PNG files with it
 
 STYLE = Path(__file__).with_name("book.mplstyle")
@@ -48,21 +51,28 @@ class Picture(Image):
         return f"[Figure: {self.alt}]"
 
 
+def _has_shades(artist: Artist) -> bool:
+    """Whether its colours stand for values."""
+    return isinstance(artist, (AxesImage, QuadMesh))
+
+
 @styled
 def show(figure: Figure, alt: str) -> Picture:
     """The figure as an image for a notebook cell. alt: what is to be seen, for those who cannot.
 
     The image is as wide on the page as the figure in inches times 80 pixels. The text goes into
     the image's metadata and, since not every page that shows a notebook reads those, also stands
-    for the image as plain text. It is stored with 256 colours, the drawing's own and shades of its
-    edges: a third of the bytes, and a notebook stays small enough to be shown.
+    for the image as plain text. It is stored with the drawing's own colours and shades of its
+    edges, 64 together, or 256 where shades mean something: a quarter to a third of the bytes, and a
+    notebook stays small enough to be shown.
     """
     if not alt.strip():
         raise ValueError("a figure needs its alt text")
     canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
     canvas.draw()
     drawn = Raster.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
-    drawn.convert("RGB").quantize(256, dither=Raster.Dither.NONE).save(
+    colours = 256 if figure.findobj(_has_shades) else 64
+    drawn.convert("RGB").quantize(colours, dither=Raster.Dither.NONE).save(
         buffer, format="png", optimize=True
     )
     return Picture(
