@@ -357,3 +357,22 @@ def test_the_stored_picture_is_small():
 def test_the_default_text_of_loads_is_the_batch():
     assert TrainingRun("dsv3-mini").load_of.value == BATCH
     assert {mark.fill for mark in TrainingRun(SHIPPED).scene().marks} - {None} <= set(COLOURS)
+
+
+# The run that comes with samples -----------------------------------------------------------------
+
+
+def test_the_second_run_has_samples_of_its_own_steps():
+    """What is shown beside a step was written at a checkpoint of the same run, not after it."""
+    run = SHIPPED.parent / "second-run"
+    log, samples = read_log(run), read_samples(run / "samples.json")
+    steps = sorted({sample.step for sample in samples})
+    assert len(steps) >= 10 and steps[-1] <= log.moments[-1]
+    tokens = {line["step"]: line["tokens"] for line in log.steps}
+    for sample in samples:
+        assert tokens.get(sample.step, sample.tokens) == sample.tokens
+        assert len([other for other in samples if other.step == sample.step]) == 4
+    early, late = (" ".join(texts(run_scene(log, at, samples=samples))) for at in (40, steps[-1]))
+    assert early != late
+    newest = [sample for sample in samples if sample.step == steps[-1]][0]
+    assert newest.text.split()[0] in late
