@@ -38,19 +38,23 @@ from pathlib import Path
 from dsv3.errors import DSV3Error
 from dsv3.fields import BLOCK
 
-# What a launch would say of each argument, and the constants: those of a middle tile shape.
+# Of each kernel: its module, what a launch would say of each argument, and the constants, those of
+# a middle tile shape. A descriptor says the shape of its tiles.
 _KERNELS = {
     "act_quant": (
+        "act_quant",
         dict(x_ptr="*bf16", code_ptr="*u8", scale_ptr="*fp32", rows="i32", cols="i32", tiles="i32"),
         dict(POWER_OF_TWO=False, ROWS=16, BLOCK=BLOCK),
     ),
     "weight_dequant": (
+        "weight_dequant",
         dict(
             code_ptr="*u8", scale_ptr="*fp32", out_ptr="*i16", rows="i32", cols="i32", tiles="i32"
         ),
         dict(BFLOAT16=True, ROWS=32, BLOCK=BLOCK),
     ),
     "fp8_gemm": (
+        "fp8_gemm",
         dict(
             x_ptr="*fp8e4nv",
             sx_ptr="*fp32",
@@ -64,9 +68,42 @@ _KERNELS = {
         ),
         dict(ROWS=64, COLS=128, BLOCK=BLOCK, GROUP=8),
     ),
+    "persistent_gemm": (
+        "persistent_gemm",
+        dict(
+            x_desc="tensordesc<fp8e4nv[{ROWS}, {BLOCK}]>",
+            sx_ptr="*fp32",
+            w_desc="tensordesc<fp8e4nv[{COLS}, {BLOCK}]>",
+            sw_ptr="*fp32",
+            out_ptr="*fp32",
+            m="i32",
+            n="i32",
+            k="i32",
+            sx_row="i32",
+            sx_block="i32",
+            sw_row="i32",
+            sw_block="i32",
+            in_part="i32",
+        ),
+        dict(
+            ROWS=128,
+            COLS=128,
+            BLOCK=BLOCK,
+            GROUP=8,
+            SWAP=False,
+            SPLIT=False,
+            FOLD=False,
+            W_TILES=False,
+        ),
+    ),
+    "add_parts": (
+        "persistent_gemm",
+        dict(part_ptr="*fp32", out_ptr="*i16", numbers="i32", parts="i32"),
+        dict(SIZE=512),
+    ),
 }
 # Sizes that a launch may take for multiples of 16, so that memory is read 16 bytes at a time.
-_MULTIPLES = ("cols", "n", "k")
+_MULTIPLES = ("cols", "n", "k", "numbers")
 _PRODUCT = re.compile(
     r"^\s*(?:@\S+ )?((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*)", re.MULTILINE
 )
@@ -103,7 +140,7 @@ def compile_for(
     timeout_s: float = 120.0,
     **constants: int,
 ) -> Compiled:
-    """Compile a kernel of the house ("act_quant", "weight_dequant", "fp8_gemm").
+    """Compile a kernel of the house, by its name ("fp8_gemm").
 
     gpu: "sm_89" is Ada, "sm_90" Hopper, "sm_100" Blackwell. constants: of the kernel, where other
     than usual (ROWS=16, POWER_OF_TWO=True). Takes a few seconds; Triton keeps what it compiled.
@@ -113,7 +150,7 @@ def compile_for(
         raise DSV3Error("unknown kernel", found=kernel, expected=", ".join(_KERNELS))
     if not re.fullmatch(r"sm_\d{2,3}", gpu):
         raise DSV3Error("not a kind of GPU", where="gpu", found=gpu, expected="sm_90 or the like")
-    usual = _KERNELS[kernel][1]
+    usual = _KERNELS[kernel][2]
     if unknown := sorted(set(constants) - set(usual)):
         raise DSV3Error(
             "no such constant", where=kernel, found=unknown[0], expected=", ".join(usual)
@@ -160,11 +197,11 @@ def _compile(kernel: str, arch: int, constants: dict, options: dict) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module = importlib.import_module(f"dsv3.kernels.{kernel}")
-    function = getattr(module, f"{kernel}_kernel")
+    module, types, _ = _KERNELS[kernel]
+    function = getattr(importlib.import_module(f"dsv3.kernels.{module}"), f"{kernel}_kernel")
     if isinstance(function, triton.runtime.Autotuner):
         function = function.fn
-    types = _KERNELS[kernel][0]
+    types = {name: kind.format(**constants) for name, kind in types.items()}
     aligned = [["tt.divisibility", 16]]
     source = ASTSource(
         function,

@@ -11,6 +11,14 @@ from dsv3.errors import DSV3Error
 INTERPRETING: bool = knobs.runtime.interpret
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a device runs at once; in the interpreter 2, so that each makes several
+    tiles."""
+    if INTERPRETING:
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def check_input(x: torch.Tensor, kernel: str, dtypes: tuple[torch.dtype, ...]) -> None:
     """Refuse a tensor that the kernel would misread or cannot reach."""
     if x.dtype not in dtypes:

@@ -1,0 +1,271 @@
+"""The block-scaled FP8 product for Hopper: the sums of ``fp8_gemm``, at the speed of the chip.
+
+    acc += (x_block @ w_block^T) * (sx[m] * sw)            every 128 of K, as there
+
+What is different is who does what, and when.
+
+*Persistent*: as many programs as the chip has multiprocessors, each of which makes tile after
+tile, so that the loads of the next tile begin while the last one is being stored. *Descriptors*:
+a tile is fetched by one instruction of the memory unit (TMA) instead of by an address for each 16
+bytes; it fills with zeros what lies beyond the edges. *Swap*: a Hopper chip multiplies E4M3 in
+tiles of 64 or more rows by 8 or more columns. Tokens come in any number and rows of W by the
+thousand, so for few tokens W takes the place of the rows: y^T = W x^T. *Split*: for few tokens
+there are fewer tiles than multiprocessors, and K is cut into parts that run side by side; a second
+kernel adds them up.
+
+**The order of a sum does not depend on M.** How many parts K has is decided by the shape of W
+alone. Where they do not run side by side, one program adds up the parts one after another: part
+by part in FP32, then the parts in their order. A token's numbers come out the same, bit for bit,
+alone and in a batch of thousands, as far as the tensor core itself adds up the 128 products of a
+block in one way for every shape of tile.
+
+Weight gradients sum over tokens, and there both operands have a scale for each row and 128 of the
+sum: W_TILES.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dsv3.fields import BLOCK
+from dsv3.kernels.launch import INTERPRETING, multiprocessors
+from dsv3.kernels.rounding import round_to_bfloat16
+
+
+def persistent_gemm_spec(
+    x: torch.Tensor,
+    sx: torch.Tensor,
+    w: torch.Tensor,
+    sw: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """What the kernels compute, in plain torch; sw (N/128, K/128) or (N, K/128)."""
+    per_row = sw if len(sw) == len(w) else sw.repeat_interleave(BLOCK, 0)[: len(w)]
+    whole, in_part = torch.zeros(len(x), len(w), device=x.device), blocks_in_part(*w.shape)
+    for part in torch.arange(sx.shape[1]).split(in_part):
+        total = torch.zeros_like(whole)
+        for block in part.tolist():
+            cols = slice(block * BLOCK, (block + 1) * BLOCK)
+            products = x[:, cols].float() @ w[:, cols].float().T
+            total += products * (sx[:, block, None] * per_row[:, block])
+        whole += total
+    return whole.to(dtype)
+
+
+def blocks_in_part(n: int, k: int) -> int:
+    """Blocks of 128 that are added up in one go, for W (n, k): with one token, every one of a
+    Hopper chip's 132 multiprocessors shall have about two tiles of 64 rows of W to read."""
+    blocks = triton.cdiv(k, BLOCK)
+    parts = max(1, min(256 // triton.cdiv(n, 64), blocks // 4))
+    return triton.cdiv(blocks, parts)
+
+
+class Tile(NamedTuple):
+    """rows of x, rows of W, whether W takes the place of the rows; warps, loads under way."""
+
+    rows: int
+    cols: int
+    swap: bool
+    warps: int
+    stages: int
+
+
+# Up to so many rows of x: the tile. Chosen by hand, for few registers and full memory.
+_TILES = (
+    (16, Tile(16, 64, True, 4, 8)),
+    (32, Tile(32, 64, True, 4, 7)),
+    (64, Tile(64, 128, True, 4, 5)),
+)
+_LARGE = Tile(128, 128, False, 8, 4)
+
+
+def tile_for(rows: int) -> Tile:
+    """The tile for so many rows of x."""
+    return next((tile for most, tile in _TILES if rows <= most), _LARGE)
+
+
+@triton.jit
+def scaled_block(x, sx, w, sw, SWAP: tl.constexpr):
+    """The products of one block of K times their scales: (ROWS, COLS), or its transpose.
+
+    sx (ROWS,). sw: one number, or (COLS,).
+    """
+    if SWAP:
+        products = tl.dot(w, x.T)
+        if sw.type.is_block():
+            return products * (sx[None, :] * sw[:, None])
+        else:
+            return products * (sx * sw)[None, :]
+    else:
+        products = tl.dot(x, w.T)
+        if sw.type.is_block():
+            return products * (sx[:, None] * sw[None, :])
+        else:
+            return products * (sx * sw)[:, None]
+
+
+@triton.jit
+def store_sums(out_ptr, sums, row, col, rows, cols, SWAP: tl.constexpr):
+    """A tile of sums to its place in out (.., cols), in FP32 or rounded to bfloat16 (as int16)."""
+    if SWAP:
+        where = row.to(tl.int64)[None, :] * cols + col[:, None]
+        inside = (row < rows)[None, :] & (col < cols)[:, None]
+    else:
+        where = row.to(tl.int64)[:, None] * cols + col[None, :]
+        inside = (row < rows)[:, None] & (col < cols)[None, :]
+    if out_ptr.dtype.element_ty == tl.int16:
+        tl.store(out_ptr + where, round_to_bfloat16(sums), mask=inside)
+    else:
+        tl.store(out_ptr + where, sums, mask=inside)
+
+
+@triton.jit(do_not_specialize=["m", "sx_row", "sx_block", "sw_row", "sw_block", "in_part"])
+def persistent_gemm_kernel(
+    x_desc,
+    sx_ptr,
+    w_desc,
+    sw_ptr,
+    out_ptr,
+    m,
+    n,
+    k,
+    sx_row,
+    sx_block,
+    sw_row,
+    sw_block,
+    in_part,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FOLD: tl.constexpr,
+    W_TILES: tl.constexpr,
+):
+    """SPLIT: a program makes one part of a tile, for ``add_parts``. FOLD: it adds up all parts."""
+    row_tiles = tl.cdiv(m, ROWS)
+    col_tiles = tl.cdiv(n, COLS)
+    tiles = row_tiles * col_tiles
+    blocks = tl.cdiv(k, BLOCK)
+    items = tiles
+    if SPLIT:
+        items = tiles * tl.cdiv(blocks, in_part)
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
+        # Groups of rows of tiles: programs that run at one time read the same parts of W.
+        tile = item % tiles
+        in_group = GROUP * col_tiles
+        group = tile // in_group
+        group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
+        row_tile = group * GROUP + (tile % in_group) % group_rows
+        col_tile = (tile % in_group) // group_rows
+
+        row = row_tile * ROWS + tl.arange(0, ROWS)
+        col = col_tile * COLS + tl.arange(0, COLS)
+        sx_at = sx_ptr + row.to(tl.int64) * sx_row
+        first, last = 0, blocks
+        if SPLIT:
+            first = item // tiles * in_part
+            last = tl.minimum(first + in_part, blocks)
+        if SWAP:
+            acc = tl.zeros((COLS, ROWS), dtype=tl.float32)
+        else:
+            acc = tl.zeros((ROWS, COLS), dtype=tl.float32)
+        whole = tl.zeros_like(acc)
+        for block in tl.range(first, last):
+            x = x_desc.load([row_tile * ROWS, block * BLOCK])
+            w = w_desc.load([col_tile * COLS, block * BLOCK])
+            sx = tl.load(sx_at + block * sx_block, mask=row < m, other=0.0)
+            if W_TILES:
+                sw_at = sw_ptr + col.to(tl.int64) * sw_row + block * sw_block
+                sw = tl.load(sw_at, mask=col < n, other=0.0)
+            else:
+                sw = tl.load(sw_ptr + (col_tile * COLS // BLOCK) * sw_row + block * sw_block)
+            acc += scaled_block(x, sx, w, sw, SWAP)
+            if FOLD:
+                if (block + 1) % in_part == 0:
+                    whole += acc
+                    acc = tl.zeros_like(acc)
+        to_ptr = out_ptr
+        if SPLIT:
+            to_ptr += (item // tiles).to(tl.int64) * m * n
+        store_sums(to_ptr, whole + acc if FOLD else acc, row, col, m, n, SWAP)
+
+
+@triton.jit(do_not_specialize=["numbers"])
+def add_parts_kernel(part_ptr, out_ptr, numbers, parts, SIZE: tl.constexpr):
+    """out = part 0 + part 1 + ..., in this order."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    whole = tl.zeros((SIZE,), dtype=tl.float32)
+    for part in range(parts):
+        whole += tl.load(part_ptr + at, mask=at < numbers, other=0.0)
+        part_ptr += numbers
+    if out_ptr.dtype.element_ty == tl.int16:
+        tl.store(out_ptr + at, round_to_bfloat16(whole), mask=at < numbers)
+    else:
+        tl.store(out_ptr + at, whole, mask=at < numbers)
+
+
+def fits_descriptor(*codes: torch.Tensor) -> bool:
+    """Whether the memory unit can fetch tiles of these matrices: rows that are contiguous and
+    start at multiples of 16 bytes."""
+    return all(
+        x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in codes
+    )
+
+
+def persistent_gemm(
+    x: torch.Tensor,
+    sx: torch.Tensor,
+    w: torch.Tensor,
+    sw: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """x (M, K) and w (N, K) in E4M3 to (M, N) in float32 or bfloat16, rounded once.
+
+    sx (M, K/128). sw (N/128, K/128), or (N, K/128) for weight gradients. Scales may lie in any
+    order; codes must fit a descriptor (``fits_descriptor``).
+    """
+    (m, k), n = x.shape, len(w)
+    tile = tile_for(m)
+    programs = multiprocessors(x.device)
+    in_part = blocks_in_part(n, k)
+    parts = triton.cdiv(triton.cdiv(k, BLOCK), in_part)
+    tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.cols)
+    split = parts > 1 and tiles < programs
+    out = torch.empty((m, n), dtype=dtype, device=x.device)
+    stored = out.view(torch.int16) if dtype == torch.bfloat16 else out
+    sums = torch.empty((parts, m, n), device=x.device) if split else stored
+    at_once = programs * (2 if tile.swap else 1)  # small tiles leave room for a second program
+    persistent_gemm_kernel[(min(tiles * parts if split else tiles, at_once),)](
+        TensorDescriptor.from_tensor(x, [tile.rows, BLOCK]),
+        sx,
+        TensorDescriptor.from_tensor(w, [tile.cols, BLOCK]),
+        sw,
+        sums,
+        m,
+        n,
+        k,
+        *sx.stride(),
+        *sw.stride(),
+        in_part,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        BLOCK=BLOCK,
+        GROUP=8,
+        SWAP=tile.swap,
+        SPLIT=split,
+        FOLD=parts > 1 and not split,
+        W_TILES=len(sw) == n,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if split:
+        size = 4096 if INTERPRETING else 512
+        add_parts_kernel[(triton.cdiv(m * n, size),)](sums, stored, m * n, parts, SIZE=size)
+    return out
