@@ -79,7 +79,7 @@ class Tile(NamedTuple):
 _TILES = (
     (16, Tile(16, 64, True, 4, 8)),
     (32, Tile(32, 64, True, 4, 7)),
-    (64, Tile(64, 128, True, 4, 5)),
+    (64, Tile(64, 128, False, 8, 5)),
 )
 _LARGE = Tile(128, 128, False, 8, 4)
 
