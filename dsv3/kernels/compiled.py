@@ -93,8 +93,49 @@ _KERNELS = {
             SWAP=False,
             SPLIT=False,
             FOLD=False,
+            PAIR=False,
             W_TILES=False,
         ),
+    ),
+    "expert_hidden": (
+        "experts",
+        dict(
+            x_desc="tensordesc<fp8e4nv[{ROWS}, {BLOCK}]>",
+            sx_ptr="*fp32",
+            w13_desc="tensordesc<fp8e4nv[{COLS}, {BLOCK}]>",
+            s13_ptr="*fp32",
+            ends_ptr="*i64",
+            code_ptr="*u8",
+            scale_ptr="*fp32",
+            experts="i32",
+            inner="i32",
+            k="i32",
+            sx_row="i32",
+            sx_block="i32",
+        ),
+        dict(
+            ROWS=64,
+            COLS=128,
+            BLOCK=BLOCK,
+            SWAP=False,
+            POWER_OF_TWO=False,
+            EXPERTS=256,
+        ),
+    ),
+    "expert_out": (
+        "experts",
+        dict(
+            x_desc="tensordesc<fp8e4nv[{ROWS}, {BLOCK}]>",
+            sx_ptr="*fp32",
+            w2_desc="tensordesc<fp8e4nv[{COLS}, {BLOCK}]>",
+            s2_ptr="*fp32",
+            ends_ptr="*i64",
+            out_ptr="*fp32",
+            experts="i32",
+            n="i32",
+            inner="i32",
+        ),
+        dict(ROWS=128, COLS=128, BLOCK=BLOCK, SWAP=False, EXPERTS=256),
     ),
     "add_parts": (
         "persistent_gemm",
@@ -103,7 +144,7 @@ _KERNELS = {
     ),
 }
 # Sizes that a launch may take for multiples of 16, so that memory is read 16 bytes at a time.
-_MULTIPLES = ("cols", "n", "k", "numbers")
+_MULTIPLES = ("cols", "n", "k", "inner", "numbers")
 _PRODUCT = re.compile(
     r"^\s*(?:@\S+ )?((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*)", re.MULTILINE
 )

@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dsv3.fields import BLOCK
 from dsv3.kernels.act_quant import act_quant_spec
 from dsv3.kernels.fp8_gemm import fp8_gemm_spec
-from dsv3.kernels.launch import multiprocessors
+from dsv3.kernels.launch import fits_descriptor, is_hopper, multiprocessors
 from dsv3.kernels.persistent_gemm import Tile, scaled_block, store_sums
 from dsv3.kernels.rounding import as_bfloat16, tile_codes, tile_scale
 
@@ -74,10 +74,11 @@ def _shares(ends: torch.Tensor) -> list[tuple[int, slice]]:
 
 # Rows that an expert has on average, up to: the tiles of the two kernels.
 _TILES = (
-    (16, Tile(16, 128, True, 4, 5), Tile(16, 64, True, 4, 8)),
-    (32, Tile(32, 128, True, 8, 5), Tile(32, 64, True, 4, 7)),
+    (16, Tile(16, 128, 4, 5, swap=True), Tile(16, 64, 4, 8, swap=True)),
+    (32, Tile(32, 128, 8, 5, swap=True), Tile(32, 64, 4, 7, swap=True)),
+    (64, Tile(64, 128, 8, 4), Tile(64, 128, 8, 5)),
 )
-_LARGE = Tile(64, 128, False, 8, 4), Tile(128, 128, False, 8, 4)
+_LARGE = Tile(128, 128, 8, 3), Tile(128, 128, 8, 4)
 
 
 @triton.jit
@@ -205,9 +206,9 @@ def expert_out_kernel(
         store_sums(out_ptr, acc, row, col_tile * COLS + tl.arange(0, COLS), stop, n, SWAP)
 
 
-def fits_experts(w13: torch.Tensor, w2: torch.Tensor) -> bool:
-    """Whether descriptors can fetch these stacks, and the hidden numbers between them."""
-    return w13.is_contiguous() and w2.is_contiguous() and not (w13.shape[3] | w2.shape[2]) % 16
+def serves(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> bool:
+    """Whether the kernels can take these: on a Hopper chip, and aligned."""
+    return is_hopper(x.device) and fits_descriptor(x, w13, w2)
 
 
 def experts(

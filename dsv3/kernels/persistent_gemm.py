@@ -33,7 +33,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv3.fields import BLOCK
-from dsv3.kernels.launch import INTERPRETING, multiprocessors
+from dsv3.kernels.fp8_gemm import check_operands
+from dsv3.kernels.launch import INTERPRETING, fits_descriptor, is_hopper, multiprocessors
 from dsv3.kernels.rounding import round_to_bfloat16
 
 
@@ -43,9 +44,10 @@ def persistent_gemm_spec(
     w: torch.Tensor,
     sw: torch.Tensor,
     dtype: torch.dtype = torch.float32,
+    rows_of_w: int = BLOCK,
 ) -> torch.Tensor:
-    """What the kernels compute, in plain torch; sw (N/128, K/128) or (N, K/128)."""
-    per_row = sw if len(sw) == len(w) else sw.repeat_interleave(BLOCK, 0)[: len(w)]
+    """What the kernels compute, in plain torch."""
+    per_row = sw.repeat_interleave(rows_of_w, 0)[: len(w)]
     whole, in_part = torch.zeros(len(x), len(w), device=x.device), blocks_in_part(*w.shape)
     for part in torch.arange(sx.shape[1]).split(in_part):
         total = torch.zeros_like(whole)
@@ -58,30 +60,33 @@ def persistent_gemm_spec(
 
 
 def blocks_in_part(n: int, k: int) -> int:
-    """Blocks of 128 that are added up in one go, for W (n, k): with one token, every one of a
-    Hopper chip's 132 multiprocessors shall have about two tiles of 64 rows of W to read."""
+    """Blocks of 128 that are added up in one go, for W (n, k): with one token, nearly every one of
+    a Hopper chip's 132 multiprocessors shall have a tile of 64 rows of W to read, or two."""
     blocks = triton.cdiv(k, BLOCK)
-    parts = max(1, min(256 // triton.cdiv(n, 64), blocks // 4))
+    parts = max(1, min(192 // triton.cdiv(n, 64), blocks // 4))
     return triton.cdiv(blocks, parts)
 
 
 class Tile(NamedTuple):
-    """rows of x, rows of W, whether W takes the place of the rows; warps, loads under way."""
+    """rows of x, rows of W; warps, loads under way; whether W takes the place of the rows; whether
+    two tiles may be made from one load of x."""
 
     rows: int
     cols: int
-    swap: bool
     warps: int
     stages: int
+    swap: bool = False
+    pair: bool = False
 
 
-# Up to so many rows of x: the tile. Chosen by hand, for few registers and full memory.
+# Up to so many rows of x: the tile. Chosen by hand: what is under way fills the shared memory, and
+# the sums fit the registers.
 _TILES = (
-    (16, Tile(16, 64, True, 4, 8)),
-    (32, Tile(32, 64, True, 4, 7)),
-    (64, Tile(64, 128, False, 8, 5)),
+    (16, Tile(16, 64, 4, 8, swap=True)),
+    (32, Tile(32, 64, 4, 7, swap=True)),
+    (64, Tile(64, 128, 8, 5)),
 )
-_LARGE = Tile(128, 128, False, 8, 4)
+_LARGE = Tile(128, 128, 8, 4, pair=True)
 
 
 def tile_for(rows: int) -> Tile:
@@ -146,11 +151,13 @@ def persistent_gemm_kernel(
     SWAP: tl.constexpr,
     SPLIT: tl.constexpr,
     FOLD: tl.constexpr,
+    PAIR: tl.constexpr,
     W_TILES: tl.constexpr,
 ):
-    """SPLIT: a program makes one part of a tile, for ``add_parts``. FOLD: it adds up all parts."""
+    """SPLIT: a program makes one part of a tile, for ``add_parts``. FOLD: it adds up all parts.
+    PAIR: it makes two tiles beside one another from one load of x."""
     row_tiles = tl.cdiv(m, ROWS)
-    col_tiles = tl.cdiv(n, COLS)
+    col_tiles = tl.cdiv(n, 2 * COLS if PAIR else COLS)
     tiles = row_tiles * col_tiles
     blocks = tl.cdiv(k, BLOCK)
     items = tiles
@@ -166,8 +173,12 @@ def persistent_gemm_kernel(
         col_tile = (tile % in_group) // group_rows
 
         row = row_tile * ROWS + tl.arange(0, ROWS)
-        col = col_tile * COLS + tl.arange(0, COLS)
+        first_col = col_tile * (2 * COLS if PAIR else COLS)
+        col = first_col + tl.arange(0, COLS)
         sx_at = sx_ptr + row.to(tl.int64) * sx_row
+        sw_at = sw_ptr + (first_col // BLOCK) * sw_row
+        # Behind the last column there are codes (zeros), but no scales.
+        next_sw_at = sw_at + (sw_row if first_col + COLS < n else 0)
         first, last = 0, blocks
         if SPLIT:
             first = item // tiles * in_part
@@ -177,16 +188,21 @@ def persistent_gemm_kernel(
         else:
             acc = tl.zeros((ROWS, COLS), dtype=tl.float32)
         whole = tl.zeros_like(acc)
+        beside = tl.zeros_like(acc)
         for block in tl.range(first, last):
             x = x_desc.load([row_tile * ROWS, block * BLOCK])
-            w = w_desc.load([col_tile * COLS, block * BLOCK])
+            w = w_desc.load([first_col, block * BLOCK])
             sx = tl.load(sx_at + block * sx_block, mask=row < m, other=0.0)
             if W_TILES:
-                sw_at = sw_ptr + col.to(tl.int64) * sw_row + block * sw_block
-                sw = tl.load(sw_at, mask=col < n, other=0.0)
+                each_at = sw_ptr + col.to(tl.int64) * sw_row + block * sw_block
+                sw = tl.load(each_at, mask=col < n, other=0.0)
             else:
-                sw = tl.load(sw_ptr + (col_tile * COLS // BLOCK) * sw_row + block * sw_block)
+                sw = tl.load(sw_at + block * sw_block)
             acc += scaled_block(x, sx, w, sw, SWAP)
+            if PAIR:
+                w = w_desc.load([first_col + COLS, block * BLOCK])
+                sw = tl.load(next_sw_at + block * sw_block)
+                beside += scaled_block(x, sx, w, sw, SWAP)
             if FOLD:
                 if (block + 1) % in_part == 0:
                     whole += acc
@@ -195,6 +211,8 @@ def persistent_gemm_kernel(
         if SPLIT:
             to_ptr += (item // tiles).to(tl.int64) * m * n
         store_sums(to_ptr, whole + acc if FOLD else acc, row, col, m, n, SWAP)
+        if PAIR:
+            store_sums(to_ptr, beside, row, col + COLS, m, n, SWAP)
 
 
 @triton.jit(do_not_specialize=["numbers"])
@@ -211,12 +229,9 @@ def add_parts_kernel(part_ptr, out_ptr, numbers, parts, SIZE: tl.constexpr):
         tl.store(out_ptr + at, whole, mask=at < numbers)
 
 
-def fits_descriptor(*codes: torch.Tensor) -> bool:
-    """Whether the memory unit can fetch tiles of these matrices: rows that are contiguous and
-    start at multiples of 16 bytes."""
-    return all(
-        x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in codes
-    )
+def serves(*codes: torch.Tensor) -> bool:
+    """Whether the kernel can take these matrices: on a Hopper chip, and aligned."""
+    return is_hopper(codes[0].device) and fits_descriptor(*codes)
 
 
 def persistent_gemm(
@@ -225,24 +240,30 @@ def persistent_gemm(
     w: torch.Tensor,
     sw: torch.Tensor,
     dtype: torch.dtype = torch.float32,
+    rows_of_w: int = BLOCK,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """x (M, K) and w (N, K) in E4M3 to (M, N) in float32 or bfloat16, rounded once.
 
-    sx (M, K/128). sw (N/128, K/128), or (N, K/128) for weight gradients. Scales may lie in any
-    order; codes must fit a descriptor (``fits_descriptor``).
+    sx (M, K/128). sw (N/128, K/128), or (N, K/128) with rows_of_w=1, for weight gradients. Scales
+    may lie in any order; of codes ``serves`` must be true. tile: another than the table's, to
+    measure.
     """
+    check_operands("persistent_gemm", x, sx, w, sw, rows_of_w)
     (m, k), n = x.shape, len(w)
-    tile = tile_for(m)
+    tile = tile or tile_for(m)
     programs = multiprocessors(x.device)
     in_part = blocks_in_part(n, k)
     parts = triton.cdiv(triton.cdiv(k, BLOCK), in_part)
-    tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.cols)
-    split = parts > 1 and tiles < programs
+    row_tiles, col_tiles = triton.cdiv(m, tile.rows), triton.cdiv(n, tile.cols)
+    split = parts > 1 and row_tiles * col_tiles < programs
+    pair = tile.pair and parts == 1 and rows_of_w > 1 and row_tiles * col_tiles >= 2 * programs
+    tiles = row_tiles * triton.cdiv(col_tiles, 2 if pair else 1) * (parts if split else 1)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     stored = out.view(torch.int16) if dtype == torch.bfloat16 else out
     sums = torch.empty((parts, m, n), device=x.device) if split else stored
     at_once = programs * (2 if tile.swap else 1)  # small tiles leave room for a second program
-    persistent_gemm_kernel[(min(tiles * parts if split else tiles, at_once),)](
+    persistent_gemm_kernel[(min(tiles, at_once),)](
         TensorDescriptor.from_tensor(x, [tile.rows, BLOCK]),
         sx,
         TensorDescriptor.from_tensor(w, [tile.cols, BLOCK]),
@@ -261,7 +282,8 @@ def persistent_gemm(
         SWAP=tile.swap,
         SPLIT=split,
         FOLD=parts > 1 and not split,
-        W_TILES=len(sw) == n,
+        PAIR=pair,
+        W_TILES=rows_of_w == 1,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
