@@ -42,7 +42,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
-from dsv3.fp8 import QuantizedTensor
+from dsv3.fp8 import QuantizedTensor, fused_experts
 from dsv3.layers import SwiGLU
 from dsv3.parallel.experts import Holding, experts_of
 from dsv3.parallel.tensor import TensorGroup
@@ -210,8 +210,12 @@ class Experts(nn.Module):
         ends: where each of my experts' rows end; what follows the last is junk.
         """
         p = self.precision
-        gate, up = p.each(x, p.matrix(self.w13, self.w13_scale), ends).chunk(2, dim=-1)
-        return p.each_wide(F.silu(gate) * up, p.matrix(self.w2, self.w2_scale), ends)
+        w13, w2 = p.matrix(self.w13, self.w13_scale), p.matrix(self.w2, self.w2_scale)
+        fused = fused_experts(x, w13, w2, ends)
+        if fused is not None:
+            return fused
+        gate, up = p.each(x, w13, ends).chunk(2, dim=-1)
+        return p.each_wide(F.silu(gate) * up, w2, ends)
 
     def places(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Of each matrix of an expert: its name, its stack, its place there."""

@@ -258,15 +258,23 @@ class Fp8(Precision):
     def rounded(
         self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: QuantizedTensor
     ) -> Float[Tensor, "*lead out"]:
-        return self.wide(x, matrix).to(self.dtype)
+        return self._product(x, matrix, self.dtype)
 
     def wide(
         self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: QuantizedTensor
     ) -> Float[Tensor, "*lead out"]:
-        sums = self.sums(x.device)
+        return self._product(x, matrix, None)
+
+    def _product(
+        self,
+        x: Float[Tensor, "*lead in"] | QuantizedTensor,
+        matrix: QuantizedTensor,
+        dtype: torch.dtype | None,
+    ) -> Float[Tensor, "*lead out"]:
+        x, options = self.operand(x), dict(sums=self.sums(x.device), dtype=dtype)
         if len(matrix.shape) == 2:
-            return fp8.matmul(self.operand(x), matrix, sums)
-        return torch.cat([fp8.matmul(self.operand(x), part, sums) for part in matrix], -1)
+            return fp8.matmul(x, matrix, **options)
+        return torch.cat([fp8.matmul(x, part, **options) for part in matrix], -1)
 
     def each(
         self, x: QuantizedTensor, stack: QuantizedTensor, ends: Int[Tensor, " experts"]

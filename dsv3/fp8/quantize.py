@@ -231,12 +231,18 @@ def quantize_activation(
 
 
 def quantize_columns(
-    x: Float[Tensor, "tokens channels"], scale_format: str = "float32"
+    x: Float[Tensor, "tokens channels"], scale_format: str = "float32", backend: str | None = None
 ) -> QuantizedTensor:
     """Activations to E4M3 with one scale per channel and 128 tokens (TR 3.3.2: tiles of 128x1).
 
-    A number of tokens that is no multiple of 128 counts as padded with zeros.
+    A number of tokens that is no multiple of 128 counts as padded with zeros. backend: as above;
+    "triton" lays the tokens of a channel side by side in memory, where ``outer`` sums over them.
     """
+    if pick_backend(x.device, backend) == "triton":
+        from dsv3.kernels.column_quant import column_quant
+
+        codes, scale = column_quant(x, scale_format)
+        return QuantizedTensor(codes.T, scale.T, COLUMN_BLOCK, scale_format)
     return _quantize(x, COLUMN_BLOCK, scale_format)
 
 

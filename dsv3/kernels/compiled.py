@@ -46,6 +46,18 @@ _KERNELS = {
         dict(x_ptr="*bf16", code_ptr="*u8", scale_ptr="*fp32", rows="i32", cols="i32", tiles="i32"),
         dict(POWER_OF_TWO=False, ROWS=16, BLOCK=BLOCK),
     ),
+    "column_quant": (
+        "column_quant",
+        dict(
+            x_ptr="*bf16",
+            code_ptr="*u8",
+            scale_ptr="*fp32",
+            tokens="i32",
+            channels="i32",
+            token_stride="i32",
+        ),
+        dict(POWER_OF_TWO=False, BLOCK=BLOCK, COLS=64),
+    ),
     "weight_dequant": (
         "weight_dequant",
         dict(
@@ -144,7 +156,7 @@ _KERNELS = {
     ),
 }
 # Sizes that a launch may take for multiples of 16, so that memory is read 16 bytes at a time.
-_MULTIPLES = ("cols", "n", "k", "inner", "numbers")
+_MULTIPLES = ("cols", "n", "k", "inner", "channels", "token_stride", "numbers")
 _PRODUCT = re.compile(
     r"^\s*(?:@\S+ )?((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*)", re.MULTILINE
 )
