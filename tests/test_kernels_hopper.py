@@ -249,7 +249,9 @@ def test_what_goes_into_w2_is_quantised_to_the_same_bytes(rows, scale_format):
 
 
 def test_a_layers_experts_take_the_fused_form_where_it_serves(monkeypatch):
-    config = ModelConfig.mini().but(hidden_size=48, moe_intermediate_size=32, n_routed_experts=4)
+    config = ModelConfig.mini().but(
+        hidden_size=48, moe_intermediate_size=32, n_routed_experts=4, n_group=1, topk_group=1
+    )
     layer = moe.Experts(config, Precision.of("fp8", config), TensorGroup.single())
     for codes, scale in ((layer.w13, layer.w13_scale), (layer.w2, layer.w2_scale)):
         blocks = fp8.quantize_weight(torch.randn(codes.shape) / codes.shape[-1] ** 0.5)
