@@ -50,10 +50,13 @@ class Step:
         width: int,
         device: torch.device,
         turns: Complex64[Tensor, "room pairs"] | None = None,
+        total: int | None = None,
     ) -> Step:
-        """starts: tokens already seen per row; counts: true new tokens per row; width: s; turns:
-        the rotation at each position, where somebody keeps a table of them."""
-        total = max(start + count for start, count in zip(starts, counts))
+        """starts: tokens already seen per row; counts: true new tokens per row; width: s. turns:
+        the rotation at each position, where somebody keeps a table of them. total: keys to be
+        seen, at least as many as there are; those that are more are masked."""
+        longest = max(start + count for start, count in zip(starts, counts))
+        padded, total = total is not None, total or longest
         first = numbers(starts, device)
         columns = torch.arange(width, device=device)
         positions = first[:, None] + columns  # (b, s)
@@ -68,7 +71,7 @@ class Step:
         else:
             rotation = turns[place]
         mask = None
-        if not even or (starts[0] > 0 and width > 1):
+        if padded or not even or (starts[0] > 0 and width > 1):
             keys = torch.arange(total, device=device)
             mask = (keys <= positions[..., None])[:, None]  # (b, 1, s, t)
         row = torch.arange(len(starts), device=device)[:, None]
@@ -80,6 +83,25 @@ class Step:
         """Put what belongs to the new tokens into a store of all positions, at their places. A
         store has one place more than positions, its last, where padding goes."""
         store[self.row, self.place] = new
+
+
+@dataclass(frozen=True)
+class OneLayer:
+    """A cache's part for one layer. Compiled code gets this one, since a layer's number would make
+    a program of its own for each layer."""
+
+    store: Float[Tensor, "b room latent"]
+
+    def append(
+        self, layer: int, new: Float[Tensor, "b s latent"], step: Step
+    ) -> Float[Tensor, "b t latent"]:
+        """As that of the whole cache; it is the only layer."""
+        store = self.store
+        step.write(store, new.detach())
+        if torch.is_grad_enabled() and new.requires_grad:
+            store = store.clone()  # later passes write into the store, which would spoil the graph
+            step.write(store, new)
+        return store[:, : step.total]
 
 
 class LatentCache:
@@ -145,12 +167,11 @@ class LatentCache:
         self, layer: int, new: Float[Tensor, "b s latent"], step: Step
     ) -> Float[Tensor, "b t latent"]:
         """Write what is new after each row's tokens; return that of all keys."""
-        store = self._latents[layer]
-        step.write(store, new.detach())
-        if torch.is_grad_enabled() and new.requires_grad:
-            store = store.clone()  # later passes write into the store, which would spoil the graph
-            step.write(store, new)
-        return store[:, : step.total]
+        return self.one(layer).append(0, new, step)
+
+    def one(self, layer: int) -> OneLayer:
+        """A layer's part."""
+        return OneLayer(self._latents[layer])
 
     def remember(self, tokens: Int[Tensor, "b s"], step: Step) -> None:
         """Note which tokens a pass was about."""

@@ -227,10 +227,7 @@ class Speculative(Decoder):
         fed = [_padded([ids[-1], *guesses], width) for ids, guesses in zip(chosen, drafts)]
         before = self.cache.lengths
         logits, self.hidden = self.model(
-            torch.tensor(fed, device="cpu"),
-            cache=self.cache,
-            lengths=counts,
-            return_hidden=True,
+            torch.tensor(fed, device="cpu"), cache=self.cache, lengths=counts, return_hidden=True
         )
         ids = None
         if self.choose.decides:
