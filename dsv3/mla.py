@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv3.cache import LatentCache, Step, dot_keys, mix_values
+from dsv3.cache import LatentCache, OneLayer, Step, dot_keys, mix_values
 from dsv3.config import ModelConfig
 from dsv3.costs import break_even_queries
 from dsv3.fp8 import QuantizedTensor
@@ -116,7 +116,7 @@ class MLA(nn.Module):
         self,
         h: Float[Tensor, "b s d"],
         step: Step,
-        cache: LatentCache | None = None,
+        cache: LatentCache | OneLayer | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "b s d"]:
         """h of the new tokens -> u; their latents go to the cache."""

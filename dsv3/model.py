@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dsv3 import placement
 from dsv3.block import Block
-from dsv3.cache import LatentCache, Step, check_is_cache
+from dsv3.cache import LatentCache, Step, check_is_cache, numbers
+from dsv3.compiling import KEYS, CompiledLayers, check_can_compile
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.layers import Embedding, Head, RMSNorm, RowParallelLinear
@@ -83,6 +84,7 @@ class Transformer(nn.Module):
             self.register_load_state_dict_pre_hook(_give_head)
         if self.precision.quantized or not self.group.trains:
             self.requires_grad_(False)
+        self._compiled: CompiledLayers | None = None
 
     @property
     def device(self) -> torch.device:
@@ -132,17 +134,40 @@ class Transformer(nn.Module):
         DSV3Error for a wrong shape, a token id out of range, a full cache.
         """
         step, counts = self._step(tokens, cache, lengths)
-        tokens = tokens.to(self.device)
+        tokens = tokens.to(self.device, non_blocking=True)
         with _no_autocast(self.device):
-            x = self.embed(tokens)
-            for slot, layer in enumerate(self.layers):
-                x = layer(x, step, cache, slot)
-            hidden = self.norm(x)
+            hidden = self._read(tokens, step, cache)
             if cache is not None:
-                cache.remember(tokens, step)
                 cache.advance(counts)
             logits = self._logits(hidden, counts, last_only)
             return (logits, hidden) if return_hidden else logits
+
+    def _read(
+        self, tokens: Int[Tensor, "b s"], step: Step, cache: LatentCache | None
+    ) -> Float[Tensor, "b s d"]:
+        """The pass itself, behind all checks: nothing in it asks a tensor for a number, and so
+        nothing in it waits for a GPU."""
+        x, compiled = self.embed(tokens), self._compiled_for(cache, tokens.shape[1])
+        for slot, layer in enumerate(self.layers):
+            if compiled and cache is not None:
+                x = compiled.layer(layer, x, step, cache.one(slot))
+            else:
+                x = layer(x, step, cache, slot)
+        if cache is not None:
+            cache.remember(tokens, step)
+        return self.norm(x)
+
+    def compile(self, backend: str = "inductor") -> Transformer:  # type: ignore[override]
+        """Decode by compiled code from now on (``dsv3.compiling``): the first steps take seconds,
+        the others less time than before. backend: of torch.compile. Raises DSV3Error for a model
+        on several ranks."""
+        check_can_compile(self.group.everyone.size)
+        self._compiled = CompiledLayers(backend)
+        return self
+
+    def _compiled_for(self, cache: LatentCache | None, width: int) -> CompiledLayers | None:
+        """What runs the layers in a pass over so many tokens a row; None: they run themselves."""
+        return self._compiled if self._compiled and self._compiled.serves(cache, width) else None
 
     def mtp_logits(
         self,
@@ -167,9 +192,13 @@ class Transformer(nn.Module):
                 expected=f"below num_nextn_predict_layers ({len(self.mtp)})",
             )
         step, counts = self._step(tokens, cache, lengths, layers=1)
-        tokens = tokens.to(self.device)
+        tokens = tokens.to(self.device, non_blocking=True)
         with _no_autocast(self.device):
-            hidden = self.mtp[depth](hidden, self.embed(tokens), step, cache)
+            embedded, compiled = self.embed(tokens), self._compiled_for(cache, tokens.shape[1])
+            if compiled and cache is not None:
+                hidden = compiled.module(self.mtp[depth], hidden, embedded, step, cache.one(0))
+            else:
+                hidden = self.mtp[depth](hidden, embedded, step, cache)
             if cache is not None:
                 cache.remember(tokens, step)
                 cache.advance(counts)
@@ -177,7 +206,7 @@ class Transformer(nn.Module):
 
     def _logits(self, hidden: Float[Tensor, "b s d"], counts: list[int], last_only: bool) -> Logits:
         if last_only:
-            last = torch.tensor(counts, device=hidden.device) - 1
+            last = numbers(counts, hidden.device) - 1
             hidden = hidden[torch.arange(len(counts), device=hidden.device), last]
         return self.head(hidden)
 
@@ -260,7 +289,12 @@ class Transformer(nn.Module):
                 expected=f"at most {self.config.max_position_embeddings}",
                 fix="Shorten the text or start a new one",
             )
-        return Step.make(self.config, starts, counts, width, self.device), counts
+        turns, total = None, None
+        if cache is not None:
+            turns = cache.turns
+            if self._compiled_for(cache, width):
+                total = min(-(-longest // KEYS) * KEYS, cache.max_seq_len)
+        return Step.make(self.config, starts, counts, width, self.device, turns, total), counts
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> LatentCache:
         """An empty cache for ``batch_size`` texts of at most ``max_seq_len`` tokens."""

@@ -41,6 +41,8 @@ def answer(request: Request) -> None:
     with group.everyone as everyone:
         torch.set_num_threads(machine.threads())
         model = load_model(args.model, precision=args.precision, group=group)
+        if args.compile:
+            model.compile()
         sampling = request.sampling_for(model)
         job = Job(args, model, request.tokenizer, Terminal(everyone), sampling, request.own)
         job.check_agreement()

@@ -7,11 +7,13 @@ is between the products in codes. Both round at the same points.
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from dsv3.backward import without_backward
 from dsv3.fp8.quantize import NO_GRADIENT, QuantizedTensor, pick_backend
+from dsv3.opaque import opaque
 
 
 def fused_experts(
@@ -30,7 +32,7 @@ def fused_experts(
     operands = [each for each in (x, w13, w2) if isinstance(each, QuantizedTensor)]
     if len(operands) < 3 or pick_backend(operands[0].device, backend) != "triton":
         return None
-    from dsv3.kernels.experts import experts, serves
+    from dsv3.kernels.experts import serves
 
     if not serves(*(each.data for each in operands)):
         return None
@@ -38,6 +40,19 @@ def fused_experts(
 
     def product(data: Tensor, scale: Tensor) -> Tensor:
         kind = down.scale_format
-        return experts(data, scale, up.data, up.scale, down.data, down.scale, ends, kind)
+        return _fused(data, scale, up.data, up.scale, down.data, down.scale, ends, kind)
 
     return without_backward(product, tokens.data, tokens.scale, **NO_GRADIENT)
+
+
+@opaque(
+    "fused_experts(Tensor x, Tensor x_scale, Tensor w13, Tensor w13_scale, Tensor w2, "
+    "Tensor w2_scale, Tensor ends, str scale_format) -> Tensor",
+    like=lambda x, x_scale, w13, w13_scale, w2, *_: x.new_empty(
+        (len(x), w2.shape[1]), dtype=torch.float32
+    ),
+)
+def _fused(x, x_scale, w13, w13_scale, w2, w2_scale, ends, scale_format):
+    from dsv3.kernels.experts import experts
+
+    return experts(x, x_scale, w13, w13_scale, w2, w2_scale, ends, scale_format)

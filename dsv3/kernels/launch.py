@@ -31,7 +31,7 @@ def fits_descriptor(*codes: torch.Tensor) -> bool:
         x.numel() > 0
         and x.stride(-1) == 1
         and all(stride % 16 == 0 for stride in x.stride()[:-1])
-        and x.data_ptr() % 16 == 0
+        and x.storage_offset() * x.itemsize % 16 == 0
         for x in codes
     )
 
