@@ -32,6 +32,14 @@ TOLERANCE = 1e-3 if DEVICE == "cuda" else 1e-5
 FORMATS = ("float32", "ue8m0")
 
 
+@pytest.fixture(autouse=True)
+def two_at_once(monkeypatch) -> None:
+    """Without a GPU: two programs at a time, so that few rows already fill the chip."""
+    if DEVICE == "cpu":
+        for module in (persistent_gemm, experts):
+            monkeypatch.setattr(module, "multiprocessors", lambda device: 2)
+
+
 def pieces(*quantised) -> list[torch.Tensor]:
     return [t.to(DEVICE) for q in quantised for t in (q.data, q.scale)]
 
@@ -87,7 +95,7 @@ def test_a_tokens_numbers_do_not_depend_on_how_many_there_are():
 
 
 def test_how_a_sum_is_cut_depends_on_the_matrix_alone():
-    """At one token a Hopper chip's 132 multiprocessors have work: V3's matrices, rows by columns."""
+    """At one token a Hopper chip's 132 multiprocessors have work. Rows and columns of V3."""
     for n, k in ((1536, 7168), (576, 7168), (24576, 1536), (7168, 16384), (7168, 2048), (128, 64)):
         blocks, in_part = -(-k // 128), persistent_gemm.blocks_in_part(n, k)
         parts = -(-blocks // in_part)
@@ -203,7 +211,9 @@ def test_experts_of_every_tile(rows, inner, d, ends, scale_format):
     mine, last = torch.tensor(ends), ends[-1]
     given = [*pieces(x, w13), mine.to(DEVICE), scale_format]
     codes, scales = (t.cpu()[:last] for t in experts.hidden(*given))
-    spec, spec_scales = (t[:last] for t in experts.hidden_spec(*(pieces(x, w13)), mine, scale_format))
+    spec, spec_scales = (
+        t[:last] for t in experts.hidden_spec(*(pieces(x, w13)), mine, scale_format)
+    )
     # Two orders of a sum round to two neighbours in bfloat16 now and then.
     same = (codes.view(torch.uint8) == spec.view(torch.uint8)).float().mean()
     assert last == 0 or same > 0.99
@@ -218,7 +228,9 @@ def test_experts_of_every_tile(rows, inner, d, ends, scale_format):
             own = slice(starts[expert], end)
             assert product_error(found[own], hidden[own], w2[expert].dequantize()) < TOLERANCE
     whole = experts.experts_spec(*(pieces(x, w13, w2)), mine, scale_format)
-    torch.testing.assert_close(found[:last], whole[:last], rtol=0.05, atol=0.02 * float(whole.abs().max()))
+    torch.testing.assert_close(
+        found[:last], whole[:last], rtol=0.05, atol=0.02 * float(whole.abs().max())
+    )
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)
@@ -235,7 +247,9 @@ def test_what_goes_into_w2_is_quantised_to_the_same_bytes(rows, scale_format):
     given = [t.to(DEVICE) for t in (x, sx, w13, s13, torch.tensor([rows // 3, rows]))]
     codes, scales = (t.cpu() for t in experts.hidden(*given, scale_format))
     gate, up = (
-        torch.stack([(x[r].float() * sx[r]) @ w13[int(r >= rows // 3), i].float().T for r in range(rows)])
+        torch.stack(
+            [(x[r].float() * sx[r]) @ w13[int(r >= rows // 3), i].float().T for r in range(rows)]
+        )
         for i in (0, 1)
     )
     assert (gate[:-1] == 64 * sx[:-1]).all()
@@ -264,7 +278,12 @@ def test_a_layers_experts_take_the_fused_form_where_it_serves(monkeypatch):
     def one_by_one(*_):
         raise AssertionError("the plain form was taken")
 
-    layer, u, weights, chosen = layer.to(DEVICE), u.to(DEVICE), weights.to(DEVICE), chosen.to(DEVICE)
+    layer, u, weights, chosen = (
+        layer.to(DEVICE),
+        u.to(DEVICE),
+        weights.to(DEVICE),
+        chosen.to(DEVICE),
+    )
     monkeypatch.setattr(fp8_experts, "pick_backend", lambda device, backend: "triton")
     monkeypatch.setattr("dsv3.precision.fp8_one_by_one", one_by_one)
     found = layer(u, weights, chosen).cpu()
@@ -310,9 +329,7 @@ def test_products_are_made_by_the_tensor_core_from_tiles_the_memory_unit_fetched
 ):
     """E4M3 codes as they are, even for 16 tokens, where the plain kernel makes float16 of them."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    found = compile_for(
-        kernel, num_warps=options[0], num_stages=options[1], **constants
-    )
+    found = compile_for(kernel, num_warps=options[0], num_stages=options[1], **constants)
     assert set(found.products) == {f"wgmma.mma_async.sync.aligned.{product}.f32.e4m3.e4m3"}
     assert "cp.async.bulk.tensor.2d.shared" in found.ptx
     assert found.threads == 32 * options[0] and found.shared <= 227 * 1024

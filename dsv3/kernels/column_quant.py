@@ -14,7 +14,7 @@ import triton.language as tl
 
 from dsv3.fields import BLOCK
 from dsv3.kernels.act_quant import act_quant_spec
-from dsv3.kernels.launch import INTERPRETING, check_input
+from dsv3.kernels.launch import INTERPRETING, cdiv, check_input
 from dsv3.kernels.rounding import sign_as_read, tile_codes, tile_scale
 
 
@@ -56,12 +56,12 @@ def column_quant(x: torch.Tensor, scale_format: str = "float32"):
     check_input(x, "column_quant", (torch.float32, torch.bfloat16, torch.float16))
     (tokens, channels), x = x.shape, x.contiguous()
     room = torch.empty(
-        (channels, -(-tokens // 16) * 16), dtype=torch.float8_e4m3fn, device=x.device
+        (channels, cdiv(tokens, 16) * 16), dtype=torch.float8_e4m3fn, device=x.device
     )
-    scale = torch.empty((triton.cdiv(tokens, BLOCK), channels), device=x.device)
+    scale = torch.empty((cdiv(tokens, BLOCK), channels), device=x.device)
     cols_at_once = 256 if INTERPRETING else 64
     if x.numel():
-        column_quant_kernel[(len(scale), triton.cdiv(channels, cols_at_once))](
+        column_quant_kernel[(len(scale), cdiv(channels, cols_at_once))](
             x,
             room.view(torch.uint8),
             scale,

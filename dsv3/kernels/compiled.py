@@ -125,14 +125,7 @@ _KERNELS = {
             sx_row="i32",
             sx_block="i32",
         ),
-        dict(
-            ROWS=64,
-            COLS=128,
-            BLOCK=BLOCK,
-            SWAP=False,
-            POWER_OF_TWO=False,
-            EXPERTS=256,
-        ),
+        dict(ROWS=64, COLS=128, BLOCK=BLOCK, SWAP=False, POWER_OF_TWO=False, EXPERTS=256),
     ),
     "expert_out": (
         "experts",

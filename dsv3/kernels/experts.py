@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dsv3.fields import BLOCK
 from dsv3.kernels.act_quant import act_quant_spec
 from dsv3.kernels.fp8_gemm import fp8_gemm_spec
-from dsv3.kernels.launch import fits_descriptor, is_hopper, multiprocessors
+from dsv3.kernels.launch import cdiv, fits_descriptor, is_hopper, multiprocessors
 from dsv3.kernels.persistent_gemm import Tile, scaled_block, store_sums
 from dsv3.kernels.rounding import as_bfloat16, tile_codes, tile_scale
 
@@ -74,9 +74,9 @@ def _shares(ends: torch.Tensor) -> list[tuple[int, slice]]:
 
 # Rows that an expert has on average, up to: the tiles of the two kernels.
 _TILES = (
-    (16, Tile(16, 128, 4, 5, swap=True), Tile(16, 64, 4, 8, swap=True)),
-    (32, Tile(32, 128, 8, 5, swap=True), Tile(32, 64, 4, 7, swap=True)),
-    (64, Tile(64, 128, 8, 4), Tile(64, 128, 8, 5)),
+    (16, (Tile(16, 128, 4, 5, swap=True), Tile(16, 64, 4, 8, swap=True))),
+    (32, (Tile(32, 128, 8, 5, swap=True), Tile(32, 64, 4, 7, swap=True))),
+    (64, (Tile(64, 128, 8, 4), Tile(64, 128, 8, 5))),
 )
 _LARGE = Tile(128, 128, 8, 3), Tile(128, 128, 8, 4)
 
@@ -227,7 +227,7 @@ def experts(
     and inner multiples of 16. ends (E,): where each expert's rows end; what follows the last is
     not written. scale_format: of what goes into w2.
     """
-    (rows, d), (count, _, inner, _) = x.shape, w13.shape
+    rows, (count, _, inner, _) = len(x), w13.shape
     out = torch.empty((rows, w2.shape[1]), dtype=torch.float32, device=x.device)
     if rows == 0:
         return out
@@ -265,7 +265,7 @@ def hidden(
     """silu(w1 x) * w3 x of each expert's rows: codes (choices, inner) and scales."""
     (rows, d), (count, _, inner, _) = x.shape, w13.shape
     codes = torch.empty((rows, inner), dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty((rows, triton.cdiv(inner, BLOCK)), device=x.device)
+    scales = torch.empty((rows, cdiv(inner, BLOCK)), device=x.device)
     tile = _tiles(rows, count)[0]
     expert_hidden_kernel[(_programs(tile, rows, count, inner, x.device),)](
         TensorDescriptor.from_tensor(x, [tile.rows, BLOCK]),
@@ -292,10 +292,10 @@ def hidden(
 
 
 def _tiles(rows: int, experts: int) -> tuple[Tile, Tile]:
-    return next((tiles for most, *tiles in _TILES if rows <= most * experts), _LARGE)
+    return next((tiles for most, tiles in _TILES if rows <= most * experts), _LARGE)
 
 
 def _programs(tile: Tile, rows: int, experts: int, cols: int, device: torch.device) -> int:
     """As many as run at once, or as there can be tiles, if that is less."""
-    most = (triton.cdiv(rows, tile.rows) + experts) * triton.cdiv(cols, tile.cols)
+    most = (cdiv(rows, tile.rows) + experts) * cdiv(cols, tile.cols)
     return min(most, multiprocessors(device) * (2 if tile.cols == 64 else 1))

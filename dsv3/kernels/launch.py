@@ -11,12 +11,9 @@ from dsv3.errors import DSV3Error
 INTERPRETING: bool = knobs.runtime.interpret
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many programs a device runs at once; in the interpreter 2, so that each makes several
-    tiles."""
-    if INTERPRETING:
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def cdiv(size: int, width: int) -> int:
+    """How many pieces of such a width cover the size."""
+    return -(-size // width)
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -53,3 +50,10 @@ def check_input(x: torch.Tensor, kernel: str, dtypes: tuple[torch.dtype, ...]) -
             fix="Use backend='torch', or set TRITON_INTERPRET=1 before the start to "
             "run them, slowly, on the CPU.",
         )
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at the same time, at least; a few in the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -34,7 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv3.fields import BLOCK
 from dsv3.kernels.fp8_gemm import check_operands
-from dsv3.kernels.launch import INTERPRETING, fits_descriptor, is_hopper, multiprocessors
+from dsv3.kernels.launch import INTERPRETING, cdiv, fits_descriptor, is_hopper, multiprocessors
 from dsv3.kernels.rounding import round_to_bfloat16
 
 
@@ -62,9 +62,8 @@ def persistent_gemm_spec(
 def blocks_in_part(n: int, k: int) -> int:
     """Blocks of 128 that are added up in one go, for W (n, k): with one token, nearly every one of
     a Hopper chip's 132 multiprocessors shall have a tile of 64 rows of W to read, or two."""
-    blocks = triton.cdiv(k, BLOCK)
-    parts = max(1, min(192 // triton.cdiv(n, 64), blocks // 4))
-    return triton.cdiv(blocks, parts)
+    blocks = cdiv(k, BLOCK)
+    return cdiv(blocks, max(1, min(192 // cdiv(n, 64), blocks // 4)))
 
 
 class Tile(NamedTuple):
@@ -203,7 +202,7 @@ def persistent_gemm_kernel(
                 w = w_desc.load([first_col + COLS, block * BLOCK])
                 sw = tl.load(next_sw_at + block * sw_block)
                 beside += scaled_block(x, sx, w, sw, SWAP)
-            if FOLD:
+            if FOLD:  # noqa: SIM102 - a constant, then a question
                 if (block + 1) % in_part == 0:
                     whole += acc
                     acc = tl.zeros_like(acc)
@@ -220,7 +219,7 @@ def add_parts_kernel(part_ptr, out_ptr, numbers, parts, SIZE: tl.constexpr):
     """out = part 0 + part 1 + ..., in this order."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     whole = tl.zeros((SIZE,), dtype=tl.float32)
-    for part in range(parts):
+    for _ in range(parts):
         whole += tl.load(part_ptr + at, mask=at < numbers, other=0.0)
         part_ptr += numbers
     if out_ptr.dtype.element_ty == tl.int16:
@@ -254,11 +253,11 @@ def persistent_gemm(
     tile = tile or tile_for(m)
     programs = multiprocessors(x.device)
     in_part = blocks_in_part(n, k)
-    parts = triton.cdiv(triton.cdiv(k, BLOCK), in_part)
-    row_tiles, col_tiles = triton.cdiv(m, tile.rows), triton.cdiv(n, tile.cols)
+    parts = cdiv(cdiv(k, BLOCK), in_part)
+    row_tiles, col_tiles = cdiv(m, tile.rows), cdiv(n, tile.cols)
     split = parts > 1 and row_tiles * col_tiles < programs
     pair = tile.pair and parts == 1 and rows_of_w > 1 and row_tiles * col_tiles >= 2 * programs
-    tiles = row_tiles * triton.cdiv(col_tiles, 2 if pair else 1) * (parts if split else 1)
+    tiles = row_tiles * cdiv(col_tiles, 2 if pair else 1) * (parts if split else 1)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     stored = out.view(torch.int16) if dtype == torch.bfloat16 else out
     sums = torch.empty((parts, m, n), device=x.device) if split else stored
@@ -289,5 +288,5 @@ def persistent_gemm(
     )
     if split:
         size = 4096 if INTERPRETING else 512
-        add_parts_kernel[(triton.cdiv(m * n, size),)](sums, stored, m * n, parts, SIZE=size)
+        add_parts_kernel[(cdiv(m * n, size),)](sums, stored, m * n, parts, SIZE=size)
     return out
