@@ -64,9 +64,40 @@ _KERNELS = {
         ),
         dict(ROWS=64, COLS=128, BLOCK=BLOCK, GROUP=8),
     ),
+    "mla_decode": (
+        dict(
+            q_ptr="*fp32",
+            seen_ptr="*bf16",
+            scale_ptr="*fp32",
+            rope_ptr="*bf16",
+            reach_ptr="*i64",
+            out_ptr="*fp32",
+            total_ptr="*fp32",
+            rows="i32",
+            heads="i32",
+            splits="i32",
+            row_stride="i32",
+            key_stride="i32",
+            softmax_scale="fp32",
+        ),
+        dict(
+            LATENT=512,
+            ROPE=64,
+            LATENT_WIDE=512,
+            ROPE_WIDE=64,
+            ROWS=16,
+            KEYS=64,
+            PARTS=2,
+            PACKED=False,
+            BLOCK=BLOCK,
+            INTERPRETED=False,
+        ),
+    ),
 }
+# Pointers whose type follows a constant: the cache holds codes where it is packed.
+_BY_CONSTANT = {("mla_decode", "PACKED"): dict(seen_ptr="*u8")}
 # Sizes that a launch may take for multiples of 16, so that memory is read 16 bytes at a time.
-_MULTIPLES = ("cols", "n", "k")
+_MULTIPLES = ("cols", "n", "k", "row_stride", "key_stride")
 _PRODUCT = re.compile(
     r"^\s*(?:@\S+ )?((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*)", re.MULTILINE
 )
@@ -164,7 +195,10 @@ def _compile(kernel: str, arch: int, constants: dict, options: dict) -> dict:
     function = getattr(module, f"{kernel}_kernel")
     if isinstance(function, triton.runtime.Autotuner):
         function = function.fn
-    types = _KERNELS[kernel][0]
+    types = dict(_KERNELS[kernel][0])
+    for (name, constant), others in _BY_CONSTANT.items():
+        if name == kernel and constants[constant]:
+            types |= others
     aligned = [["tt.divisibility", 16]]
     source = ASTSource(
         function,

@@ -28,3 +28,10 @@ def check_input(x: torch.Tensor, kernel: str, dtypes: tuple[torch.dtype, ...]) -
             fix="Use backend='torch', or set TRITON_INTERPRET=1 before the start to "
             "run them, slowly, on the CPU.",
         )
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at the same time, at least; a few in the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
