@@ -7,7 +7,6 @@ positions are new, and which of them may see which.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -28,17 +27,19 @@ _WIDEN_KEYS = 512
 class Step:
     """Where the new tokens of one forward pass stand; made once, read by every layer.
 
-    offset: position of the first new token (of the first row, when rows are ragged).
     total: keys that can be seen, t. rotation: of each pair of values, by position. mask: True
-    where a query may look, or None when the causal rule says it all. take: for ragged rows,
-    (row, column, position) of all n true tokens, else None.
+    where a query may look, or None when the causal rule says it all. row, place: where what
+    belongs to a new token is kept, its row and its position there, or -1 for padding.
+
+    All that differs from row to row and from pass to pass is a tensor. No layer asks one for a
+    number: on a GPU, the answer would have to be waited for.
     """
 
-    offset: int
     total: int
     rotation: Complex64[Tensor, "b s pairs"]
     mask: Bool[Tensor, "b 1 s t"] | None
-    take: tuple[Int[Tensor, " n"], Int[Tensor, " n"], Int[Tensor, " n"]] | None
+    row: Int[Tensor, "b 1"]
+    place: Int[Tensor, "b s"]
 
     @classmethod
     def make(
@@ -48,37 +49,37 @@ class Step:
         counts: list[int],
         width: int,
         device: torch.device,
+        turns: Complex64[Tensor, "room pairs"] | None = None,
     ) -> Step:
-        """starts: tokens already seen per row; counts: true new tokens per row; width: s."""
+        """starts: tokens already seen per row; counts: true new tokens per row; width: s; turns:
+        the rotation at each position, where somebody keeps a table of them."""
         total = max(start + count for start, count in zip(starts, counts))
-        first = torch.tensor(starts, device=device)
+        first = numbers(starts, device)
         columns = torch.arange(width, device=device)
         positions = first[:, None] + columns  # (b, s)
-        rotation = rotations(
-            positions, inverse_frequencies(config).to(device), rotation_scale(config)
-        )
         even = len(set(starts)) == 1 and all(count == width for count in counts)
-        take = None
-        if not even:
-            row, column = (columns < torch.tensor(counts, device=device)[:, None]).nonzero(
-                as_tuple=True
+        place = positions
+        if any(count < width for count in counts):
+            place = positions.where(columns < numbers(counts, device)[:, None], -1)
+        if turns is None:
+            rotation = rotations(
+                positions, inverse_frequencies(config).to(device), rotation_scale(config)
             )
-            take = (row, column, first[row] + column)
+        else:
+            rotation = turns[place]
         mask = None
         if not even or (starts[0] > 0 and width > 1):
             keys = torch.arange(total, device=device)
             mask = (keys <= positions[..., None])[:, None]  # (b, 1, s, t)
-        return cls(starts[0], total, rotation, mask, take)
+        row = torch.arange(len(starts), device=device)[:, None]
+        return cls(total, rotation, mask, row, place)
 
     def write(
         self, store: Shaped[Tensor, "b room *rest"], new: Shaped[Tensor, "b s *rest"]
     ) -> None:
-        """Put what belongs to the new tokens into a store of all positions, at their places."""
-        if self.take is None:
-            store[:, self.offset : self.offset + new.shape[1]] = new
-        else:
-            row, column, position = self.take
-            store[row, position] = new[row, column]
+        """Put what belongs to the new tokens into a store of all positions, at their places. A
+        store has one place more than positions, its last, where padding goes."""
+        store[self.row, self.place] = new
 
 
 class LatentCache:
@@ -87,7 +88,8 @@ class LatentCache:
     data: (layers, batch, max_seq_len, d_c + d_h^R). Every row has its own length; positions
     beyond it hold leftovers that no query looks at. The latent is stored after its norm, the key
     after its rotation. ids: (batch, max_seq_len), the token that each position was computed for,
-    -1 where that is not known; so a text can be told from one that only begins like it.
+    -1 where that is not known; so a text can be told from one that only begins like it. turns: the
+    rotation at each position, which the config alone decides.
 
     What is kept is numbers and no history: a gradient reaches the tokens of the pass that it comes
     from, none of an earlier one.
@@ -111,16 +113,28 @@ class LatentCache:
                     expected="an integer of at least 0",
                 )
         with torch.inference_mode(False):  # wherever it is made, it can be written anywhere
-            self.data = torch.zeros(
-                layers, batch_size, max_seq_len, config.latent_dim, dtype=dtype, device=device
+            # One place more than positions, where a pass puts what belongs to padding.
+            self._latents = torch.zeros(
+                layers, batch_size, max_seq_len + 1, config.latent_dim, dtype=dtype, device=device
             )
-            self.ids = torch.full((batch_size, max_seq_len), -1, device=device)
-        self.lengths = [0] * batch_size
+            self._ids = torch.full((batch_size, max_seq_len + 1), -1, device=device)
+            self.turns = _turns(config, max_seq_len + 1, self._ids.device)
+        self.config, self.lengths = config, [0] * batch_size
+
+    @property
+    def data(self) -> Shaped[Tensor, "layers b max_seq_len latent"]:
+        """The latents of all positions."""
+        return self._latents[:, :, :-1]
+
+    @property
+    def ids(self) -> Int[Tensor, "b max_seq_len"]:
+        """The tokens of all positions."""
+        return self._ids[:, :-1]
 
     @property
     def max_seq_len(self) -> int:
         """Tokens a row can hold."""
-        return self.data.shape[2]
+        return self._latents.shape[2] - 1
 
     @property
     def nbytes(self) -> int:
@@ -131,17 +145,16 @@ class LatentCache:
         self, layer: int, new: Float[Tensor, "b s latent"], step: Step
     ) -> Float[Tensor, "b t latent"]:
         """Write what is new after each row's tokens; return that of all keys."""
-        store = self.data[layer]
+        store = self._latents[layer]
         step.write(store, new.detach())
-        seen = store[:, : step.total]
         if torch.is_grad_enabled() and new.requires_grad:
-            seen = seen.clone()  # later passes write into the store, which would spoil the graph
-            step.write(seen, new)
-        return seen
+            store = store.clone()  # later passes write into the store, which would spoil the graph
+            step.write(store, new)
+        return store[:, : step.total]
 
     def remember(self, tokens: Int[Tensor, "b s"], step: Step) -> None:
         """Note which tokens a pass was about."""
-        step.write(self.ids, tokens)
+        step.write(self._ids, tokens)
 
     def tokens(self, row: int) -> list[int]:
         """The ids of the tokens that a row holds."""
@@ -149,16 +162,23 @@ class LatentCache:
 
     def copies(self, n: int, max_seq_len: int) -> LatentCache:
         """Another cache in which each row stands ``n`` times in a row, with room for more."""
-        other = copy.copy(self)
+        layers, batch, _, _ = self.data.shape
+        other = LatentCache(
+            self.config, layers, n * batch, max_seq_len, self.data.dtype, self.data.device
+        )
         longest = max(self.lengths)
-        with torch.inference_mode(False):
-            layers, batch, _, width = self.data.shape
-            other.data = self.data.new_zeros(layers, n * batch, max_seq_len, width)
-            other.ids = self.ids.new_full((n * batch, max_seq_len), -1)
         other.data[:, :, :longest] = self.data[:, :, :longest].repeat_interleave(n, dim=1)
         other.ids[:, :longest] = self.ids[:, :longest].repeat_interleave(n, dim=0)
         other.lengths = [length for length in self.lengths for _ in range(n)]
         return other
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all rows but these, in ascending order, which move up; no memory is taken."""
+        count, longest = len(rows), max(self.lengths)
+        for store in (*self._latents, self._ids):
+            store[:count, :longest] = store[rows, :longest]
+        self._latents, self._ids = self._latents[:, :count], self._ids[:count]
+        self.lengths = [self.lengths[row] for row in rows]
 
     def advance(self, counts: list[int]) -> None:
         """Count the tokens of a finished forward pass."""
@@ -236,6 +256,19 @@ def check_is_cache(cache: object, name: str = "cache") -> None:
             expected="LatentCache",
             fix="Make it with new_cache, or new_draft_cache for an MTP module",
         )
+
+
+def numbers(values: list[int], device: torch.device) -> Int[Tensor, " n"]:
+    """A list as a tensor there; nobody waits until it has arrived."""
+    return torch.tensor(values, device="cpu").to(device, non_blocking=True)
+
+
+def _turns(
+    config: ModelConfig, count: int, device: torch.device
+) -> Complex64[Tensor, "{count} pairs"]:
+    """The rotation at each of the first ``count`` positions."""
+    positions = torch.arange(count, device=device)
+    return rotations(positions, inverse_frequencies(config).to(device), rotation_scale(config))
 
 
 def _words(layers: int, width: int, dtype: torch.dtype, device: torch.device) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsv3 import placement
 from dsv3.block import Block
-from dsv3.cache import LatentCache, Step, check_is_cache
+from dsv3.cache import LatentCache, Step, check_is_cache, numbers
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.layers import Embedding, Head, RMSNorm, RowParallelLinear
@@ -132,17 +132,25 @@ class Transformer(nn.Module):
         DSV3Error for a wrong shape, a token id out of range, a full cache.
         """
         step, counts = self._step(tokens, cache, lengths)
-        tokens = tokens.to(self.device)
+        tokens = tokens.to(self.device, non_blocking=True)
         with _no_autocast(self.device):
-            x = self.embed(tokens)
-            for slot, layer in enumerate(self.layers):
-                x = layer(x, step, cache, slot)
-            hidden = self.norm(x)
+            hidden = self._read(tokens, step, cache)
             if cache is not None:
-                cache.remember(tokens, step)
                 cache.advance(counts)
             logits = self._logits(hidden, counts, last_only)
             return (logits, hidden) if return_hidden else logits
+
+    def _read(
+        self, tokens: Int[Tensor, "b s"], step: Step, cache: LatentCache | None
+    ) -> Float[Tensor, "b s d"]:
+        """The pass itself, behind all checks: nothing in it asks a tensor for a number, and so
+        nothing in it waits for a GPU."""
+        if cache is not None:
+            cache.remember(tokens, step)
+        x = self.embed(tokens)
+        for slot, layer in enumerate(self.layers):
+            x = layer(x, step, cache, slot)
+        return self.norm(x)
 
     def mtp_logits(
         self,
@@ -167,7 +175,7 @@ class Transformer(nn.Module):
                 expected=f"below num_nextn_predict_layers ({len(self.mtp)})",
             )
         step, counts = self._step(tokens, cache, lengths, layers=1)
-        tokens = tokens.to(self.device)
+        tokens = tokens.to(self.device, non_blocking=True)
         with _no_autocast(self.device):
             hidden = self.mtp[depth](hidden, self.embed(tokens), step, cache)
             if cache is not None:
@@ -177,7 +185,7 @@ class Transformer(nn.Module):
 
     def _logits(self, hidden: Float[Tensor, "b s d"], counts: list[int], last_only: bool) -> Logits:
         if last_only:
-            last = torch.tensor(counts, device=hidden.device) - 1
+            last = numbers(counts, hidden.device) - 1
             hidden = hidden[torch.arange(len(counts), device=hidden.device), last]
         return self.head(hidden)
 
@@ -260,7 +268,8 @@ class Transformer(nn.Module):
                 expected=f"at most {self.config.max_position_embeddings}",
                 fix="Shorten the text or start a new one",
             )
-        return Step.make(self.config, starts, counts, width, self.device), counts
+        turns = None if cache is None else cache.turns
+        return Step.make(self.config, starts, counts, width, self.device, turns), counts
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> LatentCache:
         """An empty cache for ``batch_size`` texts of at most ``max_seq_len`` tokens."""

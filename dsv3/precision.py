@@ -40,7 +40,7 @@ from dsv3 import fp8
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import Fp8Recipe, QuantizedTensor, fp8_linear
-from dsv3.grouped import can_group, grouped, one_by_one
+from dsv3.grouped import can_group, fp8_one_by_one, grouped, one_by_one, plain_one_by_one
 
 # Rows of a bfloat16 weight that are widened at a time: small enough to stay in a core's cache.
 _WIDEN_ROWS = 1024
@@ -182,7 +182,7 @@ class Precision:
         stack = stack.flatten(1, -2)
         if can_group(x, stack):
             return grouped(x, stack.to(x.dtype), ends)
-        return one_by_one(self.rounded, x, stack.unbind(), ends)
+        return plain_one_by_one(x, stack, ends)
 
     def each_wide(
         self,
@@ -241,6 +241,7 @@ class Fp8(Precision):
             blocks = fp8.quantize_weight(weight.float(), self.scale_format)
         else:
             blocks = stored_blocks(name, weight, scale)
+        blocks.check_scales(name)  # here, so that no product has to ask
         return blocks.data, blocks.scale
 
     def operand(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> QuantizedTensor:
@@ -264,19 +265,21 @@ class Fp8(Precision):
         self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: QuantizedTensor
     ) -> Float[Tensor, "*lead out"]:
         sums = self.sums(x.device)
-        if len(matrix.shape) == 2:
-            return fp8.matmul(self.operand(x), matrix, sums)
-        return torch.cat([fp8.matmul(self.operand(x), part, sums) for part in matrix], -1)
+        return fp8.matmul(self.operand(x), matrix, sums)
 
     def each(
         self, x: QuantizedTensor, stack: QuantizedTensor, ends: Int[Tensor, " experts"]
     ) -> Float[Tensor, "choices out"]:
-        return one_by_one(self.rounded, x, stack, ends)
+        return self.each_wide(x, stack, ends).to(self.dtype)
 
     def each_wide(
-        self, x: Float[Tensor, "choices in"], stack: QuantizedTensor, ends: Int[Tensor, " experts"]
+        self,
+        x: Float[Tensor, "choices in"] | QuantizedTensor,
+        stack: QuantizedTensor,
+        ends: Int[Tensor, " experts"],
     ) -> Float[Tensor, "choices out"]:
-        return one_by_one(self.wide, self.operand(x), stack, ends)
+        x, sums = self.operand(x), self.sums(x.device)
+        return fp8_one_by_one(x.data, x.scale, stack.data, stack.scale, ends, sums)
 
 
 @dataclass(frozen=True, kw_only=True)

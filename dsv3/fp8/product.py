@@ -20,7 +20,7 @@ Two forms compute the same sum.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float8e4m3fn, Float32
 from torch import Tensor
 
 from dsv3.backward import without_backward
@@ -35,6 +35,7 @@ from dsv3.fp8.quantize import (
     quantize_activation,
     row_chunks,
 )
+from dsv3.opaque import opaque
 
 
 def linear(
@@ -63,19 +64,31 @@ def matmul(
     """
     _check_operands(xq, wq)
 
-    def product(data, scale):
-        return _matmul(QuantizedTensor(data, scale, xq.block, xq.scale_format), wq, sums, backend)
+    def product(x, x_scale):
+        return _product(x, x_scale, wq.data, wq.scale, sums, backend)
 
     return without_backward(product, xq.data, xq.scale, **NO_GRADIENT)
 
 
-def _matmul(
-    xq: QuantizedTensor, wq: QuantizedTensor, sums: torch.dtype, backend: str | None
+@opaque(
+    "fp8_product(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, ScalarType sums, "
+    "str? backend) -> Tensor",
+    like=lambda x, x_scale, w, w_scale, sums, backend: x.new_empty(
+        (*x.shape[:-1], w.shape[0]), dtype=sums
+    ),
+)
+def _product(
+    x: Float8e4m3fn[Tensor, "... inner"],
+    x_scale: Float32[Tensor, "... tiles"],
+    w: Float8e4m3fn[Tensor, "out inner"],
+    w_scale: Float32[Tensor, "blocks tiles"],
+    sums: torch.dtype,
+    backend: str | None,
 ) -> Float[Tensor, "... out"]:
-    shape = (*xq.shape[:-1], wq.shape[0])
+    shape, k = (*x.shape[:-1], len(w)), x.shape[-1]
     if 0 in shape:
-        return torch.zeros(shape, dtype=sums, device=xq.device)
-    if pick_backend(xq.device, backend) == "triton":
+        return torch.zeros(shape, dtype=sums, device=x.device)
+    if pick_backend(x.device, backend) == "triton":
         if sums != torch.float32:
             raise DSV3Error(
                 "the Triton product adds up in float32",
@@ -85,28 +98,42 @@ def _matmul(
             )
         from dsv3.kernels.fp8_gemm import fp8_gemm
 
-        k = xq.shape[-1]
-        out = fp8_gemm(
-            xq.data.reshape(-1, k), xq.scale.reshape(-1, xq.scale.shape[-1]), wq.data, wq.scale
-        )
+        out = fp8_gemm(x.reshape(-1, k), x_scale.reshape(-1, x_scale.shape[-1]), w, w_scale)
     else:
-        out = _matmul_torch(xq.dequantize().view(-1, xq.shape[-1]).to(sums), wq)
+        values = _values(x.reshape(-1, k), x_scale.reshape(-1, x_scale.shape[-1]))
+        out = _product_torch(values.to(sums), w, w_scale)
     return out.view(shape)
 
 
-def _matmul_torch(x: Float[Tensor, "rows in"], wq: QuantizedTensor) -> Float[Tensor, "rows out"]:
+def _values(
+    x: Float8e4m3fn[Tensor, "rows inner"], scale: Float32[Tensor, "rows tiles"]
+) -> Float32[Tensor, "rows inner"]:
+    """code * scale of activations, of which nothing is asked: NaN codes come with NaN scales. A
+    scale can be as large as 2^120, so it comes in smaller by 256 and the values are mended."""
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    for rows, tiles in row_chunks(x.shape, ACTIVATION_BLOCK[0]):
+        dequantize_rows(x[rows], scale[tiles] / 256.0, ACTIVATION_BLOCK, out=out[rows])
+    return out.mul_(256.0)
+
+
+def _product_torch(
+    x: Float[Tensor, "rows inner"],
+    w: Float8e4m3fn[Tensor, "out inner"],
+    w_scale: Float32[Tensor, "blocks tiles"],
+) -> Float[Tensor, "rows out"]:
     """x times W^T in x's dtype, a run of W's rows at a time."""
-    n, k = wq.shape
+    n, k = w.shape
     chunks = list(row_chunks((n, k), WEIGHT_BLOCK[0]))
     buffer = torch.empty(chunks[0][0].stop, k, dtype=torch.float32, device=x.device)
     out = x.new_empty(x.shape[0], n)
     for rows, blocks in chunks:
-        codes = wq.data[rows]
-        w = dequantize_rows(codes, wq.scale[blocks], wq.block, out=buffer[: len(codes)]).to(x.dtype)
+        codes = w[rows]
+        run = dequantize_rows(codes, w_scale[blocks], WEIGHT_BLOCK, out=buffer[: len(codes)])
+        run = run.to(x.dtype)
         if len(x) == 1:
-            torch.mv(w, x[0], out=out[0, rows])
+            torch.mv(run, x[0], out=out[0, rows])
         else:
-            out[:, rows] = x @ w.T
+            out[:, rows] = x @ run.T
     return out
 
 

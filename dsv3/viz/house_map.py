@@ -78,7 +78,7 @@ ROOMS = (
     ),
     Room(
         "The ground",
-        "config families fields translation backward errors files machine shipped unfinished",
+        "config families fields translation backward opaque errors files machine shipped unfinished",
         "configs of the family; errors in one line; files, threads",
         (50, 4.7, 96),
         BLACK,
