@@ -38,6 +38,7 @@ from dsv3.cache import LatentCache, Step, dot_keys, mix_values
 from dsv3.config import ModelConfig
 from dsv3.costs import break_even_queries
 from dsv3.fp8 import QuantizedTensor
+from dsv3.fp8.latent import PackedLatents
 from dsv3.layers import ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear, take_stored
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
@@ -161,7 +162,7 @@ class MLA(nn.Module):
         self,
         q_nope: Float[Tensor, "b s heads d_h"],
         q_rope: Float[Tensor, "b s heads d_r"],
-        seen: Float[Tensor, "b t latent"],
+        seen: Float[Tensor, "b t latent"] | PackedLatents,
         step: Step,
     ) -> Float[Tensor, "b s heads d_v"]:
         """Keys and values of every head, then attention (eq. 10).
@@ -182,13 +183,29 @@ class MLA(nn.Module):
         self,
         q_nope: Float[Tensor, "b s heads d_h"],
         q_rope: Float[Tensor, "b s heads d_r"],
-        seen: Float[Tensor, "b t latent"],
+        seen: Float[Tensor, "b t latent"] | PackedLatents,
         step: Step,
     ) -> Float[Tensor, "b s heads d_v"]:
         """Attention to the latents themselves: one key, of which a part is the value too."""
         w_uk, w_uv = self.wkv_b.per_head()
         q_latent = torch.einsum("bshd,hdc->bshc", q_nope.to(w_uk.dtype), w_uk)  # W^UK^T q^C
-        q = torch.cat([q_latent, q_rope.to(w_uk.dtype)], -1) * self.scale
+        q = torch.cat([q_latent, q_rope.to(w_uk.dtype)], -1)
+        if self.precision.in_kernels(q):
+            o_latent = self.latents_by_kernel(q, seen, step)
+        else:
+            o_latent = self.latents_by_torch(q, seen, step)
+        return torch.einsum("bshc,hdc->bshd", o_latent, w_uv)
+
+    def latents_by_torch(
+        self,
+        q: Float[Tensor, "b s heads latent"],
+        seen: Float[Tensor, "b t latent"] | PackedLatents,
+        step: Step,
+    ) -> Float[Tensor, "b s heads d_c"]:
+        """Each head's average of the latents (eq. 10): the plain form."""
+        if isinstance(seen, PackedLatents):
+            seen = seen.to(self.precision.dtype)
+        q = q * self.scale
         scores = dot_keys(q.flatten(1, 2), seen).unflatten(1, q.shape[1:3])  # (b, s, heads, t)
         mask = step.mask
         if mask is None and q.shape[1] > 1:
@@ -197,4 +214,16 @@ class MLA(nn.Module):
             scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
         weights = scores.softmax(-1).flatten(1, 2)  # eq. 10
         o_latent = mix_values(weights, seen[..., : self.config.kv_lora_rank])
-        return torch.einsum("bshc,hdc->bshd", o_latent.unflatten(1, q.shape[1:3]), w_uv)
+        return o_latent.unflatten(1, q.shape[1:3])
+
+    def latents_by_kernel(
+        self,
+        q: Float[Tensor, "b s heads latent"],
+        seen: Float[Tensor, "b t latent"] | PackedLatents,
+        step: Step,
+    ) -> Float[Tensor, "b s heads d_c"]:
+        """The same on a GPU, from the cache as it lies there."""
+        from dsv3.kernels.mla_decode import mla_decode
+
+        rows = seen.rows if isinstance(seen, PackedLatents) else seen
+        return mla_decode(q, rows, step.reach, self.scale, self.config.kv_lora_rank)
