@@ -18,16 +18,22 @@ import triton.language as tl
 
 
 @triton.jit
+def round_to_bf16(x):
+    """Float32 to the nearest bfloat16, ties to even, as float32: the interpreter would cut off."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, rounded)
+    return rounded.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def to_bf16(x, INTERPRETED: tl.constexpr):
     """Float32 to the nearest bfloat16, ties to even, as an operand of ``tl.dot``.
 
-    The interpreter cuts off where a GPU rounds, and its ``tl.dot`` takes bfloat16 for integers:
-    there the rounding is made of integer operations, and the result stays float32.
+    The interpreter's ``tl.dot`` takes bfloat16 for integers: there the result stays float32.
     """
     if INTERPRETED:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return bits.to(tl.float32, bitcast=True)
+        return round_to_bf16(x)
     else:
         return x.to(tl.bfloat16)
 
