@@ -185,14 +185,14 @@ class SwiGLU(nn.Module):
         self.w3 = ColumnParallelLinear(dim, inner, precision, group, **options)
         self.w2 = RowParallelLinear(inner, dim, precision, group, **options)
 
-    def inner(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead inner"]:
+    def inner(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> Float[Tensor, "*lead inner"]:
         """silu(w1 x) * w3 x, this rank's channels."""
         operand = self.precision.operand(x)  # both products read the same values
         return F.silu(self.w1(operand)) * self.w3(operand)
 
-    def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+    def forward(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> Float[Tensor, "*lead d"]:
         return self.w2(self.inner(x))
 
-    def partial_sum(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+    def partial_sum(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> Float[Tensor, "*lead d"]:
         """This rank's part of the output, neither reduced nor rounded: MoE adds to it first."""
         return self.w2.wide(self.inner(x))

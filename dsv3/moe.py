@@ -66,6 +66,8 @@ class Router(nn.Module):
     ) -> tuple[Float[Tensor, "*lead k"], Int[Tensor, "*lead k"], Float[Tensor, ""] | None]:
         """Of each token, the weights (unrounded) and the numbers of its k = K_r experts; and, where
         a gradient is asked for, the balance loss of these sequences (eq. 17 without alpha)."""
+        if self.precision.in_kernels(u, self.weight):
+            return (*self.in_kernel(u), None)
         scores = self.scores(u)
         chosen = self.choose(scores)
         weights = scores.gather(-1, chosen)
@@ -75,6 +77,23 @@ class Router(nn.Module):
         if scores.requires_grad:
             balance = sequence_balance(scores, self.config.num_experts_per_tok)
         return weights * self.config.routed_scaling_factor, chosen, balance
+
+    def in_kernel(
+        self, u: Float[Tensor, "*lead d"]
+    ) -> tuple[Float[Tensor, "*lead k"], Int[Tensor, "*lead k"]]:
+        """The same weights and experts in one launch, on a GPU."""
+        from dsv3.kernels.router import Choice, router
+
+        c = self.config
+        choice = Choice(
+            c.n_group,
+            c.topk_group,
+            c.num_experts_per_tok,
+            c.scoring_func,
+            c.norm_topk_prob,
+            c.routed_scaling_factor,
+        )
+        return router(u, self.weight, self.bias, choice)
 
     def scores(self, u: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead experts"]:
         """Affinities s_i,t of each token to all N_r experts (eq. 15)."""
@@ -178,6 +197,11 @@ class Experts(nn.Module):
         order, mine, ends = self.sort_by_expert(chosen)
         token = order // chosen.shape[1]
         y = self.swiglu(self.precision.operand(u).index_select(0, token), ends)
+        if self.precision.in_kernels(y, weights):
+            from dsv3.kernels.combine import combine, where_stands
+
+            places = where_stands(order, chosen.numel()).view(chosen.shape)
+            return combine(y, weights, places, ends[-1:])
         if mine is not None:
             y = y.masked_fill(~mine[:, None], 0.0)
         y = y * weights.flatten()[order, None]
@@ -248,13 +272,21 @@ class MoE(nn.Module):
             device=device,
         )
 
-    def forward(self, u: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
-        """Both sums share one rounding, and one all-reduce unless tokens travel to experts."""
+    def forward(
+        self,
+        u: Float[Tensor, "b s d"],
+        operand: Float[Tensor, "b s d"] | QuantizedTensor | None = None,
+    ) -> Float[Tensor, "b s d"]:
+        """Both sums share one rounding, and one all-reduce unless tokens travel to experts.
+
+        operand: u as products take it, where that is there already.
+        """
         weights, chosen, _ = self.gate(u)  # training hears the balance loss by a hook
         flat, weights, chosen = (x.flatten(0, 1) for x in (u, weights, chosen))
-        shared = self.shared_experts.partial_sum(flat)
+        x = flat if operand is None else operand.flatten(0, 1)
+        shared = self.shared_experts.partial_sum(x)
         if self.group.experts is None:
-            out = self.group.all_reduce(self.experts(flat, weights, chosen) + shared)  # eq. 12
+            out = self.group.all_reduce(self.experts(x, weights, chosen) + shared)  # eq. 12
         else:
             out = self.at_experts(flat, weights, chosen) + self.group.all_reduce(shared)
         return out.to(u.dtype).view(u.shape)

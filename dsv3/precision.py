@@ -104,15 +104,15 @@ class Precision:
         """In which attention computes there, between the projections."""
         return self.sums(device)
 
-    def in_kernels(self, x: Tensor) -> bool:
+    def in_kernels(self, *inputs: Tensor) -> bool:
         """Whether Triton kernels compute what stands between the products there: attention, norms,
         the router, sums over experts. On a GPU that multiplies E4M3 itself, in use and not in
         training, for activations in bfloat16; float32 is the oracle mode and stays plain torch."""
         return (
             self.dtype == torch.bfloat16
             and not self.trains
-            and not (torch.is_grad_enabled() and x.requires_grad)
-            and pick_backend(x.device) == "triton"
+            and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+            and pick_backend(inputs[0].device) == "triton"
         )
 
     @property
@@ -153,6 +153,19 @@ class Precision:
     ) -> Float[Tensor, "*lead d"] | QuantizedTensor:
         """x as products take it, made once where several read the same x."""
         return x
+
+    def normed(
+        self, norm: nn.Module, x: Float[Tensor, "*lead d"]
+    ) -> Float[Tensor, "*lead d"] | QuantizedTensor:
+        """norm(x) for products alone: as an operand already, where one kernel makes both."""
+        return norm(x)
+
+    def normed_twice(
+        self, norm: nn.Module, x: Float[Tensor, "*lead d"]
+    ) -> tuple[Float[Tensor, "*lead d"], Float[Tensor, "*lead d"] | QuantizedTensor]:
+        """norm(x) for who reads its numbers, and ``normed`` for products."""
+        y = norm(x)
+        return y, y
 
     def parts(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> tuple[Tensor, ...]:
         """The tensors that an operand is made of, to be sent to another rank."""
@@ -260,6 +273,22 @@ class Fp8(Precision):
         if isinstance(x, QuantizedTensor):
             return x
         return fp8.quantize_activation(x, self.scale_format)
+
+    def normed(self, norm, x: Float[Tensor, "*lead d"]) -> Tensor | QuantizedTensor:
+        return self._norm(norm, x, False)[1] if self.in_kernels(x, norm.weight) else norm(x)
+
+    def normed_twice(
+        self, norm, x: Float[Tensor, "*lead d"]
+    ) -> tuple[Float[Tensor, "*lead d"], Tensor | QuantizedTensor]:
+        if self.in_kernels(x, norm.weight):
+            return self._norm(norm, x, True)
+        return super().normed_twice(norm, x)
+
+    def _norm(self, norm, x: Float[Tensor, "*lead d"], keeps: bool) -> tuple:
+        from dsv3.kernels.norm_quant import norm_quant
+
+        data, scale, y, _ = norm_quant(x, norm.weight, norm.eps, self.scale_format, keeps=keeps)
+        return y, self.of_parts(data, scale)
 
     def parts(self, x: QuantizedTensor) -> tuple[Tensor, ...]:
         return x.data, x.scale

@@ -85,7 +85,7 @@ _KERNELS = {
             ROPE=64,
             LATENT_WIDE=512,
             ROPE_WIDE=64,
-            ROWS=16,
+            ROWS=32,
             KEYS=64,
             PARTS=2,
             PACKED=False,
@@ -93,11 +93,39 @@ _KERNELS = {
             INTERPRETED=False,
         ),
     ),
+    "mla_prefill": (
+        dict.fromkeys(("qn_ptr", "qr_ptr", "kv_ptr", "kr_ptr"), "*fp32")
+        | dict(reach_ptr="*i64", out_ptr="*fp32", queries="i32", keys="i32", heads="i32")
+        | dict(kr_row_stride="i32", kr_key_stride="i32", softmax_scale="fp32"),
+        dict(NOPE=128, ROPE=64, VALUE=128, NOPE_WIDE=128, ROPE_WIDE=64, VALUE_WIDE=128)
+        | dict(ROWS=128, KEYS=64, PARTS=2, INTERPRETED=False),
+    ),
+    "router": (
+        dict(u_ptr="*bf16", w_ptr="*fp32", bias_ptr="*fp32", part_ptr="*fp32")
+        | dict(weight_out_ptr="*fp32", chosen_ptr="*i64", rows="i32", width="i32", scaling="fp32"),
+        dict(GROUPS=8, EACH=32, GROUPS_WIDE=8, EACH_WIDE=32, OPEN=4, K=8, K_WIDE=8)
+        | dict(SIGMOID=True, BIASED=True, NORMALIZED=True)
+        | dict(ROWS=16, DEPTH=32, SPLIT=False, INTERPRETED=False),
+    ),
+    "norm_quant": (
+        dict(x_ptr="*bf16", added_ptr="*bf16", weight_ptr="*fp32", sum_ptr="*i16", y_ptr="*i16")
+        | dict(code_ptr="*u8", scale_ptr="*fp32", cols="i32", eps="fp32"),
+        dict(ADDED=True, KEEPS=True, POWER_OF_TWO=False, TILES=56, TILES_WIDE=64, BLOCK=BLOCK),
+    ),
+    "combine": (
+        dict(y_ptr="*fp32", weight_ptr="*fp32", place_ptr="*i64", used_ptr="*i64")
+        | dict(shared_ptr="*fp32", out_ptr="*fp32", width="i32"),
+        dict(K=8, K_WIDE=8, COLS=1024, SHARED=True),
+    ),
 }
 # Pointers whose type follows a constant: the cache holds codes where it is packed.
-_BY_CONSTANT = {("mla_decode", "PACKED"): dict(seen_ptr="*u8")}
+_BY_CONSTANT = {
+    ("mla_decode", "PACKED", True): dict(seen_ptr="*u8"),
+    ("mla_prefill", "PARTS", 1): dict.fromkeys(("qn_ptr", "qr_ptr", "kv_ptr", "kr_ptr"), "*bf16"),
+}
 # Sizes that a launch may take for multiples of 16, so that memory is read 16 bytes at a time.
-_MULTIPLES = ("cols", "n", "k", "row_stride", "key_stride")
+_MULTIPLES = ("cols", "n", "k", "row_stride", "key_stride", "width")
+_MULTIPLES += ("kr_row_stride", "kr_key_stride")
 _PRODUCT = re.compile(
     r"^\s*(?:@\S+ )?((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*)", re.MULTILINE
 )
@@ -196,8 +224,8 @@ def _compile(kernel: str, arch: int, constants: dict, options: dict) -> dict:
     if isinstance(function, triton.runtime.Autotuner):
         function = function.fn
     types = dict(_KERNELS[kernel][0])
-    for (name, constant), others in _BY_CONSTANT.items():
-        if name == kernel and constants[constant]:
+    for (name, constant, value), others in _BY_CONSTANT.items():
+        if name == kernel and constants[constant] == value:
             types |= others
     aligned = [["tt.divisibility", 16]]
     source = ASTSource(

@@ -15,7 +15,9 @@ exponentials L_j, and a second kernel adds them up in their order, so every run 
 
     o = sum_j 2^(L_j - max L) o_j / sum_j 2^(L_j - max L)
 
-Queries and weights are float32 numbers in two bfloat16 parts (``bf16_parts``); sums are float32.
+Queries and weights are float32 numbers in two bfloat16 parts (``bf16_parts``); sums are float32. A
+tile has 32 rows at most: with 64, the sums of 512 channels no longer fit into registers beside the
+two parts of the queries.
 
 The cache may be packed (``dsv3.fp8.latent``): E4M3 codes and scales that are powers of two, so
 code times scale is a bfloat16 number, and no bit is lost on the way.
@@ -215,7 +217,7 @@ def mla_decode(
     if seen.stride(2) != 1:
         seen = seen.contiguous()
     rows = s * heads
-    tile_rows = min(64, max(16, triton.next_power_of_2(rows)))
+    tile_rows = 16 if rows <= 16 else 32
     tiles = triton.cdiv(rows, tile_rows)
     if splits is None:
         splits = splits_of(b * tiles, t, multiprocessors(q.device))
@@ -245,12 +247,12 @@ def mla_decode(
         ROPE=rope,
         ROPE_WIDE=max(16, triton.next_power_of_2(rope)),
         ROWS=tile_rows,
-        KEYS=64 if INTERPRETING or tile_rows < 64 else 32,
+        KEYS=64 if INTERPRETING or (tile_rows == 32 and not packed) else 32,
         PARTS=parts,
         PACKED=packed,
         BLOCK=BLOCK,
         INTERPRETED=INTERPRETING,
-        num_warps=8 if tile_rows == 64 else 4,
+        num_warps=8 if tile_rows == 32 or packed else 4,
         num_stages=2,
     )
     if splits > 1:

@@ -153,8 +153,7 @@ def mla_prefill(
         return out
     if k_rope.stride(2) != 1:
         k_rope = k_rope.contiguous()
-    wide = q_nope.dtype == torch.float32
-    rows = 64 if wide or INTERPRETING else 128
+    rows = 64 if INTERPRETING else 128
     mla_prefill_kernel[(triton.cdiv(s, rows), b * heads)](
         q_nope.contiguous(),
         q_rope.contiguous(),
@@ -176,9 +175,9 @@ def mla_prefill(
         VALUE_WIDE=max(16, triton.next_power_of_2(d_v)),
         ROWS=rows,
         KEYS=64,
-        PARTS=2 if wide else 1,
+        PARTS=2 if q_nope.dtype == torch.float32 else 1,
         INTERPRETED=INTERPRETING,
-        num_warps=4 if wide else 8,
+        num_warps=8,
         num_stages=2,
     )
     return out
