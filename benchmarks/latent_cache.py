@@ -57,9 +57,7 @@ def forms(model) -> dict[str, Callable[[int, int], LatentCache]]:
     def kept(latent: Callable, rotated: Callable) -> Callable[[int, int], LatentCache]:
         def make(rows: int, tokens: int) -> LatentCache:
             layers = model.config.num_hidden_layers
-            cache = Rounded(
-                model.config, layers, rows, tokens, model.precision.dtype, model.device
-            )
+            cache = Rounded(model.config, layers, rows, tokens, model.precision.dtype, model.device)
             cache.rounded = lambda new: torch.cat(
                 [latent(new[..., :d_c]), rotated(new[..., d_c:])], -1
             )

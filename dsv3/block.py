@@ -60,10 +60,10 @@ class Block(nn.Module):
         self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None, slot: int
     ) -> Float[Tensor, "b s d"]:
         """What attention adds to the stream."""
-        return self.attn(self.precision.normed(self.attn_norm, x), step, cache, slot)
+        return self.attn(self.attn_norm.operand(x, self.precision), step, cache, slot)
 
     def feed_forward(self, u: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
         """What the feed-forward adds to the stream."""
         if isinstance(self.ffn, MoE):
-            return self.ffn(*self.precision.normed_twice(self.ffn_norm, u))
-        return self.ffn(self.precision.normed(self.ffn_norm, u))
+            return self.ffn(*self.ffn_norm.twice(u, self.precision))
+        return self.ffn(self.ffn_norm.operand(u, self.precision))

@@ -98,8 +98,8 @@ class Step:
 class LatentCache:
     """What decoding remembers: [c^KV; k^R] of every token, layer by layer.
 
-    data: (layers, batch, max_seq_len, d_c + d_h^R) in the model's dtype, or, where ``packed``, bytes
-    in the place of the last axis (``dsv3.fp8.latent``). Every row has its own length; positions
+    data: (layers, batch, max_seq_len, d_c + d_h^R) in the model's dtype; ``packed``, the last axis
+    is the bytes of a token (``dsv3.fp8.latent``). Every row has its own length; positions
     beyond it hold leftovers that no query looks at. The latent is stored after its norm, the key
     after its rotation. ids: (batch, max_seq_len), the token that each position was computed for,
     -1 where that is not known; so a text can be told from one that only begins like it. turns: the

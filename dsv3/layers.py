@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dsv3.fp8 import QuantizedTensor
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.precision import Precision
+from dsv3.precision import Fp8, Precision
 
 
 class RMSNorm(nn.Module):
@@ -40,6 +40,25 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+    def operand(
+        self, x: Float[Tensor, "*lead d"], precision: Precision
+    ) -> Float[Tensor, "*lead d"] | QuantizedTensor:
+        """The norm for products alone: in codes already, where one kernel makes both."""
+        return self.twice(x, precision, keeps=False)[1]
+
+    def twice(
+        self, x: Float[Tensor, "*lead d"], precision: Precision, keeps: bool = True
+    ) -> tuple[Float[Tensor, "*lead d"] | None, Float[Tensor, "*lead d"] | QuantizedTensor]:
+        """The norm for who reads its numbers (left out unless ``keeps``), and for products."""
+        if isinstance(precision, Fp8) and precision.in_kernels(x, self.weight):
+            from dsv3.kernels.norm_quant import norm_quant
+
+            kind = precision.scale_format
+            data, scale, y, _ = norm_quant(x, self.weight, self.eps, kind, keeps=keeps)
+            return y, precision.of_parts(data, scale)
+        y = self(x)
+        return y, y
 
 
 class Linear(nn.Module):
@@ -193,6 +212,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> Float[Tensor, "*lead d"]:
         return self.w2(self.inner(x))
 
-    def partial_sum(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> Float[Tensor, "*lead d"]:
+    def partial_sum(
+        self, x: Float[Tensor, "*lead d"] | QuantizedTensor
+    ) -> Float[Tensor, "*lead d"]:
         """This rank's part of the output, neither reduced nor rounded: MoE adds to it first."""
         return self.w2.wide(self.inner(x))

@@ -136,7 +136,7 @@ class MLA(nn.Module):
         if self.config.q_lora_rank is None:
             q = self.wq(h)
         else:
-            q = self.wq_b(self.precision.normed(self.q_norm, self.wq_a(h)))  # eq. 6, 7
+            q = self.wq_b(self.q_norm.operand(self.wq_a(h), self.precision))  # eq. 6, 7
         q = q.unflatten(-1, (self.heads, -1))
         q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
         return q_nope, rotate(q_rope, step.rotation[:, :, None])  # eq. 8

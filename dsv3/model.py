@@ -273,9 +273,7 @@ class Transformer(nn.Module):
         turns = None if cache is None else cache.turns
         return Step.make(self.config, starts, counts, width, self.device, turns), counts
 
-    def new_cache(
-        self, batch_size: int, max_seq_len: int, dtype: str | None = None
-    ) -> LatentCache:
+    def new_cache(self, batch_size: int, max_seq_len: int, dtype: str | None = None) -> LatentCache:
         """An empty cache for ``batch_size`` texts of at most ``max_seq_len`` tokens.
 
         dtype: "fp8" packs what it keeps (``dsv3.fp8.latent``: 656 bytes a token and layer at the
@@ -294,7 +292,9 @@ class Transformer(nn.Module):
     ) -> LatentCache:
         own, kind = self.precision.dtype, self.cache_dtype if dtype is None else dtype
         if kind not in (None, "fp8"):
-            raise DSV3Error("unknown cache dtype", where="dtype", found=kind, expected="fp8 or None")
+            raise DSV3Error(
+                "unknown cache dtype", where="dtype", found=kind, expected="fp8 or None"
+            )
         return LatentCache(
             self.config, layers, batch_size, max_seq_len, own, self.device, kind == "fp8"
         )

@@ -154,19 +154,6 @@ class Precision:
         """x as products take it, made once where several read the same x."""
         return x
 
-    def normed(
-        self, norm: nn.Module, x: Float[Tensor, "*lead d"]
-    ) -> Float[Tensor, "*lead d"] | QuantizedTensor:
-        """norm(x) for products alone: as an operand already, where one kernel makes both."""
-        return norm(x)
-
-    def normed_twice(
-        self, norm: nn.Module, x: Float[Tensor, "*lead d"]
-    ) -> tuple[Float[Tensor, "*lead d"], Float[Tensor, "*lead d"] | QuantizedTensor]:
-        """norm(x) for who reads its numbers, and ``normed`` for products."""
-        y = norm(x)
-        return y, y
-
     def parts(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> tuple[Tensor, ...]:
         """The tensors that an operand is made of, to be sent to another rank."""
         assert isinstance(x, Tensor)
@@ -273,22 +260,6 @@ class Fp8(Precision):
         if isinstance(x, QuantizedTensor):
             return x
         return fp8.quantize_activation(x, self.scale_format)
-
-    def normed(self, norm, x: Float[Tensor, "*lead d"]) -> Tensor | QuantizedTensor:
-        return self._norm(norm, x, False)[1] if self.in_kernels(x, norm.weight) else norm(x)
-
-    def normed_twice(
-        self, norm, x: Float[Tensor, "*lead d"]
-    ) -> tuple[Float[Tensor, "*lead d"], Tensor | QuantizedTensor]:
-        if self.in_kernels(x, norm.weight):
-            return self._norm(norm, x, True)
-        return super().normed_twice(norm, x)
-
-    def _norm(self, norm, x: Float[Tensor, "*lead d"], keeps: bool) -> tuple:
-        from dsv3.kernels.norm_quant import norm_quant
-
-        data, scale, y, _ = norm_quant(x, norm.weight, norm.eps, self.scale_format, keeps=keeps)
-        return y, self.of_parts(data, scale)
 
     def parts(self, x: QuantizedTensor) -> tuple[Tensor, ...]:
         return x.data, x.scale

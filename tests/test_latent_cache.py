@@ -60,7 +60,9 @@ def test_a_token_packs_into_656_bytes_a_layer():
     assert torch.equal(rotated.view(torch.bfloat16), new[:, 512:])
     scales = scales.view(torch.float32)
     assert (torch.frexp(scales).mantissa == 0.5).all()
-    values = (codes.view(torch.float8_e4m3fn).float().view(7, 4, 128) * scales[..., None]).flatten(1)
+    values = (codes.view(torch.float8_e4m3fn).float().view(7, 4, 128) * scales[..., None]).flatten(
+        1
+    )
     assert float((values - new[:, :512]).norm() / new[:, :512].float().norm()) < 0.027
     whole = torch.cat([values, new[:, 512:]], 1)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):  # exact in all of them

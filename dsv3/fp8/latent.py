@@ -29,7 +29,7 @@ from dsv3.fp8.quantize import ACTIVATION_BLOCK, dequantize_rows, quantize_activa
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """Where the bytes of a token lie. latent, rope: how many numbers there are of each (d_c, d_h^R).
+    """Where the bytes of a token lie. latent, rope: numbers of each, d_c and d_h^R.
 
     Codes are padded to a multiple of four bytes, where the scales begin.
     """

@@ -150,13 +150,7 @@ def mla_decode_kernel(
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def mla_combine_kernel(
-    part_ptr,
-    total_ptr,
-    out_ptr,
-    rows,
-    splits,
-    LATENT: tl.constexpr,
-    LATENT_WIDE: tl.constexpr,
+    part_ptr, total_ptr, out_ptr, rows, splits, LATENT: tl.constexpr, LATENT_WIDE: tl.constexpr
 ):
     row, text = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, LATENT_WIDE)
