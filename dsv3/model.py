@@ -147,14 +147,26 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "b s d"]:
         """The pass itself, behind all checks: nothing in it asks a tensor for a number, and so
         nothing in it waits for a GPU."""
-        x, compiled = self.embed(tokens), self._compiled_for(cache, tokens.shape[1])
-        for slot, layer in enumerate(self.layers):
-            if compiled and cache is not None:
-                x = compiled.layer(layer, x, step, cache.one(slot))
-            else:
-                x = layer(x, step, cache, slot)
+        compiled = self._compiled_for(cache, tokens.shape[1])
         if cache is not None:
             cache.remember(tokens, step)
+            if compiled and tokens.is_cuda:
+                return compiled.captured(self._decode, tokens, step, cache)
+            if compiled:
+                return self._decode(tokens, step, cache)
+        x = self.embed(tokens)
+        for slot, layer in enumerate(self.layers):
+            x = layer(x, step, cache, slot)
+        return self.norm(x)
+
+    def _decode(
+        self, tokens: Int[Tensor, "b s"], step: Step, cache: LatentCache
+    ) -> Float[Tensor, "b s d"]:
+        """The same by compiled code."""
+        assert self._compiled is not None
+        x = self.embed(tokens)
+        for slot, layer in enumerate(self.layers):
+            x = self._compiled.layer(layer, x, step, cache.one(slot))
         return self.norm(x)
 
     def compile(self, backend: str = "inductor") -> Transformer:  # type: ignore[override]
