@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from numbers import Integral
 
 import torch
@@ -58,10 +57,13 @@ class Step:
         width: int,
         device: torch.device,
         turns: Complex64[Tensor, "room pairs"] | None = None,
+        total: int | None = None,
     ) -> Step:
-        """starts: tokens already seen per row; counts: true new tokens per row; width: s; turns:
-        the rotation at each position, where somebody keeps a table of them."""
-        total = max(start + count for start, count in zip(starts, counts))
+        """starts: tokens already seen per row; counts: true new tokens per row; width: s. turns:
+        the rotation at each position, where somebody keeps a table of them. total: keys to be
+        seen, at least as many as there are; those that are more are masked."""
+        longest = max(start + count for start, count in zip(starts, counts))
+        padded, total = total is not None, total or longest
         first = numbers(starts, device)
         columns = torch.arange(width, device=device)
         positions = first[:, None] + columns  # (b, s)
@@ -76,13 +78,13 @@ class Step:
         else:
             rotation = turns[place]
         mask = None
-        if not even or (starts[0] > 0 and width > 1):
+        if padded or not even or (starts[0] > 0 and width > 1):
             keys = torch.arange(total, device=device)
             mask = (keys <= positions[..., None])[:, None]  # (b, 1, s, t)
         row = torch.arange(len(starts), device=device)[:, None]
         return cls(total, rotation, mask, row, place)
 
-    @cached_property
+    @property
     def reach(self) -> Int[Tensor, "b s"]:
         """How many keys each new token sees, itself the last; for padding none."""
         return self.place + 1
@@ -93,6 +95,32 @@ class Step:
         """Put what belongs to the new tokens into a store of all positions, at their places. A
         store has one place more than positions, its last, where padding goes."""
         store[self.row, self.place] = new
+
+
+@dataclass(frozen=True)
+class OneLayer:
+    """A cache's part for one layer. Compiled code gets this one, since a layer's number would make
+    a program of its own for each layer."""
+
+    store: Shaped[Tensor, "b room width"]
+    format: LatentFormat | None = None
+
+    def append(
+        self, layer: int, new: Float[Tensor, "b s latent"], step: Step
+    ) -> Float[Tensor, "b t latent"] | PackedLatents:
+        """As that of the whole cache; it is the only layer."""
+        store = self.store
+        if self.format is not None:
+            step.write(store, self.format.pack(new.detach()))
+            seen = PackedLatents(store[:, : step.total], self.format)
+            if torch.is_grad_enabled() and new.requires_grad:
+                return without_backward(lambda new: seen.to(new.dtype), new, **_NO_GRADIENT)
+            return seen
+        step.write(store, new.detach())
+        if torch.is_grad_enabled() and new.requires_grad:
+            store = store.clone()  # later passes write into the store, which would spoil the graph
+            step.write(store, new)
+        return store[:, : step.total]
 
 
 class LatentCache:
@@ -164,18 +192,11 @@ class LatentCache:
         self, layer: int, new: Float[Tensor, "b s latent"], step: Step
     ) -> Float[Tensor, "b t latent"] | PackedLatents:
         """Write what is new after each row's tokens; return that of all keys."""
-        store = self._latents[layer]
-        if self.format is not None:
-            step.write(store, self.format.pack(new.detach()))
-            seen = PackedLatents(store[:, : step.total], self.format)
-            if torch.is_grad_enabled() and new.requires_grad:
-                return without_backward(lambda new: seen.to(new.dtype), new, **_NO_GRADIENT)
-            return seen
-        step.write(store, new.detach())
-        if torch.is_grad_enabled() and new.requires_grad:
-            store = store.clone()  # later passes write into the store, which would spoil the graph
-            step.write(store, new)
-        return store[:, : step.total]
+        return self.one(layer).append(0, new, step)
+
+    def one(self, layer: int) -> OneLayer:
+        """A layer's part."""
+        return OneLayer(self._latents[layer], self.format)
 
     def remember(self, tokens: Int[Tensor, "b s"], step: Step) -> None:
         """Note which tokens a pass was about."""

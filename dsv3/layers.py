@@ -22,6 +22,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
 from dsv3.fp8 import QuantizedTensor
+from dsv3.kernels.operations import norm_quant, norm_quant_keep
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Fp8, Precision
 
@@ -52,10 +53,10 @@ class RMSNorm(nn.Module):
     ) -> tuple[Float[Tensor, "*lead d"] | None, Float[Tensor, "*lead d"] | QuantizedTensor]:
         """The norm for who reads its numbers (left out unless ``keeps``), and for products."""
         if isinstance(precision, Fp8) and precision.in_kernels(x, self.weight):
-            from dsv3.kernels.norm_quant import norm_quant
-
-            kind = precision.scale_format
-            data, scale, y, _ = norm_quant(x, self.weight, self.eps, kind, keeps=keeps)
+            inputs = (x, self.weight, self.eps, precision.scale_format)
+            if not keeps:
+                return None, precision.of_parts(*norm_quant(*inputs))
+            data, scale, y = norm_quant_keep(*inputs)
             return y, precision.of_parts(data, scale)
         y = self(x)
         return y, y

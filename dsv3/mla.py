@@ -35,11 +35,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv3.cache import LatentCache, Step, dot_keys, mix_values
+from dsv3.cache import LatentCache, OneLayer, Step, dot_keys, mix_values
 from dsv3.config import ModelConfig
 from dsv3.costs import break_even_queries
 from dsv3.fp8 import QuantizedTensor
 from dsv3.fp8.latent import PackedLatents
+from dsv3.kernels.operations import mla_decode, mla_prefill
 from dsv3.layers import ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear, take_stored
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
@@ -118,7 +119,7 @@ class MLA(nn.Module):
         self,
         h: Float[Tensor, "b s d"] | QuantizedTensor,
         step: Step,
-        cache: LatentCache | None = None,
+        cache: LatentCache | OneLayer | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "b s d"]:
         """h of the new tokens -> u; their latents go to the cache."""
@@ -219,8 +220,6 @@ class MLA(nn.Module):
         step: Step,
     ) -> Float[Tensor, "b s heads d_v"]:
         """``expanded``, with keys and values where the product with wkv_b leaves them."""
-        from dsv3.kernels.mla_prefill import mla_prefill
-
         c, core = self.config, self.precision.core(seen.device)
         latent, k_rope = seen.to(core).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         kv = self.precision.from_latent(latent, self.wkv_b.weight)  # eq. 2, 5
@@ -235,8 +234,6 @@ class MLA(nn.Module):
         step: Step,
     ) -> Float[Tensor, "b s heads d_v"]:
         """``absorbed``, from the cache as it lies there, packed or not."""
-        from dsv3.kernels.mla_decode import mla_decode
-
         w_uk, w_uv = self.wkv_b.per_head()
         q_latent = torch.einsum("bshd,hdc->bshc", q_nope.to(w_uk.dtype), w_uk)  # W^UK^T q^C
         q = torch.cat([q_latent, q_rope.to(w_uk.dtype)], -1)

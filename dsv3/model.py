@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dsv3 import placement
 from dsv3.block import Block
 from dsv3.cache import LatentCache, Step, check_is_cache, numbers
+from dsv3.compiling import KEYS, CompiledLayers, check_can_compile
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.layers import Embedding, Head, RMSNorm, RowParallelLinear
@@ -85,6 +86,7 @@ class Transformer(nn.Module):
             self.register_load_state_dict_pre_hook(_give_head)
         if self.precision.quantized or not self.group.trains:
             self.requires_grad_(False)
+        self._compiled: CompiledLayers | None = None
 
     @property
     def device(self) -> torch.device:
@@ -147,12 +149,39 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "b s d"]:
         """The pass itself, behind all checks: nothing in it asks a tensor for a number, and so
         nothing in it waits for a GPU."""
+        compiled = self._compiled_for(cache, tokens.shape[1])
         if cache is not None:
             cache.remember(tokens, step)
+            if compiled and tokens.is_cuda:
+                return compiled.captured(self._decode, tokens, step, cache)
+            if compiled:
+                return self._decode(tokens, step, cache)
         x = self.embed(tokens)
         for slot, layer in enumerate(self.layers):
             x = layer(x, step, cache, slot)
         return self.norm(x)
+
+    def _decode(
+        self, tokens: Int[Tensor, "b s"], step: Step, cache: LatentCache
+    ) -> Float[Tensor, "b s d"]:
+        """The same by compiled code."""
+        assert self._compiled is not None
+        x = self.embed(tokens)
+        for slot, layer in enumerate(self.layers):
+            x = self._compiled.layer(layer, x, step, cache.one(slot))
+        return self.norm(x)
+
+    def compile(self, backend: str = "inductor") -> Transformer:  # type: ignore[override]
+        """Decode by compiled code from now on (``dsv3.compiling``): the first steps take seconds,
+        the others less time than before. backend: of torch.compile. Raises DSV3Error for a model
+        on several ranks."""
+        check_can_compile(self.group.everyone.size)
+        self._compiled = CompiledLayers(backend)
+        return self
+
+    def _compiled_for(self, cache: LatentCache | None, width: int) -> CompiledLayers | None:
+        """What runs the layers in a pass over so many tokens a row; None: they run themselves."""
+        return self._compiled if self._compiled and self._compiled.serves(cache, width) else None
 
     def mtp_logits(
         self,
@@ -179,7 +208,11 @@ class Transformer(nn.Module):
         step, counts = self._step(tokens, cache, lengths, layers=1)
         tokens = tokens.to(self.device, non_blocking=True)
         with _no_autocast(self.device):
-            hidden = self.mtp[depth](hidden, self.embed(tokens), step, cache)
+            embedded, compiled = self.embed(tokens), self._compiled_for(cache, tokens.shape[1])
+            if compiled and cache is not None:
+                hidden = compiled.module(self.mtp[depth], hidden, embedded, step, cache.one(0))
+            else:
+                hidden = self.mtp[depth](hidden, embedded, step, cache)
             if cache is not None:
                 cache.remember(tokens, step)
                 cache.advance(counts)
@@ -270,8 +303,12 @@ class Transformer(nn.Module):
                 expected=f"at most {self.config.max_position_embeddings}",
                 fix="Shorten the text or start a new one",
             )
-        turns = None if cache is None else cache.turns
-        return Step.make(self.config, starts, counts, width, self.device, turns), counts
+        turns, total = None, None
+        if cache is not None:
+            turns = cache.turns
+            if self._compiled_for(cache, width):
+                total = min(-(-longest // KEYS) * KEYS, cache.max_seq_len)
+        return Step.make(self.config, starts, counts, width, self.device, turns, total), counts
 
     def new_cache(self, batch_size: int, max_seq_len: int, dtype: str | None = None) -> LatentCache:
         """An empty cache for ``batch_size`` texts of at most ``max_seq_len`` tokens.

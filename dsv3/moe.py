@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
 from dsv3.fp8 import QuantizedTensor
+from dsv3.kernels.operations import combine, router
 from dsv3.layers import SwiGLU
 from dsv3.parallel.experts import Holding, experts_of
 from dsv3.parallel.tensor import TensorGroup
@@ -82,10 +83,11 @@ class Router(nn.Module):
         self, u: Float[Tensor, "*lead d"]
     ) -> tuple[Float[Tensor, "*lead k"], Int[Tensor, "*lead k"]]:
         """The same weights and experts in one launch, on a GPU."""
-        from dsv3.kernels.router import Choice, router
-
         c = self.config
-        choice = Choice(
+        return router(
+            u,
+            self.weight,
+            self.bias,
             c.n_group,
             c.topk_group,
             c.num_experts_per_tok,
@@ -93,7 +95,6 @@ class Router(nn.Module):
             c.norm_topk_prob,
             c.routed_scaling_factor,
         )
-        return router(u, self.weight, self.bias, choice)
 
     def scores(self, u: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead experts"]:
         """Affinities s_i,t of each token to all N_r experts (eq. 15)."""
@@ -198,10 +199,7 @@ class Experts(nn.Module):
         token = order // chosen.shape[1]
         y = self.swiglu(self.precision.operand(u).index_select(0, token), ends)
         if self.precision.in_kernels(y, weights):
-            from dsv3.kernels.combine import combine, where_stands
-
-            places = where_stands(order, chosen.numel()).view(chosen.shape)
-            return combine(y, weights, places, ends[-1:])
+            return combine(y, weights, order, ends[-1:])
         if mine is not None:
             y = y.masked_fill(~mine[:, None], 0.0)
         y = y * weights.flatten()[order, None]

@@ -22,6 +22,7 @@ FLOORS = [
     ["attention", "mla", "moe"],
     ["block", "placement"],
     ["mtp"],
+    ["compiling"],
     ["model"],
     ["checkpoint"],
     ["generation", "data"],

@@ -42,6 +42,8 @@ def answer(request: Request) -> None:
         torch.set_num_threads(machine.threads())
         model = load_model(args.model, precision=args.precision, group=group)
         model.cache_dtype = None if args.cache == "plain" else args.cache
+        if args.compile:
+            model.compile()
         sampling = request.sampling_for(model)
         job = Job(args, model, request.tokenizer, Terminal(everyone), sampling, request.own)
         job.check_agreement()

@@ -123,6 +123,12 @@ def add_options(parser: ArgumentParser) -> None:
         help="draft N tokens a pass with the one module, fed with its own state; implies "
         "--speculative (default: 1)",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="decode by compiled code, on one rank and with a C++ compiler: it takes a minute to "
+        "make and pays for long texts",
+    )
     parser.add_argument("--no-stream", action="store_true", help="print only when all is done")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else"

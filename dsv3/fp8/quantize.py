@@ -244,8 +244,6 @@ def quantize_activation(
     A gradient through it is refused (``dsv3.backward``).
     """
 
-
-
     def quantized(x):
         return _quantized_activation(x, scale_format, backend)
 
