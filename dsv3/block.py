@@ -30,7 +30,7 @@ class Block(nn.Module):
         self, config: ModelConfig, layer: int, precision: Precision, group: TensorGroup, device=None
     ):
         super().__init__()
-        self.recompute = precision.recompute
+        self.precision, self.recompute = precision, precision.recompute
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
         self.attn = MLA(config, precision, group, device)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
@@ -64,8 +64,10 @@ class Block(nn.Module):
         self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | OneLayer | None, slot: int
     ) -> Float[Tensor, "b s d"]:
         """What attention adds to the stream."""
-        return self.attn(self.attn_norm(x), step, cache, slot)
+        return self.attn(self.attn_norm.operand(x, self.precision), step, cache, slot)
 
     def feed_forward(self, u: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
         """What the feed-forward adds to the stream."""
-        return self.ffn(self.ffn_norm(u))
+        if isinstance(self.ffn, MoE):
+            return self.ffn(*self.ffn_norm.twice(u, self.precision))
+        return self.ffn(self.ffn_norm.operand(u, self.precision))

@@ -15,12 +15,19 @@ import torch
 from jaxtyping import Bool, Complex64, Float, Int, Shaped
 from torch import Tensor
 
+from dsv3.backward import without_backward
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
+from dsv3.fp8.latent import LatentFormat, PackedLatents
 from dsv3.rope import inverse_frequencies, rotation_scale, rotations
 
 # Keys that are widened at a time: few enough for their copy to stay in a core's cache.
 _WIDEN_KEYS = 512
+# What a gradient through packed latents is told.
+_NO_GRADIENT = dict(
+    what="no gradient goes back through a cache in FP8",
+    fix="Leave the cache out, or make it in the model's own dtype",
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,11 @@ class Step:
         row = torch.arange(len(starts), device=device)[:, None]
         return cls(total, rotation, mask, row, place)
 
+    @property
+    def reach(self) -> Int[Tensor, "b s"]:
+        """How many keys each new token sees, itself the last; for padding none."""
+        return self.place + 1
+
     def write(
         self, store: Shaped[Tensor, "b room *rest"], new: Shaped[Tensor, "b s *rest"]
     ) -> None:
@@ -90,13 +102,20 @@ class OneLayer:
     """A cache's part for one layer. Compiled code gets this one, since a layer's number would make
     a program of its own for each layer."""
 
-    store: Float[Tensor, "b room latent"]
+    store: Shaped[Tensor, "b room width"]
+    format: LatentFormat | None = None
 
     def append(
         self, layer: int, new: Float[Tensor, "b s latent"], step: Step
-    ) -> Float[Tensor, "b t latent"]:
+    ) -> Float[Tensor, "b t latent"] | PackedLatents:
         """As that of the whole cache; it is the only layer."""
         store = self.store
+        if self.format is not None:
+            step.write(store, self.format.pack(new.detach()))
+            seen = PackedLatents(store[:, : step.total], self.format)
+            if torch.is_grad_enabled() and new.requires_grad:
+                return without_backward(lambda new: seen.to(new.dtype), new, **_NO_GRADIENT)
+            return seen
         step.write(store, new.detach())
         if torch.is_grad_enabled() and new.requires_grad:
             store = store.clone()  # later passes write into the store, which would spoil the graph
@@ -107,7 +126,8 @@ class OneLayer:
 class LatentCache:
     """What decoding remembers: [c^KV; k^R] of every token, layer by layer.
 
-    data: (layers, batch, max_seq_len, d_c + d_h^R). Every row has its own length; positions
+    data: (layers, batch, max_seq_len, d_c + d_h^R) in the model's dtype; ``packed``, the last axis
+    is the bytes of a token (``dsv3.fp8.latent``). Every row has its own length; positions
     beyond it hold leftovers that no query looks at. The latent is stored after its norm, the key
     after its rotation. ids: (batch, max_seq_len), the token that each position was computed for,
     -1 where that is not known; so a text can be told from one that only begins like it. turns: the
@@ -125,6 +145,7 @@ class LatentCache:
         max_seq_len: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        packed: bool = False,
     ):
         for name, size in (("batch_size", batch_size), ("max_seq_len", max_seq_len)):
             if isinstance(size, bool) or not isinstance(size, Integral) or size < 0:
@@ -134,17 +155,21 @@ class LatentCache:
                     found=repr(size),
                     expected="an integer of at least 0",
                 )
+        self.config, self.dtype, self.lengths = config, dtype, [0] * batch_size
+        self.format = LatentFormat(config.kv_lora_rank, config.qk_rope_head_dim) if packed else None
+        width, stored = (
+            (self.format.bytes, torch.uint8) if self.format else (config.latent_dim, dtype)
+        )
         with torch.inference_mode(False):  # wherever it is made, it can be written anywhere
             # One place more than positions, where a pass puts what belongs to padding.
             self._latents = torch.zeros(
-                layers, batch_size, max_seq_len + 1, config.latent_dim, dtype=dtype, device=device
+                layers, batch_size, max_seq_len + 1, width, dtype=stored, device=device
             )
             self._ids = torch.full((batch_size, max_seq_len + 1), -1, device=device)
             self.turns = _turns(config, max_seq_len + 1, self._ids.device)
-        self.config, self.lengths = config, [0] * batch_size
 
     @property
-    def data(self) -> Shaped[Tensor, "layers b max_seq_len latent"]:
+    def data(self) -> Shaped[Tensor, "layers b max_seq_len width"]:
         """The latents of all positions."""
         return self._latents[:, :, :-1]
 
@@ -165,13 +190,13 @@ class LatentCache:
 
     def append(
         self, layer: int, new: Float[Tensor, "b s latent"], step: Step
-    ) -> Float[Tensor, "b t latent"]:
+    ) -> Float[Tensor, "b t latent"] | PackedLatents:
         """Write what is new after each row's tokens; return that of all keys."""
         return self.one(layer).append(0, new, step)
 
     def one(self, layer: int) -> OneLayer:
         """A layer's part."""
-        return OneLayer(self._latents[layer])
+        return OneLayer(self._latents[layer], self.format)
 
     def remember(self, tokens: Int[Tensor, "b s"], step: Step) -> None:
         """Note which tokens a pass was about."""
@@ -185,7 +210,13 @@ class LatentCache:
         """Another cache in which each row stands ``n`` times in a row, with room for more."""
         layers, batch, _, _ = self.data.shape
         other = LatentCache(
-            self.config, layers, n * batch, max_seq_len, self.data.dtype, self.data.device
+            self.config,
+            layers,
+            n * batch,
+            max_seq_len,
+            self.dtype,
+            self.data.device,
+            self.format is not None,
         )
         longest = max(self.lengths)
         other.data[:, :, :longest] = self.data[:, :, :longest].repeat_interleave(n, dim=1)
@@ -226,7 +257,7 @@ class LatentCache:
 
     def check_fit(self, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raise DSV3Error unless this is a cache of such a model."""
-        found = (self.data.shape[0], self.data.shape[3], self.data.dtype, self.data.device)
+        found = (self.data.shape[0], self.config.latent_dim, self.dtype, self.data.device)
         if found != (layers, width, dtype, device):
             raise DSV3Error(
                 "the cache is another model's",

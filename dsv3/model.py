@@ -38,7 +38,8 @@ class Transformer(nn.Module):
     ``dsv3.checkpoint.load_model``. They ask for gradients, unless they are stored in FP8 or cut
     over ranks, which cannot be trained (``TensorGroup.trains``).
 
-    eos_ids: tokens that end a text, of the config or of a ``generation_config.json``.
+    eos_ids: tokens that end a text, of the config or of a ``generation_config.json``. cache_dtype:
+    of the caches that are made for it, "fp8" or None (its own dtype).
 
     ``to(device)`` and its kin move the whole model. Its dtypes are those of its precision, and
     changing them is refused. Raises DSV3Error for a device that is not there or not the group's.
@@ -53,6 +54,7 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.config, self.eos_ids = config, config.eos_ids
+        self.cache_dtype: str | None = None
         self.group, device = placement.agree(group, device)
         self.precision = (
             precision if isinstance(precision, Precision) else Precision.of(precision, config)
@@ -147,14 +149,26 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "b s d"]:
         """The pass itself, behind all checks: nothing in it asks a tensor for a number, and so
         nothing in it waits for a GPU."""
-        x, compiled = self.embed(tokens), self._compiled_for(cache, tokens.shape[1])
-        for slot, layer in enumerate(self.layers):
-            if compiled and cache is not None:
-                x = compiled.layer(layer, x, step, cache.one(slot))
-            else:
-                x = layer(x, step, cache, slot)
+        compiled = self._compiled_for(cache, tokens.shape[1])
         if cache is not None:
             cache.remember(tokens, step)
+            if compiled and tokens.is_cuda:
+                return compiled.captured(self._decode, tokens, step, cache)
+            if compiled:
+                return self._decode(tokens, step, cache)
+        x = self.embed(tokens)
+        for slot, layer in enumerate(self.layers):
+            x = layer(x, step, cache, slot)
+        return self.norm(x)
+
+    def _decode(
+        self, tokens: Int[Tensor, "b s"], step: Step, cache: LatentCache
+    ) -> Float[Tensor, "b s d"]:
+        """The same by compiled code."""
+        assert self._compiled is not None
+        x = self.embed(tokens)
+        for slot, layer in enumerate(self.layers):
+            x = self._compiled.layer(layer, x, step, cache.one(slot))
         return self.norm(x)
 
     def compile(self, backend: str = "inductor") -> Transformer:  # type: ignore[override]
@@ -296,17 +310,30 @@ class Transformer(nn.Module):
                 total = min(-(-longest // KEYS) * KEYS, cache.max_seq_len)
         return Step.make(self.config, starts, counts, width, self.device, turns, total), counts
 
-    def new_cache(self, batch_size: int, max_seq_len: int) -> LatentCache:
-        """An empty cache for ``batch_size`` texts of at most ``max_seq_len`` tokens."""
-        return self._cache(self.config.num_hidden_layers, batch_size, max_seq_len)
+    def new_cache(self, batch_size: int, max_seq_len: int, dtype: str | None = None) -> LatentCache:
+        """An empty cache for ``batch_size`` texts of at most ``max_seq_len`` tokens.
 
-    def new_draft_cache(self, batch_size: int, max_seq_len: int) -> LatentCache:
+        dtype: "fp8" packs what it keeps (``dsv3.fp8.latent``: 656 bytes a token and layer at the
+        released sizes), None is ``cache_dtype``, which is the model's own dtype unless set.
+        """
+        return self._cache(self.config.num_hidden_layers, batch_size, max_seq_len, dtype)
+
+    def new_draft_cache(
+        self, batch_size: int, max_seq_len: int, dtype: str | None = None
+    ) -> LatentCache:
         """The same for one MTP module."""
-        return self._cache(1, batch_size, max_seq_len)
+        return self._cache(1, batch_size, max_seq_len, dtype)
 
-    def _cache(self, layers: int, batch_size: int, max_seq_len: int) -> LatentCache:
+    def _cache(
+        self, layers: int, batch_size: int, max_seq_len: int, dtype: str | None
+    ) -> LatentCache:
+        own, kind = self.precision.dtype, self.cache_dtype if dtype is None else dtype
+        if kind not in (None, "fp8"):
+            raise DSV3Error(
+                "unknown cache dtype", where="dtype", found=kind, expected="fp8 or None"
+            )
         return LatentCache(
-            self.config, layers, batch_size, max_seq_len, self.precision.dtype, self.device
+            self.config, layers, batch_size, max_seq_len, own, self.device, kind == "fp8"
         )
 
     def init_weights(

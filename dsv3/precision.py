@@ -40,6 +40,7 @@ from dsv3 import fp8
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import Fp8Recipe, QuantizedTensor, fp8_linear
+from dsv3.fp8.quantize import pick_backend
 from dsv3.grouped import can_group, fp8_one_by_one, grouped, one_by_one, plain_one_by_one
 
 # Rows of a bfloat16 weight that are widened at a time: small enough to stay in a core's cache.
@@ -102,6 +103,17 @@ class Precision:
     def core(self, device: torch.device) -> torch.dtype:
         """In which attention computes there, between the projections."""
         return self.sums(device)
+
+    def in_kernels(self, *inputs: Tensor) -> bool:
+        """Whether Triton kernels compute what stands between the products there: attention, norms,
+        the router, sums over experts. On a GPU that multiplies E4M3 itself, in use and not in
+        training, for activations in bfloat16; float32 is the oracle mode and stays plain torch."""
+        return (
+            self.dtype == torch.bfloat16
+            and not self.trains
+            and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+            and pick_backend(inputs[0].device) == "triton"
+        )
 
     @property
     def plain(self) -> Precision:

@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3 import ModelConfig, Transformer, load_model
-from dsv3.cache import LatentCache
+from dsv3.cache import LatentCache, Step
+from dsv3.compiling import CapturedPasses
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import QuantizedTensor, quantize_weight
 from dsv3.generation.loop import complete
@@ -32,6 +33,7 @@ SMALL = ModelConfig.mini().but(
     initializer_range=0.2,
     quantization_config=None,
 )
+CPU = torch.device("cpu")
 # Operations whose answer, or whose answer's shape, the host has to know.
 ASKS = {
     "_local_scalar_dense",
@@ -141,10 +143,8 @@ def test_a_table_in_the_cache_turns_as_the_config_says():
     """Also beyond the length that YaRN stretches, and on copies that are longer."""
     config = ModelConfig.mini()
     cache = LatentCache(config, 1, 1, 700, torch.float32, "cpu")
-    from dsv3.cache import Step
-
     for made in (cache, cache.copies(2, 900)):
-        step = Step.make(config, [680], [9], 9, torch.device("cpu"))
+        step = Step.make(config, [680], [9], 9, CPU)
         assert torch.equal(made.turns[680:689], step.rotation[0])
     assert cache.nbytes == 700 * config.latent_dim * 4 and cache.max_seq_len == 700
 
@@ -197,6 +197,40 @@ def test_scales_whose_values_overflow_are_refused_when_a_weight_is_taken():
     state["layers.0.ffn.w2.weight"], state["layers.0.ffn.w2.scale"] = large.data, large.scale
     with pytest.raises(DSV3Error, match="w2.weight: a scale is so large"):
         model.load_state_dict(state)
+
+
+@torch.inference_mode()
+def test_a_captured_pass_is_replayed_on_what_is_new(monkeypatch):
+    """Of every shape one pass is captured; each replay reads this pass's tokens and places, and
+    writes into this cache. What stands in for a GPU's graph runs the same call again."""
+    captured = []
+
+    def capture(run):
+        result = run()
+        captured.append(run)
+        return lambda: result.copy_(run()), result
+
+    monkeypatch.setattr(CapturedPasses, "_capture", staticmethod(capture))
+    model, replayed = Transformer(SMALL).init_weights(0), CapturedPasses()
+    text = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(0))
+    caches = [model.new_cache(3, 24), model.new_cache(3, 24), model.new_cache(3, 24)]
+    starts = [[9, 2, 5], [9, 2, 5], [4, 4, 4]]
+    for cache, lengths in zip(caches, starts):
+        model(text[:, :9], cache=cache, lengths=lengths)
+    for place in range(6):
+        tokens = text[:, 9 + place : 10 + place]
+        for number, cache in enumerate(caches):
+            counts = [1, int(place < 3), 1]
+            if number == 0:
+                wanted = model(tokens, cache=cache, lengths=counts, return_hidden=True)[1]
+                continue
+            step = Step.make(SMALL, cache.lengths, counts, 1, CPU, cache.turns, total=24)
+            hidden = replayed(model._read, tokens, step, cache)
+            cache.advance(counts)
+            if number == 1:
+                torch.testing.assert_close(hidden[[0, 2]], wanted[[0, 2]], rtol=1e-4, atol=1e-4)
+    assert len(captured) == 2 and caches[1].tokens(0) == caches[0].tokens(0)
+    assert caches[1].tokens(1) == caches[0].tokens(1) and caches[2].lengths == [10, 7, 10]
 
 
 # What a compiler sees ----------------------------------------------------------------------------

@@ -63,6 +63,13 @@ def add_options(parser: ArgumentParser) -> None:
         help="how weights are kept and multiplied (default: fp8)",
     )
     parser.add_argument(
+        "--cache",
+        choices=("plain", "fp8"),
+        default="plain",
+        help="how latents are kept: in the model's own dtype, or in FP8, in about half the memory "
+        "or less (default: plain)",
+    )
+    parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")

@@ -121,6 +121,15 @@ class QuantizedTensor:
         at = (slice(None),) * dim + (index,)
         return QuantizedTensor(self.data[at], self.scale[at], self.block, self.scale_format)
 
+    def flatten(self, first: int, last: int) -> QuantizedTensor:
+        """Axes of activations merged, as of a Tensor."""
+        return QuantizedTensor(
+            self.data.flatten(first, last),
+            self.scale.flatten(first, last),
+            self.block,
+            self.scale_format,
+        )
+
     def __len__(self) -> int:
         return len(self.data)
 
