@@ -16,14 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def round_to_bf16(x):
-    """Float32 to the nearest bfloat16, ties to even, as float32: the interpreter would cut off."""
-    bits = x.to(tl.int32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, rounded)
-    return rounded.to(tl.float32, bitcast=True)
+from dsv3.kernels.rounding import round_to_bf16
 
 
 @triton.jit

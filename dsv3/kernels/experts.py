@@ -27,7 +27,7 @@ from dsv3.kernels.act_quant import act_quant_spec
 from dsv3.kernels.fp8_gemm import fp8_gemm_spec
 from dsv3.kernels.launch import cdiv, fits_descriptor, is_hopper, multiprocessors
 from dsv3.kernels.persistent_gemm import Tile, scaled_block, store_sums
-from dsv3.kernels.rounding import as_bfloat16, tile_codes, tile_scale
+from dsv3.kernels.rounding import round_to_bf16, sign_as_read, tile_codes, tile_scale
 
 
 def experts_spec(
@@ -152,16 +152,16 @@ def expert_hidden_kernel(
             gate += scaled_block(x, sx, w1, tl.load(s1_at + block), SWAP)
             up += scaled_block(x, sx, w3, tl.load(s3_at + block), SWAP)
 
-        gate, up = as_bfloat16(gate), as_bfloat16(up)
-        gate = as_bfloat16(tl.div_rn(gate, 1.0 + tl.exp(-gate)))
-        hidden = as_bfloat16(gate * up)
+        gate, up = round_to_bf16(gate), round_to_bf16(up)
+        gate = round_to_bf16(tl.div_rn(gate, 1.0 + tl.exp(-gate)))
+        hidden = round_to_bf16(gate * up)
         if SWAP:
             hidden = tl.trans(hidden)
         col = col_tile * COLS + tl.arange(0, COLS)
         hidden = tl.where((col < inner)[None, :], hidden, 0.0)
         scale, divisor = tile_scale(hidden, 1, POWER_OF_TWO)
-        negative = hidden.to(tl.int32, bitcast=True) >> 24
-        codes = tile_codes(hidden, tl.broadcast_to(divisor[:, None], (ROWS, COLS)), negative)
+        divisor = tl.broadcast_to(divisor[:, None], (ROWS, COLS))
+        codes = tile_codes(hidden, divisor, sign_as_read(hidden))
         where = row.to(tl.int64)[:, None] * inner + col[None, :]
         tl.store(code_ptr + where, codes, mask=(row < stop)[:, None] & (col < inner)[None, :])
         tl.store(scale_ptr + row.to(tl.int64) * col_tiles + col_tile, scale, mask=row < stop)

@@ -20,9 +20,9 @@ import triton.language as tl
 
 from dsv3.errors import DSV3Error
 from dsv3.fields import BLOCK
-from dsv3.kernels.act_quant import act_quant_spec, round_to_e4m3
-from dsv3.kernels.bf16_parts import round_to_bf16
+from dsv3.kernels.act_quant import act_quant_spec
 from dsv3.kernels.launch import INTERPRETING, check_input
+from dsv3.kernels.rounding import bf16_bits, round_to_bf16, sign_as_read, tile_codes, tile_scale
 
 
 def norm_quant_spec(
@@ -67,7 +67,7 @@ def norm_quant_kernel(
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if ADDED:
         x = round_to_bf16(x + tl.load(added_ptr + at, mask=inside, other=0.0).to(tl.float32))
-        tl.store(sum_ptr + at, (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16), mask=inside)
+        tl.store(sum_ptr + at, bf16_bits(x), mask=inside)
     wide = x.to(tl.float64)
     mean = (tl.sum(tl.sum(wide * wide, axis=1), axis=0) / cols).to(tl.float32)
     one = tl.full((TILES_WIDE, BLOCK), 1.0, tl.float32)
@@ -75,22 +75,11 @@ def norm_quant_kernel(
     weight = tl.load(weight_ptr + col, mask=inside, other=0.0)
     y = round_to_bf16(x * tl.div_rn(one, root) * weight)
     if KEEPS:
-        tl.store(y_ptr + at, (y.to(tl.int32, bitcast=True) >> 16).to(tl.int16), mask=inside)
+        tl.store(y_ptr + at, bf16_bits(y), mask=inside)
 
-    # From here as in act_quant.
-    amax_bits = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-    amax = amax_bits.to(tl.float32, bitcast=True)
-    scale = tl.div_rn(amax, tl.full((TILES_WIDE,), 448.0, tl.float32))
-    scale = tl.maximum(scale, 1e-12)
-    if POWER_OF_TWO:
-        scale_bits = scale.to(tl.int32, bitcast=True)
-        scale = ((scale_bits + 0x007FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    finite = amax_bits < 0x7F800000
-    divisor = tl.where(finite, scale, 1.0)
-    scale = tl.where(finite, scale, float("nan"))
-    code = round_to_e4m3(tl.div_rn(y, tl.broadcast_to(divisor[:, None], (TILES_WIDE, BLOCK))))
-    code = (code & 0x7F) | ((y.to(tl.int32, bitcast=True) >> 24) & 0x80)
-    tl.store(code_ptr + at, code.to(tl.uint8), mask=inside)
+    scale, divisor = tile_scale(y, 1, POWER_OF_TWO)
+    divisor = tl.broadcast_to(divisor[:, None], (TILES_WIDE, BLOCK))
+    tl.store(code_ptr + at, tile_codes(y, divisor, sign_as_read(y)), mask=inside)
     tl.store(scale_ptr + row * TILES + tile, scale, mask=tile < TILES)
 
 

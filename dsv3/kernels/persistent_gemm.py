@@ -35,7 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dsv3.fields import BLOCK
 from dsv3.kernels.fp8_gemm import check_operands
 from dsv3.kernels.launch import INTERPRETING, cdiv, fits_descriptor, is_hopper, multiprocessors
-from dsv3.kernels.rounding import round_to_bfloat16
+from dsv3.kernels.rounding import bf16_bits
 
 
 def persistent_gemm_spec(
@@ -123,7 +123,7 @@ def store_sums(out_ptr, sums, row, col, rows, cols, SWAP: tl.constexpr):
         where = row.to(tl.int64)[:, None] * cols + col[None, :]
         inside = (row < rows)[:, None] & (col < cols)[None, :]
     if out_ptr.dtype.element_ty == tl.int16:
-        tl.store(out_ptr + where, round_to_bfloat16(sums), mask=inside)
+        tl.store(out_ptr + where, bf16_bits(sums), mask=inside)
     else:
         tl.store(out_ptr + where, sums, mask=inside)
 
@@ -223,7 +223,7 @@ def add_parts_kernel(part_ptr, out_ptr, numbers, parts, SIZE: tl.constexpr):
         whole += tl.load(part_ptr + at, mask=at < numbers, other=0.0)
         part_ptr += numbers
     if out_ptr.dtype.element_ty == tl.int16:
-        tl.store(out_ptr + at, round_to_bfloat16(whole), mask=at < numbers)
+        tl.store(out_ptr + at, bf16_bits(whole), mask=at < numbers)
     else:
         tl.store(out_ptr + at, whole, mask=at < numbers)
 

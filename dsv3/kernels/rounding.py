@@ -33,19 +33,18 @@ def round_to_e4m3(value):
 
 
 @triton.jit
-def round_to_bfloat16(value):
-    """FP32 to the bits of a bfloat16 (int16): nearest, ties to even, NaN to 0x7FC0."""
+def round_to_bf16(value):
+    """FP32 to the nearest number of bfloat16, ties to even, still in FP32; NaN to 0x7FC0."""
     bits = value.to(tl.int32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
-    return rounded.to(tl.int16)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, rounded)
+    return rounded.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def as_bfloat16(value):
-    """FP32 to the nearest number of bfloat16, still in FP32."""
-    bits = round_to_bfloat16(value).to(tl.int32) << 16
-    return bits.to(tl.float32, bitcast=True)
+def bf16_bits(value):
+    """The same as the 16 bits that are stored (int16)."""
+    return (round_to_bf16(value).to(tl.int32, bitcast=True) >> 16).to(tl.int16)
 
 
 @triton.jit

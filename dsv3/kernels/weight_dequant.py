@@ -15,7 +15,7 @@ import triton.language as tl
 from dsv3.errors import DSV3Error
 from dsv3.fields import BLOCK
 from dsv3.kernels.launch import INTERPRETING, check_input
-from dsv3.kernels.rounding import round_to_bfloat16
+from dsv3.kernels.rounding import bf16_bits
 
 
 def weight_dequant_spec(
@@ -51,7 +51,7 @@ def weight_dequant_kernel(
     scale = tl.load(scale_ptr + (row // BLOCK) * tiles + tile, mask=row < rows, other=0.0)
     value = value * scale[:, None]
     if BFLOAT16:
-        tl.store(out_ptr + where, round_to_bfloat16(value), mask=inside)
+        tl.store(out_ptr + where, bf16_bits(value), mask=inside)
     else:
         tl.store(out_ptr + where, value, mask=inside)
 
