@@ -320,8 +320,8 @@ def test_the_fused_form_is_refused_what_it_cannot_take():
         ("persistent_gemm", (4, 8), dict(ROWS=16, COLS=64, SWAP=True, SPLIT=True), "m64n16k32"),
         ("persistent_gemm", (8, 4), dict(W_TILES=True, FOLD=True), "m64n128k32"),
         ("expert_hidden", (4, 5), dict(ROWS=16, SWAP=True), "m64n16k32"),
-        ("expert_hidden", (8, 3), dict(ROWS=128), "m64n128k32"),
         ("expert_out", (8, 4), {}, "m64n128k32"),
+        ("column_quant", (4, 4), {}, None),
     ],
 )
 def test_products_are_made_by_the_tensor_core_from_tiles_the_memory_unit_fetched(
@@ -330,15 +330,9 @@ def test_products_are_made_by_the_tensor_core_from_tiles_the_memory_unit_fetched
     """E4M3 codes as they are, even for 16 tokens, where the plain kernel makes float16 of them."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = compile_for(kernel, num_warps=options[0], num_stages=options[1], **constants)
-    assert set(found.products) == {f"wgmma.mma_async.sync.aligned.{product}.f32.e4m3.e4m3"}
-    assert "cp.async.bulk.tensor.2d.shared" in found.ptx
+    if product is not None:
+        name = f"wgmma.mma_async.sync.aligned.{product}.f32.e4m3.e4m3"
+        assert set(found.products) == {name} and "cp.async.bulk.tensor.2d.shared" in found.ptx
+    if kernel in ("expert_hidden", "column_quant"):  # divisions round correctly
+        assert "div.rn" in found.ptx and not re.search(r"div\.(full|approx)", found.ptx)
     assert found.threads == 32 * options[0] and found.shared <= 227 * 1024
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler needs Linux")
-def test_roundings_compile_to_exact_divisions(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for kernel in ("column_quant", "expert_hidden"):
-        ptx = compile_for(kernel, num_warps=8 if kernel == "expert_hidden" else 4).ptx
-        assert "div.rn" in ptx and not re.search(r"div\.(full|approx)", ptx)
-    assert not compile_for("add_parts").products
