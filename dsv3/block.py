@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv3.cache import LatentCache, Step
+from dsv3.cache import LatentCache, OneLayer, Step
 from dsv3.config import ModelConfig
 from dsv3.layers import RMSNorm, SwiGLU
 from dsv3.mla import MLA
@@ -30,7 +30,7 @@ class Block(nn.Module):
         self, config: ModelConfig, layer: int, precision: Precision, group: TensorGroup, device=None
     ):
         super().__init__()
-        self.recompute = precision.recompute
+        self.precision, self.recompute = precision, precision.recompute
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
         self.attn = MLA(config, precision, group, device)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
@@ -47,7 +47,11 @@ class Block(nn.Module):
             )
 
     def forward(
-        self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None = None, slot: int = 0
+        self,
+        x: Float[Tensor, "b s d"],
+        step: Step,
+        cache: LatentCache | OneLayer | None = None,
+        slot: int = 0,
     ) -> Float[Tensor, "b s d"]:
         """slot: this layer's place in the cache."""
         if self.recompute and torch.is_grad_enabled():
@@ -57,11 +61,13 @@ class Block(nn.Module):
         return u + self.feed_forward(u)  # eq. 12
 
     def attend(
-        self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None, slot: int
+        self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | OneLayer | None, slot: int
     ) -> Float[Tensor, "b s d"]:
         """What attention adds to the stream."""
-        return self.attn(self.attn_norm(x), step, cache, slot)
+        return self.attn(self.attn_norm.operand(x, self.precision), step, cache, slot)
 
     def feed_forward(self, u: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
         """What the feed-forward adds to the stream."""
-        return self.ffn(self.ffn_norm(u))
+        if isinstance(self.ffn, MoE):
+            return self.ffn(*self.ffn_norm.twice(u, self.precision))
+        return self.ffn(self.ffn_norm.operand(u, self.precision))

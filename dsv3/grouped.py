@@ -1,8 +1,9 @@
 """Many small products at once: rows sorted by expert, each times its own expert's matrix.
 
 *Grouped*: torch's ``grouped_mm`` takes all rows, all matrices and the places where one expert's
-rows end. *One by one*: the plain form, which any product can take part in. A test holds one to the
-other.
+rows end. *One by one*: the plain form, which any product can take part in, and which has to know
+on the host how many rows each expert has. On a CPU that costs nothing, and a compiler does not look
+into it (``dsv3.opaque``). A test holds one form to the other.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float8e4m3fn, Float32, Int
 from torch import Tensor
 
+from dsv3 import fp8
 from dsv3.fp8 import QuantizedTensor
+from dsv3.opaque import opaque
 
 # A grouped product wants rows that start at multiples of so many bytes.
 _ROW_BYTES = 16
@@ -67,6 +70,48 @@ def one_by_one(
     if start < len(x):
         parts.append(parts[0].new_zeros(len(x) - start, parts[0].shape[1]))
     return torch.cat(parts)
+
+
+@opaque(
+    "plain_experts(Tensor x, Tensor stack, Tensor ends) -> Tensor",
+    like=lambda x, stack, ends: x.new_empty(len(x), stack.shape[1]),
+)
+def plain_one_by_one(
+    x: Float[Tensor, "choices in"],
+    stack: Float[Tensor, "experts out in"],
+    ends: Int[Tensor, " experts"],
+) -> Float[Tensor, "choices out"]:
+    """Products of plain numbers, in x's dtype."""
+
+    def product(rows, matrix):
+        return F.linear(rows, matrix.to(rows.dtype))
+
+    return one_by_one(product, x, stack.unbind(), ends)
+
+
+@opaque(
+    "fp8_experts(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor ends, ScalarType sums)"
+    " -> Tensor",
+    like=lambda x, x_scale, w, w_scale, ends, sums: x.new_empty(
+        len(x), w.shape[1:-1].numel(), dtype=sums
+    ),
+)
+def fp8_one_by_one(
+    x: Float8e4m3fn[Tensor, "choices in"],
+    x_scale: Float32[Tensor, "choices tiles"],
+    w: Float8e4m3fn[Tensor, "experts *parts out in"],
+    w_scale: Float32[Tensor, "experts *parts blocks tiles"],
+    ends: Int[Tensor, " experts"],
+    sums: torch.dtype,
+) -> Float[Tensor, "choices _"]:
+    """Products of FP8 codes, in ``sums``; the outputs of an expert's parts stand side by side."""
+
+    def product(rows, matrix):
+        parts = [matrix] if len(matrix.shape) == 2 else matrix
+        return torch.cat([fp8.matmul(rows, part, sums) for part in parts], -1)
+
+    codes = QuantizedTensor(x, x_scale, fp8.ACTIVATION_BLOCK)
+    return one_by_one(product, codes, QuantizedTensor(w, w_scale), ends)
 
 
 def spread(

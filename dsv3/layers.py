@@ -22,8 +22,9 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
 from dsv3.fp8 import QuantizedTensor
+from dsv3.kernels.operations import norm_quant, norm_quant_keep
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.precision import Precision
+from dsv3.precision import Fp8, Precision
 
 
 class RMSNorm(nn.Module):
@@ -40,6 +41,25 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+    def operand(
+        self, x: Float[Tensor, "*lead d"], precision: Precision
+    ) -> Float[Tensor, "*lead d"] | QuantizedTensor:
+        """The norm for products alone: in codes already, where one kernel makes both."""
+        return self.twice(x, precision, keeps=False)[1]
+
+    def twice(
+        self, x: Float[Tensor, "*lead d"], precision: Precision, keeps: bool = True
+    ) -> tuple[Float[Tensor, "*lead d"] | None, Float[Tensor, "*lead d"] | QuantizedTensor]:
+        """The norm for who reads its numbers (left out unless ``keeps``), and for products."""
+        if isinstance(precision, Fp8) and precision.in_kernels(x, self.weight):
+            inputs = (x, self.weight, self.eps, precision.scale_format)
+            if not keeps:
+                return None, precision.of_parts(*norm_quant(*inputs))
+            data, scale, y = norm_quant_keep(*inputs)
+            return y, precision.of_parts(data, scale)
+        y = self(x)
+        return y, y
 
 
 class Linear(nn.Module):
@@ -185,14 +205,16 @@ class SwiGLU(nn.Module):
         self.w3 = ColumnParallelLinear(dim, inner, precision, group, **options)
         self.w2 = RowParallelLinear(inner, dim, precision, group, **options)
 
-    def inner(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead inner"]:
+    def inner(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> Float[Tensor, "*lead inner"]:
         """silu(w1 x) * w3 x, this rank's channels."""
         operand = self.precision.operand(x)  # both products read the same values
         return F.silu(self.w1(operand)) * self.w3(operand)
 
-    def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+    def forward(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> Float[Tensor, "*lead d"]:
         return self.w2(self.inner(x))
 
-    def partial_sum(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+    def partial_sum(
+        self, x: Float[Tensor, "*lead d"] | QuantizedTensor
+    ) -> Float[Tensor, "*lead d"]:
         """This rank's part of the output, neither reduced nor rounded: MoE adds to it first."""
         return self.w2.wide(self.inner(x))

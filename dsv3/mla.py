@@ -27,6 +27,7 @@ In use, the core computes from the stored values in both forms and rounds nothin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -34,10 +35,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv3.cache import LatentCache, Step, dot_keys, mix_values
+from dsv3.cache import LatentCache, OneLayer, Step, dot_keys, mix_values
 from dsv3.config import ModelConfig
 from dsv3.costs import break_even_queries
 from dsv3.fp8 import QuantizedTensor
+from dsv3.fp8.latent import PackedLatents
+from dsv3.kernels.operations import mla_decode, mla_prefill
 from dsv3.layers import ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear, take_stored
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Precision
@@ -114,9 +117,9 @@ class MLA(nn.Module):
 
     def forward(
         self,
-        h: Float[Tensor, "b s d"],
+        h: Float[Tensor, "b s d"] | QuantizedTensor,
         step: Step,
-        cache: LatentCache | None = None,
+        cache: LatentCache | OneLayer | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "b s d"]:
         """h of the new tokens -> u; their latents go to the cache."""
@@ -124,8 +127,7 @@ class MLA(nn.Module):
         q_nope, q_rope = self.queries(operand, step)
         new = self.latents(operand, step)
         seen = new if cache is None else cache.append(layer, new, step)
-        core = self.expanded if self.prefers_expanded(q_nope.shape[1]) else self.absorbed
-        o = core(q_nope, q_rope, seen, step)
+        o = self.core(q_nope)(q_nope, q_rope, seen, step)
         return self.wo(o.flatten(2).to(self.precision.dtype))  # eq. 11
 
     def queries(
@@ -135,7 +137,7 @@ class MLA(nn.Module):
         if self.config.q_lora_rank is None:
             q = self.wq(h)
         else:
-            q = self.wq_b(self.q_norm(self.wq_a(h)))  # eq. 6, 7
+            q = self.wq_b(self.q_norm.operand(self.wq_a(h), self.precision))  # eq. 6, 7
         q = q.unflatten(-1, (self.heads, -1))
         q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
         return q_nope, rotate(q_rope, step.rotation[:, :, None])  # eq. 8
@@ -149,6 +151,13 @@ class MLA(nn.Module):
         )  # eq. 1
         return torch.cat([self.kv_norm(c), rotate(k_rope, step.rotation)], -1)  # eq. 3
 
+    def core(self, q: Float[Tensor, "b s heads d_h"]) -> Callable[..., Tensor]:
+        """The form of the core for these queries, here."""
+        expanded = self.prefers_expanded(q.shape[1])
+        if self.precision.in_kernels(q, self.wkv_b.weight):
+            return self.expanded_in_kernel if expanded else self.absorbed_in_kernel
+        return self.expanded if expanded else self.absorbed
+
     def prefers_expanded(self, queries: int) -> bool:
         """Whether so many queries take fewer multiplications in the expanded form.
 
@@ -161,7 +170,7 @@ class MLA(nn.Module):
         self,
         q_nope: Float[Tensor, "b s heads d_h"],
         q_rope: Float[Tensor, "b s heads d_r"],
-        seen: Float[Tensor, "b t latent"],
+        seen: Float[Tensor, "b t latent"] | PackedLatents,
         step: Step,
     ) -> Float[Tensor, "b s heads d_v"]:
         """Keys and values of every head, then attention (eq. 10).
@@ -182,13 +191,15 @@ class MLA(nn.Module):
         self,
         q_nope: Float[Tensor, "b s heads d_h"],
         q_rope: Float[Tensor, "b s heads d_r"],
-        seen: Float[Tensor, "b t latent"],
+        seen: Float[Tensor, "b t latent"] | PackedLatents,
         step: Step,
     ) -> Float[Tensor, "b s heads d_v"]:
         """Attention to the latents themselves: one key, of which a part is the value too."""
         w_uk, w_uv = self.wkv_b.per_head()
         q_latent = torch.einsum("bshd,hdc->bshc", q_nope.to(w_uk.dtype), w_uk)  # W^UK^T q^C
         q = torch.cat([q_latent, q_rope.to(w_uk.dtype)], -1) * self.scale
+        if isinstance(seen, PackedLatents):
+            seen = seen.to(self.precision.dtype)
         scores = dot_keys(q.flatten(1, 2), seen).unflatten(1, q.shape[1:3])  # (b, s, heads, t)
         mask = step.mask
         if mask is None and q.shape[1] > 1:
@@ -198,3 +209,34 @@ class MLA(nn.Module):
         weights = scores.softmax(-1).flatten(1, 2)  # eq. 10
         o_latent = mix_values(weights, seen[..., : self.config.kv_lora_rank])
         return torch.einsum("bshc,hdc->bshd", o_latent.unflatten(1, q.shape[1:3]), w_uv)
+
+    # The same two on a GPU, each around a kernel. --------------------------------------------
+
+    def expanded_in_kernel(
+        self,
+        q_nope: Float[Tensor, "b s heads d_h"],
+        q_rope: Float[Tensor, "b s heads d_r"],
+        seen: Float[Tensor, "b t latent"] | PackedLatents,
+        step: Step,
+    ) -> Float[Tensor, "b s heads d_v"]:
+        """``expanded``, with keys and values where the product with wkv_b leaves them."""
+        c, core = self.config, self.precision.core(seen.device)
+        latent, k_rope = seen.to(core).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        kv = self.precision.from_latent(latent, self.wkv_b.weight)  # eq. 2, 5
+        kv = kv.unflatten(-1, (self.heads, -1))
+        return mla_prefill(q_nope.to(core), q_rope.to(core), kv, k_rope, step.reach, self.scale)
+
+    def absorbed_in_kernel(
+        self,
+        q_nope: Float[Tensor, "b s heads d_h"],
+        q_rope: Float[Tensor, "b s heads d_r"],
+        seen: Float[Tensor, "b t latent"] | PackedLatents,
+        step: Step,
+    ) -> Float[Tensor, "b s heads d_v"]:
+        """``absorbed``, from the cache as it lies there, packed or not."""
+        w_uk, w_uv = self.wkv_b.per_head()
+        q_latent = torch.einsum("bshd,hdc->bshc", q_nope.to(w_uk.dtype), w_uk)  # W^UK^T q^C
+        q = torch.cat([q_latent, q_rope.to(w_uk.dtype)], -1)
+        rows = seen.rows if isinstance(seen, PackedLatents) else seen
+        o_latent = mla_decode(q, rows, step.reach, self.scale, self.config.kv_lora_rank)
+        return torch.einsum("bshc,hdc->bshd", o_latent, w_uv)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dsv3 import placement
 from dsv3.block import Block
-from dsv3.cache import LatentCache, Step, check_is_cache
+from dsv3.cache import LatentCache, Step, check_is_cache, numbers
+from dsv3.compiling import KEYS, CompiledLayers, check_can_compile
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.layers import Embedding, Head, RMSNorm, RowParallelLinear
@@ -37,7 +38,8 @@ class Transformer(nn.Module):
     ``dsv3.checkpoint.load_model``. They ask for gradients, unless they are stored in FP8 or cut
     over ranks, which cannot be trained (``TensorGroup.trains``).
 
-    eos_ids: tokens that end a text, of the config or of a ``generation_config.json``.
+    eos_ids: tokens that end a text, of the config or of a ``generation_config.json``. cache_dtype:
+    of the caches that are made for it, "fp8" or None (its own dtype).
 
     ``to(device)`` and its kin move the whole model. Its dtypes are those of its precision, and
     changing them is refused. Raises DSV3Error for a device that is not there or not the group's.
@@ -52,6 +54,7 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.config, self.eos_ids = config, config.eos_ids
+        self.cache_dtype: str | None = None
         self.group, device = placement.agree(group, device)
         self.precision = (
             precision if isinstance(precision, Precision) else Precision.of(precision, config)
@@ -83,6 +86,7 @@ class Transformer(nn.Module):
             self.register_load_state_dict_pre_hook(_give_head)
         if self.precision.quantized or not self.group.trains:
             self.requires_grad_(False)
+        self._compiled: CompiledLayers | None = None
 
     @property
     def device(self) -> torch.device:
@@ -132,17 +136,52 @@ class Transformer(nn.Module):
         DSV3Error for a wrong shape, a token id out of range, a full cache.
         """
         step, counts = self._step(tokens, cache, lengths)
-        tokens = tokens.to(self.device)
+        tokens = tokens.to(self.device, non_blocking=True)
         with _no_autocast(self.device):
-            x = self.embed(tokens)
-            for slot, layer in enumerate(self.layers):
-                x = layer(x, step, cache, slot)
-            hidden = self.norm(x)
+            hidden = self._read(tokens, step, cache)
             if cache is not None:
-                cache.remember(tokens, step)
                 cache.advance(counts)
             logits = self._logits(hidden, counts, last_only)
             return (logits, hidden) if return_hidden else logits
+
+    def _read(
+        self, tokens: Int[Tensor, "b s"], step: Step, cache: LatentCache | None
+    ) -> Float[Tensor, "b s d"]:
+        """The pass itself, behind all checks: nothing in it asks a tensor for a number, and so
+        nothing in it waits for a GPU."""
+        compiled = self._compiled_for(cache, tokens.shape[1])
+        if cache is not None:
+            cache.remember(tokens, step)
+            if compiled and tokens.is_cuda:
+                return compiled.captured(self._decode, tokens, step, cache)
+            if compiled:
+                return self._decode(tokens, step, cache)
+        x = self.embed(tokens)
+        for slot, layer in enumerate(self.layers):
+            x = layer(x, step, cache, slot)
+        return self.norm(x)
+
+    def _decode(
+        self, tokens: Int[Tensor, "b s"], step: Step, cache: LatentCache
+    ) -> Float[Tensor, "b s d"]:
+        """The same by compiled code."""
+        assert self._compiled is not None
+        x = self.embed(tokens)
+        for slot, layer in enumerate(self.layers):
+            x = self._compiled.layer(layer, x, step, cache.one(slot))
+        return self.norm(x)
+
+    def compile(self, backend: str = "inductor") -> Transformer:  # type: ignore[override]
+        """Decode by compiled code from now on (``dsv3.compiling``): the first steps take seconds,
+        the others less time than before. backend: of torch.compile. Raises DSV3Error for a model
+        on several ranks."""
+        check_can_compile(self.group.everyone.size)
+        self._compiled = CompiledLayers(backend)
+        return self
+
+    def _compiled_for(self, cache: LatentCache | None, width: int) -> CompiledLayers | None:
+        """What runs the layers in a pass over so many tokens a row; None: they run themselves."""
+        return self._compiled if self._compiled and self._compiled.serves(cache, width) else None
 
     def mtp_logits(
         self,
@@ -167,9 +206,13 @@ class Transformer(nn.Module):
                 expected=f"below num_nextn_predict_layers ({len(self.mtp)})",
             )
         step, counts = self._step(tokens, cache, lengths, layers=1)
-        tokens = tokens.to(self.device)
+        tokens = tokens.to(self.device, non_blocking=True)
         with _no_autocast(self.device):
-            hidden = self.mtp[depth](hidden, self.embed(tokens), step, cache)
+            embedded, compiled = self.embed(tokens), self._compiled_for(cache, tokens.shape[1])
+            if compiled and cache is not None:
+                hidden = compiled.module(self.mtp[depth], hidden, embedded, step, cache.one(0))
+            else:
+                hidden = self.mtp[depth](hidden, embedded, step, cache)
             if cache is not None:
                 cache.remember(tokens, step)
                 cache.advance(counts)
@@ -177,7 +220,7 @@ class Transformer(nn.Module):
 
     def _logits(self, hidden: Float[Tensor, "b s d"], counts: list[int], last_only: bool) -> Logits:
         if last_only:
-            last = torch.tensor(counts, device=hidden.device) - 1
+            last = numbers(counts, hidden.device) - 1
             hidden = hidden[torch.arange(len(counts), device=hidden.device), last]
         return self.head(hidden)
 
@@ -260,19 +303,37 @@ class Transformer(nn.Module):
                 expected=f"at most {self.config.max_position_embeddings}",
                 fix="Shorten the text or start a new one",
             )
-        return Step.make(self.config, starts, counts, width, self.device), counts
+        turns, total = None, None
+        if cache is not None:
+            turns = cache.turns
+            if self._compiled_for(cache, width):
+                total = min(-(-longest // KEYS) * KEYS, cache.max_seq_len)
+        return Step.make(self.config, starts, counts, width, self.device, turns, total), counts
 
-    def new_cache(self, batch_size: int, max_seq_len: int) -> LatentCache:
-        """An empty cache for ``batch_size`` texts of at most ``max_seq_len`` tokens."""
-        return self._cache(self.config.num_hidden_layers, batch_size, max_seq_len)
+    def new_cache(self, batch_size: int, max_seq_len: int, dtype: str | None = None) -> LatentCache:
+        """An empty cache for ``batch_size`` texts of at most ``max_seq_len`` tokens.
 
-    def new_draft_cache(self, batch_size: int, max_seq_len: int) -> LatentCache:
+        dtype: "fp8" packs what it keeps (``dsv3.fp8.latent``: 656 bytes a token and layer at the
+        released sizes), None is ``cache_dtype``, which is the model's own dtype unless set.
+        """
+        return self._cache(self.config.num_hidden_layers, batch_size, max_seq_len, dtype)
+
+    def new_draft_cache(
+        self, batch_size: int, max_seq_len: int, dtype: str | None = None
+    ) -> LatentCache:
         """The same for one MTP module."""
-        return self._cache(1, batch_size, max_seq_len)
+        return self._cache(1, batch_size, max_seq_len, dtype)
 
-    def _cache(self, layers: int, batch_size: int, max_seq_len: int) -> LatentCache:
+    def _cache(
+        self, layers: int, batch_size: int, max_seq_len: int, dtype: str | None
+    ) -> LatentCache:
+        own, kind = self.precision.dtype, self.cache_dtype if dtype is None else dtype
+        if kind not in (None, "fp8"):
+            raise DSV3Error(
+                "unknown cache dtype", where="dtype", found=kind, expected="fp8 or None"
+            )
         return LatentCache(
-            self.config, layers, batch_size, max_seq_len, self.precision.dtype, self.device
+            self.config, layers, batch_size, max_seq_len, own, self.device, kind == "fp8"
         )
 
     def init_weights(

@@ -42,7 +42,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
-from dsv3.fp8 import QuantizedTensor
+from dsv3.fp8 import QuantizedTensor, fused_experts
+from dsv3.kernels.operations import combine, router
 from dsv3.layers import SwiGLU
 from dsv3.parallel.experts import Holding, experts_of
 from dsv3.parallel.tensor import TensorGroup
@@ -66,6 +67,8 @@ class Router(nn.Module):
     ) -> tuple[Float[Tensor, "*lead k"], Int[Tensor, "*lead k"], Float[Tensor, ""] | None]:
         """Of each token, the weights (unrounded) and the numbers of its k = K_r experts; and, where
         a gradient is asked for, the balance loss of these sequences (eq. 17 without alpha)."""
+        if self.precision.in_kernels(u, self.weight):
+            return (*self.in_kernel(u), None)
         scores = self.scores(u)
         chosen = self.choose(scores)
         weights = scores.gather(-1, chosen)
@@ -75,6 +78,23 @@ class Router(nn.Module):
         if scores.requires_grad:
             balance = sequence_balance(scores, self.config.num_experts_per_tok)
         return weights * self.config.routed_scaling_factor, chosen, balance
+
+    def in_kernel(
+        self, u: Float[Tensor, "*lead d"]
+    ) -> tuple[Float[Tensor, "*lead k"], Int[Tensor, "*lead k"]]:
+        """The same weights and experts in one launch, on a GPU."""
+        c = self.config
+        return router(
+            u,
+            self.weight,
+            self.bias,
+            c.n_group,
+            c.topk_group,
+            c.num_experts_per_tok,
+            c.scoring_func,
+            c.norm_topk_prob,
+            c.routed_scaling_factor,
+        )
 
     def scores(self, u: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead experts"]:
         """Affinities s_i,t of each token to all N_r experts (eq. 15)."""
@@ -178,6 +198,8 @@ class Experts(nn.Module):
         order, mine, ends = self.sort_by_expert(chosen)
         token = order // chosen.shape[1]
         y = self.swiglu(self.precision.operand(u).index_select(0, token), ends)
+        if self.precision.in_kernels(y, weights):
+            return combine(y, weights, order, ends[-1:])
         if mine is not None:
             y = y.masked_fill(~mine[:, None], 0.0)
         y = y * weights.flatten()[order, None]
@@ -210,8 +232,12 @@ class Experts(nn.Module):
         ends: where each of my experts' rows end; what follows the last is junk.
         """
         p = self.precision
-        gate, up = p.each(x, p.matrix(self.w13, self.w13_scale), ends).chunk(2, dim=-1)
-        return p.each_wide(F.silu(gate) * up, p.matrix(self.w2, self.w2_scale), ends)
+        w13, w2 = p.matrix(self.w13, self.w13_scale), p.matrix(self.w2, self.w2_scale)
+        fused = fused_experts(x, w13, w2, ends)
+        if fused is not None:
+            return fused
+        gate, up = p.each(x, w13, ends).chunk(2, dim=-1)
+        return p.each_wide(F.silu(gate) * up, w2, ends)
 
     def places(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Of each matrix of an expert: its name, its stack, its place there."""
@@ -248,13 +274,21 @@ class MoE(nn.Module):
             device=device,
         )
 
-    def forward(self, u: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
-        """Both sums share one rounding, and one all-reduce unless tokens travel to experts."""
+    def forward(
+        self,
+        u: Float[Tensor, "b s d"],
+        operand: Float[Tensor, "b s d"] | QuantizedTensor | None = None,
+    ) -> Float[Tensor, "b s d"]:
+        """Both sums share one rounding, and one all-reduce unless tokens travel to experts.
+
+        operand: u as products take it, where that is there already.
+        """
         weights, chosen, _ = self.gate(u)  # training hears the balance loss by a hook
         flat, weights, chosen = (x.flatten(0, 1) for x in (u, weights, chosen))
-        shared = self.shared_experts.partial_sum(flat)
+        x = flat if operand is None else operand.flatten(0, 1)
+        shared = self.shared_experts.partial_sum(x)
         if self.group.experts is None:
-            out = self.group.all_reduce(self.experts(flat, weights, chosen) + shared)  # eq. 12
+            out = self.group.all_reduce(self.experts(x, weights, chosen) + shared)  # eq. 12
         else:
             out = self.at_experts(flat, weights, chosen) + self.group.all_reduce(shared)
         return out.to(u.dtype).view(u.shape)

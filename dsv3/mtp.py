@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsv3.block import Block
-from dsv3.cache import LatentCache, Step
+from dsv3.cache import LatentCache, OneLayer, Step
 from dsv3.config import ModelConfig
 from dsv3.layers import Linear, RMSNorm
 from dsv3.parallel.tensor import TensorGroup
@@ -52,7 +52,7 @@ class MTPModule(Block):
         hidden: Float[Tensor, "b s d"],
         embedded: Float[Tensor, "b s d"],
         step: Step,
-        cache: LatentCache | None = None,
+        cache: LatentCache | OneLayer | None = None,
         slot: int = 0,
     ) -> Float[Tensor, "b s d"]:
         """hidden h^{k-1}_i and embedded Emb(t_{i+k}) -> normed h^k_i."""

@@ -40,7 +40,8 @@ from dsv3 import fp8
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import Fp8Recipe, QuantizedTensor, fp8_linear
-from dsv3.grouped import can_group, grouped, one_by_one
+from dsv3.fp8.quantize import pick_backend
+from dsv3.grouped import can_group, fp8_one_by_one, grouped, one_by_one, plain_one_by_one
 
 # Rows of a bfloat16 weight that are widened at a time: small enough to stay in a core's cache.
 _WIDEN_ROWS = 1024
@@ -102,6 +103,17 @@ class Precision:
     def core(self, device: torch.device) -> torch.dtype:
         """In which attention computes there, between the projections."""
         return self.sums(device)
+
+    def in_kernels(self, *inputs: Tensor) -> bool:
+        """Whether Triton kernels compute what stands between the products there: attention, norms,
+        the router, sums over experts. On a GPU that multiplies E4M3 itself, in use and not in
+        training, for activations in bfloat16; float32 is the oracle mode and stays plain torch."""
+        return (
+            self.dtype == torch.bfloat16
+            and not self.trains
+            and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+            and pick_backend(inputs[0].device) == "triton"
+        )
 
     @property
     def plain(self) -> Precision:
@@ -182,7 +194,7 @@ class Precision:
         stack = stack.flatten(1, -2)
         if can_group(x, stack):
             return grouped(x, stack.to(x.dtype), ends)
-        return one_by_one(self.rounded, x, stack.unbind(), ends)
+        return plain_one_by_one(x, stack, ends)
 
     def each_wide(
         self,
@@ -241,6 +253,7 @@ class Fp8(Precision):
             blocks = fp8.quantize_weight(weight.float(), self.scale_format)
         else:
             blocks = stored_blocks(name, weight, scale)
+        blocks.check_scales(name)  # here, so that no product has to ask
         return blocks.data, blocks.scale
 
     def operand(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> QuantizedTensor:
@@ -258,25 +271,26 @@ class Fp8(Precision):
     def rounded(
         self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: QuantizedTensor
     ) -> Float[Tensor, "*lead out"]:
-        return self.wide(x, matrix).to(self.dtype)
+        return fp8.matmul(self.operand(x), matrix, self.sums(x.device), dtype=self.dtype)
 
     def wide(
         self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: QuantizedTensor
     ) -> Float[Tensor, "*lead out"]:
-        sums = self.sums(x.device)
-        if len(matrix.shape) == 2:
-            return fp8.matmul(self.operand(x), matrix, sums)
-        return torch.cat([fp8.matmul(self.operand(x), part, sums) for part in matrix], -1)
+        return fp8.matmul(self.operand(x), matrix, self.sums(x.device))
 
     def each(
         self, x: QuantizedTensor, stack: QuantizedTensor, ends: Int[Tensor, " experts"]
     ) -> Float[Tensor, "choices out"]:
-        return one_by_one(self.rounded, x, stack, ends)
+        return self.each_wide(x, stack, ends).to(self.dtype)
 
     def each_wide(
-        self, x: Float[Tensor, "choices in"], stack: QuantizedTensor, ends: Int[Tensor, " experts"]
+        self,
+        x: Float[Tensor, "choices in"] | QuantizedTensor,
+        stack: QuantizedTensor,
+        ends: Int[Tensor, " experts"],
     ) -> Float[Tensor, "choices out"]:
-        return one_by_one(self.wide, self.operand(x), stack, ends)
+        x, sums = self.operand(x), self.sums(x.device)
+        return fp8_one_by_one(x.data, x.scale, stack.data, stack.scale, ends, sums)
 
 
 @dataclass(frozen=True, kw_only=True)

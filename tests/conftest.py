@@ -28,6 +28,7 @@ SHAPED = [
     "dsv3.generation.sampling",
     "dsv3.generation.speculative",
     "dsv3.fp8.accumulation",
+    "dsv3.fp8.experts",
     "dsv3.fp8.formats",
     "dsv3.fp8.product",
     "dsv3.fp8.quantize",

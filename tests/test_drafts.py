@@ -55,17 +55,29 @@ def prophet(texts: list[list[int]], wrong_at: int = 0, model: Transformer | None
     place of a text."""
     copy = model or drafting_model()
 
+    def new_draft_cache(batch_size, max_seq_len):
+        """One that knows which rows are still in the batch."""
+        cache = copy._cache(1, batch_size, max_seq_len)
+        cache.rows, keep = list(range(batch_size)), cache.keep
+
+        def keep_rows(places):
+            keep(places)
+            cache.rows = [cache.rows[place] for place in places]
+
+        cache.keep = keep_rows
+        return cache
+
     def mtp_logits(hidden, tokens, cache, lengths, last_only):
         cache.advance(lengths)
         rows = torch.zeros(len(lengths), copy.config.vocab_size)
-        for row, ids in enumerate(texts):
-            place = cache.lengths[row] + 1 - len(ROWS[row])
+        for at, row in enumerate(cache.rows):
+            ids, place = texts[row], cache.lengths[at] + 1 - len(ROWS[row])
             if 0 <= place < len(ids):
                 missed = wrong_at and place % wrong_at == 0
-                rows[row, (ids[place] + bool(missed)) % copy.config.vocab_size] = 1.0
+                rows[at, (ids[place] + bool(missed)) % copy.config.vocab_size] = 1.0
         return rows, hidden
 
-    copy.mtp_logits = mtp_logits
+    copy.new_draft_cache, copy.mtp_logits = new_draft_cache, mtp_logits
     return copy
 
 

@@ -54,6 +54,9 @@ class OracleCache:
         other.rows = [list(row) for row in self.rows for _ in range(n)]
         return other
 
+    def keep(self, rows):
+        self.rows = [self.rows[row] for row in rows]
+
     def truncate(self, lengths):
         assert all(new <= old for new, old in zip(lengths, self.lengths, strict=True))
         self.rows = [row[:length] for row, length in zip(self.rows, lengths)]
@@ -101,7 +104,7 @@ def test_prefill_in_chunks_feeds_each_token_once():
 
 
 def test_rows_stop_at_their_own_eos():
-    """A row that has ended feeds nothing; its neighbours go on to the same text as alone."""
+    """A row that has ended leaves the batch; its neighbours go on to the same text as alone."""
     texts = [greedy_text(prompt, 12) for prompt in PROMPTS]
     eos = texts[0][4]
     model = Oracle()
@@ -110,7 +113,21 @@ def test_rows_stop_at_their_own_eos():
         end = text.index(eos) if eos in text else None
         assert ids == text[:end] and reason == ("length" if end is None else "eos")
     assert run.stopped_by[0] == "eos" and "length" in run.stopped_by
-    assert all(fed[0] == 0 for fed in model.fed[5:]) and len(model.fed) == 12
+    assert len(model.fed) == 12
+    for number, fed in enumerate(model.fed[1:], 1):  # an end token is chosen and never fed
+        assert fed == [1] * sum(len(ids) >= number for ids in run.ids)
+
+
+def test_rows_of_a_given_cache_stay():
+    """Its owner goes on with it: a row that has ended is fed nothing and keeps its place."""
+    texts = [greedy_text(prompt, 12) for prompt in PROMPTS]
+    model, eos = Oracle(), texts[0][4]
+    cache = model.new_cache(4, 64)
+    run = complete(model, PROMPTS, max_new_tokens=12, eos_ids=[eos], cache=cache)
+    assert run.ids == complete(Oracle(), PROMPTS, max_new_tokens=12, eos_ids=[eos]).ids
+    assert all(len(fed) == 4 for fed in model.fed) and [fed[0] for fed in model.fed[5:]] == [0] * 7
+    for row, prompt, ids, reason in zip(cache.rows, PROMPTS, run.ids, run.stopped_by):
+        assert row == prompt + (ids if reason == "eos" else ids[:-1])
 
 
 def test_on_token_sees_every_token_in_order():

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "dsv3"
 # From the ground up; a module may import from lower floors and from its own room.
 FLOORS = [
     ["errors"],
-    ["families", "fields", "backward", "files", "machine", "shipped"],
+    ["families", "fields", "backward", "opaque", "files", "machine", "shipped"],
     ["translation", "unfinished", "kernels"],
     ["config"],
     ["costs", "rope", "fp8"],
@@ -22,6 +22,7 @@ FLOORS = [
     ["attention", "mla", "moe"],
     ["block", "placement"],
     ["mtp"],
+    ["compiling"],
     ["model"],
     ["checkpoint"],
     ["generation", "data"],

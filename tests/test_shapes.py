@@ -44,7 +44,13 @@ WRONG = {
     "a method of a module": lambda: RMSNorm(8)(torch.ones(8).int()),
     "a dimension too many": lambda: experts(torch.ones(1, 2, ModelConfig.mini().hidden_size)),
     "a field of a dataclass": lambda: QuantizedTensor(torch.ones(128, 128), torch.ones(1, 1)),
-    "two fields": lambda: Step(0, 3, rotations(1, 3, 4), torch.ones(1, 1, 2, 3).bool(), None),
+    "two fields": lambda: Step(
+        3,
+        rotations(1, 3, 4),
+        torch.ones(1, 1, 2, 3).bool(),
+        torch.zeros(1, 1).long(),
+        torch.zeros(1, 3).long(),
+    ),
 }
 
 

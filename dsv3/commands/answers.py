@@ -41,6 +41,9 @@ def answer(request: Request) -> None:
     with group.everyone as everyone:
         torch.set_num_threads(machine.threads())
         model = load_model(args.model, precision=args.precision, group=group)
+        model.cache_dtype = None if args.cache == "plain" else args.cache
+        if args.compile:
+            model.compile()
         sampling = request.sampling_for(model)
         job = Job(args, model, request.tokenizer, Terminal(everyone), sampling, request.own)
         job.check_agreement()
@@ -77,7 +80,8 @@ class Job:
             if name.endswith(("norm.weight", "gate.bias"))
         }
         facts = {"version of dsv3": __version__, "config.json": model.config.to_dict()}
-        facts |= asdict(self.sampling) | {"precision": self.args.precision}
+        facts |= asdict(self.sampling)
+        facts |= {"precision": self.args.precision, "cache": self.args.cache}
         agree_on(group, facts | {"tokenizer": self.tokenizer.digest} | copies)
 
     def warn(self) -> None:
@@ -158,6 +162,7 @@ class Job:
                     "precision": self.args.precision,
                     "tp": self.model.group.size,
                     **({"ep": self.args.ep} if self.args.ep else {}),
+                    **({"cache": self.args.cache} if self.args.cache != "plain" else {}),
                     "results": results,
                     "tokens_per_second": round(result.tokens_per_second, 2),
                     "acceptance": result.acceptance,
@@ -212,8 +217,9 @@ class Job:
             note(f"by depth    {', '.join(shares)}, each of those whose forerunners were accepted")
         for rank, seen in enumerate(ranks):
             size = {name: _size(count) for name, count in seen.items()}
+            kind = " in FP8" if self.args.cache == "fp8" else ""
             note(
-                f"rank {rank}      weights {size['weights']}, cache {size['cache']}, "
+                f"rank {rank}      weights {size['weights']}, cache {size['cache']}{kind}, "
                 f"peak of the process {size['peak']}; sent {size['sent']}"
             )
 

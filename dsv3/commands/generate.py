@@ -63,6 +63,13 @@ def add_options(parser: ArgumentParser) -> None:
         help="how weights are kept and multiplied (default: fp8)",
     )
     parser.add_argument(
+        "--cache",
+        choices=("plain", "fp8"),
+        default="plain",
+        help="how latents are kept: in the model's own dtype, or in FP8, in about half the memory "
+        "or less (default: plain)",
+    )
+    parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
@@ -115,6 +122,12 @@ def add_options(parser: ArgumentParser) -> None:
         metavar="N",
         help="draft N tokens a pass with the one module, fed with its own state; implies "
         "--speculative (default: 1)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="decode by compiled code, on one rank and with a C++ compiler: it takes a minute to "
+        "make and pays for long texts",
     )
     parser.add_argument("--no-stream", action="store_true", help="print only when all is done")
     parser.add_argument(

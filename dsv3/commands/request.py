@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dsv3.checkpoint.generation_config import GenerationConfig
 from dsv3.checkpoint.layout import check_sharding
+from dsv3.compiling import check_can_compile
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.generation.prompts import read_prompts as prompts_of_file
@@ -40,6 +41,8 @@ class Request:
     @classmethod
     def checked(cls, args: Namespace, ranks: int) -> Request:
         """What ``args`` ask of a model on so many ranks; DSV3Error for what cannot be."""
+        if args.compile:
+            check_can_compile(ranks)
         cut_over = (args.tp or 1) if args.ep else ranks
         sampling = sampling_of(args)
         config = ModelConfig.from_pretrained(args.model)

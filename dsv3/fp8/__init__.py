@@ -1,9 +1,11 @@
 """Chapter 4: block-scaled FP8. Numbers (small_floats, formats), tensors (quantize), layers
-(product), their gradients (training), and what a tensor core loses in its sums (accumulation)."""
+(product, experts), their gradients (training), and what a tensor core loses in its sums
+(accumulation)."""
 
 from dsv3.fp8.accumulation import Accumulator
+from dsv3.fp8.experts import fused_experts
 from dsv3.fp8.formats import decode_e4m3, decode_scale, encode_e4m3, encode_scale
-from dsv3.fp8.product import linear, matmul
+from dsv3.fp8.product import linear, matmul, outer
 from dsv3.fp8.quantize import (
     ACTIVATION_BLOCK,
     WEIGHT_BLOCK,
@@ -26,8 +28,10 @@ __all__ = [
     "encode_e4m3",
     "encode_scale",
     "fp8_linear",
+    "fused_experts",
     "linear",
     "matmul",
+    "outer",
     "quantize_activation",
     "quantize_columns",
     "quantize_weight",

@@ -10,7 +10,8 @@ That promotion is also what keeps the sum exact: the tensor core itself adds wit
 
 Two forms compute the same sum.
 
-* "triton": the kernel ``dsv3.kernels.fp8_gemm`` on a GPU that multiplies E4M3 itself.
+* "triton": a kernel on a GPU that multiplies E4M3 itself: ``dsv3.kernels.persistent_gemm`` on
+  Hopper where rows start at multiples of 16 bytes, else ``dsv3.kernels.fp8_gemm``.
 * "torch": everywhere else. A run of rows of W is dequantised (exactly, up to one FP32 rounding
   for each number), multiplied in FP32, and forgotten. W stays in FP8 in memory; nothing that was
   dequantised outlives the call. On the CPU the result is within 1e-5 of the float64 product of
@@ -20,13 +21,14 @@ Two forms compute the same sum.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float8e4m3fn, Float32
 from torch import Tensor
 
 from dsv3.backward import without_backward
 from dsv3.errors import DSV3Error
 from dsv3.fp8.quantize import (
     ACTIVATION_BLOCK,
+    COLUMN_BLOCK,
     NO_GRADIENT,
     WEIGHT_BLOCK,
     QuantizedTensor,
@@ -35,6 +37,7 @@ from dsv3.fp8.quantize import (
     quantize_activation,
     row_chunks,
 )
+from dsv3.opaque import opaque
 
 
 def linear(
@@ -54,28 +57,64 @@ def matmul(
     wq: QuantizedTensor,
     sums: torch.dtype = torch.float32,
     backend: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "... out"]:
-    """The product of quantised activations (..., in) and weights (out, in), in ``sums``.
+    """The product of quantised activations (..., in) and weights (out, in).
 
-    sums: dtype in which products are added up; float64 for the "torch" form only.
+    sums: dtype in which products are added up; float64 for the "torch" form only. dtype: what the
+    sums are rounded to, once; None leaves them as they are.
     No rows at all (an expert without tokens) are fine. NaN scales of activations come out as NaN.
     A gradient through it is refused (``dsv3.backward``); ``fp8_linear`` is the product that trains.
     """
     _check_operands(xq, wq)
 
-    def product(data, scale):
-        return _matmul(QuantizedTensor(data, scale, xq.block, xq.scale_format), wq, sums, backend)
+    def product(x, x_scale):
+        return _product(x, x_scale, wq.data, wq.scale, sums, backend, dtype or sums)
 
     return without_backward(product, xq.data, xq.scale, **NO_GRADIENT)
 
 
-def _matmul(
-    xq: QuantizedTensor, wq: QuantizedTensor, sums: torch.dtype, backend: str | None
+def outer(
+    a: QuantizedTensor, b: QuantizedTensor, backend: str | None = None
+) -> Float32[Tensor, "a_cols b_cols"]:
+    """a^T b for a and b in tiles of 128 x 1, one scale for each column and 128 rows: a sum over
+    rows, in float32. The gradient of a weight is one, of its output's gradient and its input.
+    """
+    if a.block != COLUMN_BLOCK or b.block != COLUMN_BLOCK or len(a) != len(b):
+        raise DSV3Error(
+            "operands of a sum over rows in the wrong form",
+            found=f"{tuple(a.shape)} in blocks {a.block}, {tuple(b.shape)} in blocks {b.block}",
+            expected="two matrices of as many rows in (128, 1) tiles",
+            fix="Quantise both with quantize_columns.",
+        )
+    if pick_backend(a.device, backend) == "triton":
+        from dsv3.kernels.persistent_gemm import persistent_gemm, serves
+
+        if serves(a.data.T, b.data.T):
+            return persistent_gemm(a.data.T, a.scale.T, b.data.T, b.scale.T, rows_of_w=1)
+    return a.dequantize().T @ b.dequantize()
+
+
+@opaque(
+    "fp8_product(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, ScalarType sums, "
+    "str? backend, ScalarType dtype) -> Tensor",
+    like=lambda x, x_scale, w, w_scale, sums, backend, dtype: x.new_empty(
+        (*x.shape[:-1], w.shape[0]), dtype=dtype
+    ),
+)
+def _product(
+    x: Float8e4m3fn[Tensor, "... inner"],
+    x_scale: Float32[Tensor, "... tiles"],
+    w: Float8e4m3fn[Tensor, "out inner"],
+    w_scale: Float32[Tensor, "blocks tiles"],
+    sums: torch.dtype,
+    backend: str | None,
+    dtype: torch.dtype,
 ) -> Float[Tensor, "... out"]:
-    shape = (*xq.shape[:-1], wq.shape[0])
+    shape, k = (*x.shape[:-1], len(w)), x.shape[-1]
     if 0 in shape:
-        return torch.zeros(shape, dtype=sums, device=xq.device)
-    if pick_backend(xq.device, backend) == "triton":
+        return torch.zeros(shape, dtype=dtype, device=x.device)
+    if pick_backend(x.device, backend) == "triton":
         if sums != torch.float32:
             raise DSV3Error(
                 "the Triton product adds up in float32",
@@ -83,30 +122,59 @@ def _matmul(
                 found=sums,
                 fix='Use the "torch" backend for wider sums',
             )
-        from dsv3.kernels.fp8_gemm import fp8_gemm
-
-        k = xq.shape[-1]
-        out = fp8_gemm(
-            xq.data.reshape(-1, k), xq.scale.reshape(-1, xq.scale.shape[-1]), wq.data, wq.scale
-        )
+        rows, scales = x.reshape(-1, k), x_scale.reshape(-1, x_scale.shape[-1])
+        out = _product_triton(rows, scales, w, w_scale, dtype)
     else:
-        out = _matmul_torch(xq.dequantize().view(-1, xq.shape[-1]).to(sums), wq)
+        values = _values(x.reshape(-1, k), x_scale.reshape(-1, x_scale.shape[-1]))
+        out = _product_torch(values.to(sums), w, w_scale).to(dtype)
     return out.view(shape)
 
 
-def _matmul_torch(x: Float[Tensor, "rows in"], wq: QuantizedTensor) -> Float[Tensor, "rows out"]:
+def _product_triton(
+    x: Float8e4m3fn[Tensor, "rows inner"],
+    x_scale: Float32[Tensor, "rows tiles"],
+    w: Float8e4m3fn[Tensor, "out inner"],
+    w_scale: Float32[Tensor, "blocks tiles"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "rows out"]:
+    from dsv3.kernels.fp8_gemm import fp8_gemm
+    from dsv3.kernels.persistent_gemm import persistent_gemm, serves
+
+    # Which it is does not depend on the number of rows.
+    if dtype in (torch.float32, torch.bfloat16) and serves(x, w):
+        return persistent_gemm(x, x_scale, w, w_scale, dtype)
+    return fp8_gemm(x, x_scale, w, w_scale).to(dtype)
+
+
+def _values(
+    x: Float8e4m3fn[Tensor, "rows inner"], scale: Float32[Tensor, "rows tiles"]
+) -> Float32[Tensor, "rows inner"]:
+    """code * scale of activations, of which nothing is asked: NaN codes come with NaN scales. A
+    scale can be as large as 2^120, so it comes in smaller by 256 and the values are mended."""
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    for rows, tiles in row_chunks(x.shape, ACTIVATION_BLOCK[0]):
+        dequantize_rows(x[rows], scale[tiles] / 256.0, ACTIVATION_BLOCK, out=out[rows])
+    return out.mul_(256.0)
+
+
+def _product_torch(
+    x: Float[Tensor, "rows inner"],
+    w: Float8e4m3fn[Tensor, "out inner"],
+    w_scale: Float32[Tensor, "blocks tiles"],
+) -> Float[Tensor, "rows out"]:
     """x times W^T in x's dtype, a run of W's rows at a time."""
-    n, k = wq.shape
+    n, k = w.shape
     chunks = list(row_chunks((n, k), WEIGHT_BLOCK[0]))
     buffer = torch.empty(chunks[0][0].stop, k, dtype=torch.float32, device=x.device)
     out = x.new_empty(x.shape[0], n)
     for rows, blocks in chunks:
-        codes = wq.data[rows]
-        w = dequantize_rows(codes, wq.scale[blocks], wq.block, out=buffer[: len(codes)]).to(x.dtype)
+        codes = w[rows]
+        run = dequantize_rows(codes, w_scale[blocks], WEIGHT_BLOCK, out=buffer[: len(codes)])
+        run = run.to(x.dtype)
         if len(x) == 1:
-            torch.mv(w, x[0], out=out[0, rows])
+            torch.mv(run, x[0], out=out[0, rows])
         else:
-            out[:, rows] = x @ w.T
+            out[:, rows] = x @ run.T
     return out
 
 

@@ -40,12 +40,14 @@ from dsv3.fields import BLOCK
 from dsv3.fp8.formats import (
     E4M3,
     block_scale,
+    decode_e4m3,
     decode_finite,
     has_nan_code,
     is_nan_code,
     round_e4m3,
     to_e4m3,
 )
+from dsv3.opaque import opaque
 
 WEIGHT_BLOCK = (BLOCK, BLOCK)
 ACTIVATION_BLOCK = (1, BLOCK)
@@ -55,6 +57,8 @@ NO_GRADIENT = dict(
     what="no gradient goes back through stored FP8 codes",
     fix='Train with Transformer(config, Precision.training("fp8")), or use bf16 or fp32',
 )
+# Scales of weights stay below this, so that 256 times a scale is a number (``dequantize_rows``).
+LARGEST_SCALE = 2.0**120
 # Numbers worked on at a time: few enough for their FP32 copies to stay near the core. There is one
 # copy (2 MiB) in dequantising, and there are several in quantising.
 _CHUNK = 1 << 19
@@ -117,6 +121,15 @@ class QuantizedTensor:
         at = (slice(None),) * dim + (index,)
         return QuantizedTensor(self.data[at], self.scale[at], self.block, self.scale_format)
 
+    def flatten(self, first: int, last: int) -> QuantizedTensor:
+        """Axes of activations merged, as of a Tensor."""
+        return QuantizedTensor(
+            self.data.flatten(first, last),
+            self.scale.flatten(first, last),
+            self.block,
+            self.scale_format,
+        )
+
     def __len__(self) -> int:
         return len(self.data)
 
@@ -132,6 +145,12 @@ class QuantizedTensor:
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
         data, scale, flat = _matrix(self.data), _matrix(self.scale), _matrix(out)
         for rows, blocks in row_chunks(data.shape, self.block[0]):
+            if not (scale[blocks] < LARGEST_SCALE).all():
+                wide = scale[blocks].repeat_interleave(self.block[0], 0)
+                wide = wide.repeat_interleave(self.block[1], 1)
+                some = data[rows]
+                flat[rows] = decode_e4m3(some).mul_(wide[: some.shape[0], : some.shape[1]])
+                continue
             in_place = flat[rows] if dtype == torch.float32 else None
             values = dequantize_rows(data[rows], scale[blocks], self.block, in_place)
             if has_nan_code(data[rows]):
@@ -151,9 +170,16 @@ class QuantizedTensor:
                 where=where,
                 fix="The file is damaged or was quantised from broken weights.",
             )
-        if not (self.scale.isfinite() & (self.scale > 0)).all():
+        return self.check_scales(where)
+
+    def check_scales(self, where: str) -> QuantizedTensor:
+        """Refuse scales that are not positive numbers, or so large that values overflow."""
+        if not ((self.scale > 0) & (self.scale < LARGEST_SCALE)).all():
+            finite = bool(self.scale.isfinite().all()) and bool((self.scale > 0).all())
             raise DSV3Error(
-                "a scale is not a positive finite number",
+                "a scale is so large that values overflow"
+                if finite
+                else "a scale is not a positive finite number",
                 where=where,
                 fix="The file is damaged or was quantised from broken weights.",
             )
@@ -219,24 +245,43 @@ def quantize_activation(
     """
 
     def quantized(x):
-        if pick_backend(x.device, backend) == "triton":
-            from dsv3.kernels.act_quant import act_quant
-
-            return act_quant(x, scale_format)
-        codes = _quantize(x, ACTIVATION_BLOCK, scale_format)
-        return codes.data, codes.scale
+        return _quantized_activation(x, scale_format, backend)
 
     data, scale = without_backward(quantized, x, **NO_GRADIENT)
     return QuantizedTensor(data, scale, ACTIVATION_BLOCK, scale_format)
 
 
+def _like_activation(x, scale_format, backend):
+    scale = x.new_empty(scale_shape(x.shape, ACTIVATION_BLOCK), dtype=torch.float32)
+    return torch.empty_like(x, dtype=E4M3, memory_format=torch.contiguous_format), scale
+
+
+@opaque(
+    "quantize_activation(Tensor x, str scale_format, str? backend) -> (Tensor, Tensor)",
+    like=_like_activation,
+)
+def _quantized_activation(x, scale_format, backend):
+    if pick_backend(x.device, backend) == "triton":
+        from dsv3.kernels.act_quant import act_quant
+
+        return act_quant(x, scale_format)
+    codes = _quantize(x, ACTIVATION_BLOCK, scale_format)
+    return codes.data, codes.scale
+
+
 def quantize_columns(
-    x: Float[Tensor, "tokens channels"], scale_format: str = "float32"
+    x: Float[Tensor, "tokens channels"], scale_format: str = "float32", backend: str | None = None
 ) -> QuantizedTensor:
     """Activations to E4M3 with one scale per channel and 128 tokens (TR 3.3.2: tiles of 128x1).
 
-    A number of tokens that is no multiple of 128 counts as padded with zeros.
+    A number of tokens that is no multiple of 128 counts as padded with zeros. backend: as above;
+    "triton" lays the tokens of a channel side by side in memory, where ``outer`` sums over them.
     """
+    if pick_backend(x.device, backend) == "triton":
+        from dsv3.kernels.column_quant import column_quant
+
+        codes, scale = column_quant(x, scale_format)
+        return QuantizedTensor(codes.T, scale.T, COLUMN_BLOCK, scale_format)
     return _quantize(x, COLUMN_BLOCK, scale_format)
 
 
@@ -319,17 +364,14 @@ def dequantize_rows(
 ) -> Float32[Tensor, "rows cols"]:
     """code * scale in FP32 for whole rows of blocks.
 
-    The fast form: on the CPU NaN codes are not looked for. ``out``, where given, takes the values.
+    The fast form, which asks nothing: on the CPU NaN codes are not looked for, and 256 * scale must
+    be a number (``check`` has seen to both). ``out``, where given, takes the values.
     """
     rows, cols = data.shape
     br, bc = block
     if data.device.type == "cpu":
-        values = decode_finite(data, out)
-        if (scale < 2.0**120).all():
-            scale = scale * 256.0
-        else:  # 256 * scale might overflow
-            values.mul_(256.0)
-    else:  # torch's cast is fast on a GPU, and a question about the scales would wait for it
+        values, scale = decode_finite(data, out), scale * 256.0
+    else:  # torch's cast is fast on a GPU
         values = data.to(torch.float32) if out is None else out.copy_(data)
     if cols % bc == 0 and rows % br == 0:
         values.view(-1, br, cols // bc, bc).mul_(scale[:, None, :, None])

@@ -5,9 +5,9 @@ tokens a pass, limited by arithmetic. *Decode* feeds one token a row and reads e
 for it: limited by memory (ISCA 2.3.2), so rows of a batch share the reading.
 
 Prompts of different lengths go through together, padded on the right; the model is told the true
-length of each row, and every row keeps its own place in the cache. A row that has ended feeds
-nothing any more and the others go on. No row is held back to the shortest prompt. Several samples
-of one prompt share its prefill: its latents are computed once and copied.
+length of each row, and every row keeps its own place in the cache. A row that has ended leaves
+the batch and the others go on. No row is held back to the shortest prompt. Several samples of one
+prompt share its prefill: its latents are computed once and copied.
 
 Three doors lead to the same loop: ``stream`` gives tokens one by one, ``complete`` runs to the end
 and gives a full account, ``generate`` gives the ids alone. What may be asked for stands in
@@ -23,6 +23,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import torch
 
 from dsv3.errors import DSV3Error
+from dsv3.generation.decoder import Decoder
 from dsv3.generation.rows import (
     Generation,
     Rows,
@@ -50,13 +51,11 @@ def prefill(
     Each row needs at least one token. In later chunks the short rows have nothing left and take
     part with length 0. watch(start, hidden, tokens, counts) gets the states of each chunk.
     """
-    device = model.device
     counts = [len(row) for row in rows]
     width = max(counts)
     tokens = torch.zeros(len(rows), width, dtype=torch.int64, device="cpu")
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = torch.tensor(ids, device="cpu")
-    tokens = tokens.to(device)
     chunk = chunk or width
     last: torch.Tensor | None = None
     for start in range(0, width, chunk):
@@ -72,42 +71,40 @@ def prefill(
         if last is None:
             last = logits
         else:
-            fed = torch.tensor(here, device=device) > 0
+            fed = torch.tensor(here, device=last.device) > 0
             last = torch.where(fed[:, None], logits, last)
     assert last is not None  # each row has a token
     return last
 
 
-class Plain:
+class Plain(Decoder):
     """Decodes a batch one token a row and step: the form that speculative decoding must equal."""
 
     watch = None  # nothing to keep of prefill but the cache
     acceptance = accepted_by_depth = None  # nothing is drafted
 
-    def __init__(self, model, cache, choose: Chooser):
-        self.model, self.cache, self.choose = model, cache, choose
+    def __init__(self, model, cache, choose: Chooser, *, owned: bool):
+        super().__init__(model, cache, choose, owned=owned)
         self.last_pass = [None] * len(choose.generators)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the cache."""
-        return self.cache.nbytes
 
     def copies(self, n: int, cache) -> None:
         """Go on with ``n`` copies of every row, after prefill; ``cache`` holds theirs."""
-        self.cache = cache
+        self._hold(cache, owned=True)
 
     def step(self, chosen: list[list[int]], left: list[int]) -> list[list[Choice]]:
-        """The tokens that follow ``chosen``, those of the last step.
+        """The tokens that follow ``chosen``, those of the last step; none for a text that ended
+        before it.
 
-        left: how many tokens each row may still take; 0 for a row that has ended, which is fed
-        nothing.
+        left: how many tokens each text may still take; 0 for one that has ended.
         """
-        tokens = torch.tensor(chosen, device=self.model.device)
+        self.drop_ended(left)
         logits = self.model(
-            tokens, cache=self.cache, lengths=[min(room, 1) for room in left], last_only=True
+            torch.tensor([chosen[row] for row in self.rows], device="cpu"),
+            cache=self.cache,
+            lengths=[min(left[row], 1) for row in self.rows],
+            last_only=True,
         )
-        return self.choose(logits)
+        return self.by_text(self.choose(logits, self.rows), len(left))
 
 
 class Stream(Iterator[Token]):
@@ -213,6 +210,7 @@ class Stream(Iterator[Token]):
 
     def _make_decoder(self, cache, draft_cache) -> Plain | Speculative:
         longest = max(map(len, self._prompts))
+        owned = cache is None and draft_cache is None
         if cache is None:  # that of one prefill for several samples is copied into a longer one
             cache = self._model.new_cache(
                 len(self._prompts), self._room if self._sampling.n == 1 else longest
@@ -227,8 +225,8 @@ class Stream(Iterator[Token]):
                     ]
                 )
         if self._sampling.speculative:
-            return Speculative(self._model, cache, self._choose, draft_cache)
-        return Plain(self._model, cache, self._choose)
+            return Speculative(self._model, cache, self._choose, draft_cache, owned=owned)
+        return Plain(self._model, cache, self._choose, owned=owned)
 
     def _prefill(self, decoder: Plain | Speculative) -> torch.Tensor:
         """Fill the caches; the logits that choose each row's first token."""

@@ -181,12 +181,7 @@ def probabilities(
     tokens whose sum, among those that top-k left, reaches top_p.
     """
     best = logits.max(dim=-1, keepdim=True)
-    if not torch.isfinite(best.values).all():
-        raise DSV3Error(
-            "the logits are not finite numbers",
-            where="sampling",
-            fix="The weights are damaged or overflow in this precision",
-        )
+    _check_finite(bool(torch.isfinite(best.values).all()))
     if temperature == 0:
         greedy = torch.zeros_like(logits, dtype=torch.float64)
         return greedy.scatter_(-1, best.indices, 1.0)
@@ -205,13 +200,29 @@ def probabilities(
     return torch.zeros_like(p).scatter_(-1, order, ordered)
 
 
+def _check_finite(are: bool) -> None:
+    if not are:
+        raise DSV3Error(
+            "the logits are not finite numbers",
+            where="sampling",
+            fix="The weights are damaged or overflow in this precision",
+        )
+
+
 def draw(p: Float[Tensor, " v"], generator: torch.Generator) -> int:
     """One index from weights p >= 0 (any sum), by inverting their cumulative sum."""
-    cumulative = p.double().cumsum(dim=0)
-    u = torch.rand((), dtype=torch.float64, device="cpu", generator=generator).to(p.device)
+    return draw_each(p[None], [generator])[0]
+
+
+def draw_each(p: Float[Tensor, "b v"], generators: Sequence[torch.Generator]) -> list[int]:
+    """One index for each row of weights, with the row's own generator; all are waited for once."""
+    cumulative = p.double().cumsum(dim=-1)
+    u = [torch.rand((), dtype=torch.float64, device="cpu", generator=own) for own in generators]
+    marks = torch.stack(u).to(p.device)[:, None] * cumulative[:, -1:]
     # The first index whose cumulative sum exceeds the mark: an index of weight 0 never is.
-    index = torch.searchsorted(cumulative, u * cumulative[-1], right=True)
-    return min(int(index), int(p.nonzero()[-1]))
+    index = torch.searchsorted(cumulative, marks, right=True)
+    last = (p > 0).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)  # the last that is not 0
+    return index.minimum(last)[:, 0].tolist()
 
 
 def sample(
@@ -223,9 +234,11 @@ def sample(
 ) -> list[int]:
     """A token for each row of logits, each drawn with its row's own generator."""
     if temperature == 0:
-        return probabilities(logits, 0.0).argmax(dim=-1).tolist()
-    p = probabilities(logits, temperature, top_p, top_k)
-    return [draw(row, generator) for row, generator in zip(p, generators, strict=True)]
+        best = logits.max(dim=-1)
+        values, ids = torch.stack([best.values.double(), best.indices.double()]).tolist()
+        _check_finite(all(map(math.isfinite, values)))
+        return [int(id) for id in ids]
+    return draw_each(probabilities(logits, temperature, top_p, top_k), generators)
 
 
 def row_generators(seed: int, rows: int) -> list[torch.Generator]:
@@ -263,12 +276,20 @@ class Chooser:
         self.interrupted = False
         self._choices = 0  # made so far
 
-    def __call__(self, logits: Float[Tensor, "b v"]) -> list[list[Choice]]:
-        """A token for each row of logits, in a list of its own."""
+    def __call__(
+        self, logits: Float[Tensor, "b v"], rows: Sequence[int] | None = None
+    ) -> list[list[Choice]]:
+        """A token for each row of logits, in a list of its own. rows: which texts these are; None:
+        all of them."""
         s, ids = self.sampling, None
         if self.decides:
-            ids = sample(self.allowed(logits), s.temperature, s.top_p, self.generators, s.top_k)
+            generators = self.generators if rows is None else self.of(rows)
+            ids = sample(self.allowed(logits), s.temperature, s.top_p, generators, s.top_k)
         return [[choice] for choice in self.agree(logits, ids)]
+
+    def of(self, rows: Sequence[int]) -> list[torch.Generator]:
+        """The generators of these texts."""
+        return [self.generators[row] for row in rows]
 
     @property
     def decides(self) -> bool:

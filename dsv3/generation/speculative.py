@@ -57,8 +57,9 @@ from torch import Tensor
 from dsv3.cache import LatentCache
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
+from dsv3.generation.decoder import Decoder
 from dsv3.generation.rows import Depth
-from dsv3.generation.sampling import Choice, Chooser, draw
+from dsv3.generation.sampling import Choice, Chooser, draw, draw_each
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def check_can_draft(config: ModelConfig, num_draft_tokens: int) -> None:
         )
 
 
-class Speculative:
+class Speculative(Decoder):
     """Decodes a batch by drafting and verifying; one step gives each row 1 to k + 1 tokens.
 
     k is the sampling's ``num_draft_tokens``. last_pass: what the last step did for each row, None
@@ -143,7 +144,13 @@ class Speculative:
     """
 
     def __init__(
-        self, model, cache: LatentCache, choose: Chooser, draft_cache: LatentCache | None = None
+        self,
+        model,
+        cache: LatentCache,
+        choose: Chooser,
+        draft_cache: LatentCache | None = None,
+        *,
+        owned: bool,
     ):
         """Both caches hold the same beginning of each text, if any."""
         k = choose.sampling.num_draft_tokens
@@ -159,18 +166,13 @@ class Speculative:
                 fix=f"Cut both back with truncate, at most to "
                 f"{list(map(min, cache.lengths, draft_cache.lengths))}",
             )
-        self.model, self.cache, self.choose, self.k = model, cache, choose, k
-        self.draft_cache = draft_cache
+        super().__init__(model, cache, choose, draft_cache, owned=owned)
+        self.draft_cache, self.k = draft_cache, k
         # (b, s, d): states of the last pass, which the draft cache has not seen; from prefill on.
         self.hidden: Tensor
         self.last_pass: list[Pass | None] = [None] * len(choose.generators)
         self._drafts = 0
         self._verified, self._accepted = [0] * k, [0] * k  # by depth, over all rows
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both caches."""
-        return self.cache.nbytes + self.draft_cache.nbytes
 
     @property
     def acceptance(self) -> float | None:
@@ -204,39 +206,45 @@ class Speculative:
     def copies(self, n: int, cache: LatentCache) -> None:
         """Go on with ``n`` copies of every row, after prefill; ``cache`` holds theirs."""
         self.draft_cache = self.draft_cache.copies(n, cache.max_seq_len)
-        self.cache, self.hidden = cache, self.hidden.repeat_interleave(n, dim=0)
+        self._hold(cache, self.draft_cache, owned=True)
+        self.hidden = self.hidden.repeat_interleave(n, dim=0)
 
     def step(self, chosen: list[list[int]], left: list[int]) -> list[list[Choice]]:
-        """The tokens that follow ``chosen``, those of the last step.
+        """The tokens that follow ``chosen``, those of the last step; none for a text that ended
+        before it.
 
-        left: how many tokens each row may still take; 0 for a row that has ended. Such a row is
-        fed nothing (and gets a 0 that nobody reads). A row has no more drafts than room for them
-        and the token after.
+        left: how many tokens each text may still take; 0 for one that has ended. Where such a row
+        is still in the batch it is fed nothing (and gets a 0 that nobody reads). A row has no more
+        drafts than room for them and the token after.
         """
-        counts = [min(room, self.k + 1) for room in left]  # t_n and the drafts
+        staying = self.drop_ended(left)
+        if staying is not None:
+            self.hidden = self.hidden[staying]
+        texts, chosen = len(left), [chosen[row] for row in self.rows]
+        counts = [min(left[row], self.k + 1) for row in self.rows]  # t_n and the drafts
         width = max(counts)
         drafts, q = self.draft(chosen, counts)
         fed = [_padded([ids[-1], *guesses], width) for ids, guesses in zip(chosen, drafts)]
         before = self.cache.lengths
         logits, self.hidden = self.model(
-            torch.tensor(fed, device=self.hidden.device),
-            cache=self.cache,
-            lengths=counts,
-            return_hidden=True,
+            torch.tensor(fed, device="cpu"), cache=self.cache, lengths=counts, return_hidden=True
         )
         ids = None
         if self.choose.decides:
             p = self.choose.distribution(logits)
+            generators = self.choose.of(self.rows)
             passes = [
-                judge(p[row], q[row], drafts[row], self.choose.generators[row]) if count else None
+                judge(p[row], q[row], drafts[row], generators[row]) if count else None
                 for row, count in enumerate(counts)
             ]
-            self.last_pass = [done if done and done.drafts else None for done in passes]
+            self.last_pass = [None] * texts
+            for row, done in zip(self.rows, passes):
+                self.last_pass[row] = done if done and done.drafts else None
             ids = [id for done in passes for id in _padded(done.chosen if done else [0], width, -1)]
         answer = self.choose.agree(logits, ids)
         after = [
             [choice for choice in answer[width * row : width * (row + 1)] if choice.id >= 0]
-            for row in range(len(left))
+            for row in range(len(counts))
         ]
         for guesses, choices in zip(drafts, after):
             self._drafts += len(guesses)
@@ -249,7 +257,7 @@ class Speculative:
                 for length, choices, count in zip(before, after, counts)
             ]
         )
-        return after
+        return self.by_text(after, texts)
 
     def draft(
         self, chosen: list[list[int]], counts: list[int]
@@ -275,7 +283,7 @@ class Speculative:
         for depth in range(most):
             logits, states = self.model.mtp_logits(
                 hidden,
-                torch.tensor(following, device=device),
+                torch.tensor(following, device="cpu"),
                 cache=self.draft_cache,
                 lengths=entering,
                 last_only=True,
@@ -283,10 +291,11 @@ class Speculative:
             ids = None
             if self.choose.decides:
                 q[:, depth] = self.choose.distribution(logits)
-                ids = [
-                    draw(q_row, generator) if new else 0
-                    for q_row, generator, new in zip(q[:, depth], self.choose.generators, entering)
-                ]
+                fed = [row for row, new in enumerate(entering) if new]
+                drawn = draw_each(q[fed, depth], self.choose.of([self.rows[row] for row in fed]))
+                ids = [0] * rows
+                for row, id in zip(fed, drawn, strict=True):
+                    ids[row] = id
             guesses = [guess.id for guess in self.choose.agree(logits, ids)]
             for row, new in enumerate(entering):
                 drafts[row] += guesses[row : row + 1] if new else []

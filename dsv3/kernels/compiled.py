@@ -36,37 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3.errors import DSV3Error
-from dsv3.fields import BLOCK
+from dsv3.kernels.signatures import BY_CONSTANT, KERNELS, MULTIPLES
 
-# What a launch would say of each argument, and the constants: those of a middle tile shape.
-_KERNELS = {
-    "act_quant": (
-        dict(x_ptr="*bf16", code_ptr="*u8", scale_ptr="*fp32", rows="i32", cols="i32", tiles="i32"),
-        dict(POWER_OF_TWO=False, ROWS=16, BLOCK=BLOCK),
-    ),
-    "weight_dequant": (
-        dict(
-            code_ptr="*u8", scale_ptr="*fp32", out_ptr="*i16", rows="i32", cols="i32", tiles="i32"
-        ),
-        dict(BFLOAT16=True, ROWS=32, BLOCK=BLOCK),
-    ),
-    "fp8_gemm": (
-        dict(
-            x_ptr="*fp8e4nv",
-            sx_ptr="*fp32",
-            w_ptr="*fp8e4nv",
-            sw_ptr="*fp32",
-            out_ptr="*fp32",
-            m="i32",
-            n="i32",
-            k="i32",
-            m_bucket="i32",
-        ),
-        dict(ROWS=64, COLS=128, BLOCK=BLOCK, GROUP=8),
-    ),
-}
-# Sizes that a launch may take for multiples of 16, so that memory is read 16 bytes at a time.
-_MULTIPLES = ("cols", "n", "k")
 _PRODUCT = re.compile(
     r"^\s*(?:@\S+ )?((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*)", re.MULTILINE
 )
@@ -103,17 +74,17 @@ def compile_for(
     timeout_s: float = 120.0,
     **constants: int,
 ) -> Compiled:
-    """Compile a kernel of the house ("act_quant", "weight_dequant", "fp8_gemm").
+    """Compile a kernel of the house, by its name ("fp8_gemm").
 
     gpu: "sm_89" is Ada, "sm_90" Hopper, "sm_100" Blackwell. constants: of the kernel, where other
     than usual (ROWS=16, POWER_OF_TWO=True). Takes a few seconds; Triton keeps what it compiled.
     Raises DSV3Error where Triton or its assembler is missing or refuses, and after timeout_s.
     """
-    if kernel not in _KERNELS:
-        raise DSV3Error("unknown kernel", found=kernel, expected=", ".join(_KERNELS))
+    if kernel not in KERNELS:
+        raise DSV3Error("unknown kernel", found=kernel, expected=", ".join(KERNELS))
     if not re.fullmatch(r"sm_\d{2,3}", gpu):
         raise DSV3Error("not a kind of GPU", where="gpu", found=gpu, expected="sm_90 or the like")
-    usual = _KERNELS[kernel][1]
+    usual = KERNELS[kernel][2]
     if unknown := sorted(set(constants) - set(usual)):
         raise DSV3Error(
             "no such constant", where=kernel, found=unknown[0], expected=", ".join(usual)
@@ -160,11 +131,14 @@ def _compile(kernel: str, arch: int, constants: dict, options: dict) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module = importlib.import_module(f"dsv3.kernels.{kernel}")
-    function = getattr(module, f"{kernel}_kernel")
+    module, types, _ = KERNELS[kernel]
+    function = getattr(importlib.import_module(f"dsv3.kernels.{module}"), f"{kernel}_kernel")
     if isinstance(function, triton.runtime.Autotuner):
         function = function.fn
-    types = _KERNELS[kernel][0]
+    types = {name: kind.format(**constants) for name, kind in types.items()}
+    for (name, constant, value), others in BY_CONSTANT.items():
+        if name == kernel and constants[constant] == value:
+            types |= others
     aligned = [["tt.divisibility", 16]]
     source = ASTSource(
         function,
@@ -173,7 +147,7 @@ def _compile(kernel: str, arch: int, constants: dict, options: dict) -> dict:
         {
             (at,): aligned
             for at, (name, kind) in enumerate(types.items())
-            if kind.startswith("*") or name in _MULTIPLES
+            if kind.startswith("*") or name in MULTIPLES
         },
     )
     found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -106,20 +106,36 @@ def fp8_gemm_kernel(
     tl.store(out_ptr + row[:, None] * n + col[None, :], acc, mask=inside)
 
 
-def fp8_gemm(x: torch.Tensor, sx: torch.Tensor, w: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
-    """x (M, K) and w (N, K) in E4M3, scales sx (M, K/128) and sw (N/128, K/128): float32 (M, N)."""
-    check_input(x, "fp8_gemm", (torch.float8_e4m3fn,))
-    check_input(w, "fp8_gemm", (torch.float8_e4m3fn,))
+def check_operands(
+    kernel: str,
+    x: torch.Tensor,
+    sx: torch.Tensor,
+    w: torch.Tensor,
+    sw: torch.Tensor,
+    rows_of_w: int = BLOCK,
+) -> None:
+    """Refuse operands whose dtypes or shapes the kernel would misread.
+
+    rows_of_w: how many rows of w share a scale.
+    """
+    check_input(x, kernel, (torch.float8_e4m3fn,))
+    check_input(w, kernel, (torch.float8_e4m3fn,))
     (m, k), n = x.shape, w.shape[0]
     blocks = triton.cdiv(k, BLOCK)
-    expected = (m, blocks), (triton.cdiv(n, BLOCK), blocks)
+    expected = (m, blocks), (triton.cdiv(n, rows_of_w), blocks)
     if w.shape[1] != k or (tuple(sx.shape), tuple(sw.shape)) != expected:
         raise DSV3Error(
             "shapes do not fit",
-            where="fp8_gemm",
+            where=kernel,
             found=[tuple(t.shape) for t in (x, sx, w, sw)],
             expected=[(m, k), expected[0], (n, k), expected[1]],
         )
+
+
+def fp8_gemm(x: torch.Tensor, sx: torch.Tensor, w: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
+    """x (M, K) and w (N, K) in E4M3, scales sx (M, K/128) and sw (N/128, K/128): float32 (M, N)."""
+    check_operands("fp8_gemm", x, sx, w, sw)
+    (m, k), n = x.shape, w.shape[0]
     out = torch.zeros((m, n), dtype=torch.float32, device=x.device)
     if out.numel() == 0 or k == 0:
         return out

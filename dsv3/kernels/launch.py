@@ -11,6 +11,28 @@ from dsv3.errors import DSV3Error
 INTERPRETING: bool = knobs.runtime.interpret
 
 
+def cdiv(size: int, width: int) -> int:
+    """How many pieces of such a width cover the size."""
+    return -(-size // width)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels that are written for Hopper's memory unit and products can run there."""
+    return INTERPRETING or torch.cuda.get_device_capability(device)[0] == 9
+
+
+def fits_descriptor(*codes: torch.Tensor) -> bool:
+    """Whether the memory unit can fetch tiles of these matrices: rows that are contiguous and
+    start at multiples of 16 bytes."""
+    return all(
+        x.numel() > 0
+        and x.stride(-1) == 1
+        and all(stride % 16 == 0 for stride in x.stride()[:-1])
+        and x.storage_offset() * x.itemsize % 16 == 0
+        for x in codes
+    )
+
+
 def check_input(x: torch.Tensor, kernel: str, dtypes: tuple[torch.dtype, ...]) -> None:
     """Refuse a tensor that the kernel would misread or cannot reach."""
     if x.dtype not in dtypes:
@@ -28,3 +50,10 @@ def check_input(x: torch.Tensor, kernel: str, dtypes: tuple[torch.dtype, ...]) -
             fix="Use backend='torch', or set TRITON_INTERPRET=1 before the start to "
             "run them, slowly, on the CPU.",
         )
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at the same time, at least; a few in the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -3,7 +3,7 @@
 A code becomes a number by moving bits, as in ``dsv3.fp8.formats.decode_finite``: seven places to
 the left it is a float16 that is 2^8 too small. NaN codes are looked for here; the kernel waits for
 memory anyhow. The product of code and scale is rounded to FP32 and, if bfloat16 is asked for, to
-that with integers: Triton's interpreter cuts off instead of rounding.
+that.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton.language as tl
 from dsv3.errors import DSV3Error
 from dsv3.fields import BLOCK
 from dsv3.kernels.launch import INTERPRETING, check_input
+from dsv3.kernels.rounding import bf16_bits
 
 
 def weight_dequant_spec(
@@ -50,10 +51,7 @@ def weight_dequant_kernel(
     scale = tl.load(scale_ptr + (row // BLOCK) * tiles + tile, mask=row < rows, other=0.0)
     value = value * scale[:, None]
     if BFLOAT16:
-        bits = value.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
-        tl.store(out_ptr + where, rounded.to(tl.int16), mask=inside)
+        tl.store(out_ptr + where, bf16_bits(value), mask=inside)
     else:
         tl.store(out_ptr + where, value, mask=inside)
 

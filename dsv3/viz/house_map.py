@@ -60,8 +60,8 @@ ROOMS = (
     Room("Text", "generation", "tokenizer, sampling, the loop, drafting", (75, 46, 46), PURPLE),
     Room(
         "The model",
-        "layers attention rope mla cache moe grouped block mtp model precision costs"
-        " placement recompute",
+        "layers attention rope mla cache moe grouped block mtp compiling model precision"
+        " costs placement recompute",
         "latent attention, experts, multi-token prediction; how each product is taken",
         (50, 32, 96),
         BLUE,
@@ -78,7 +78,8 @@ ROOMS = (
     ),
     Room(
         "The ground",
-        "config families fields translation backward errors files machine shipped unfinished",
+        "config families fields translation backward opaque errors files machine shipped"
+        " unfinished",
         "configs of the family; errors in one line; files, threads",
         (50, 4.7, 96),
         BLACK,

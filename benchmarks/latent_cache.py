@@ -1,0 +1,143 @@
+"""What a latent cache in FP8 costs in loss, on the shipped model and text it was not trained on.
+
+    python benchmarks/latent_cache.py [--windows 24] [--out assets/measurements/latent_cache.json]
+
+The model reads held-out windows into a cache in the model's own dtype, and into caches that keep
+less. Each window is read by all of them, so what is reported is the difference of losses window by
+window: its mean, and the standard error of the mean. Beside it, the mean divergence of the
+distributions (KL from the plain cache's, in nats a token), and how often the best token is another
+one. In fp32 the cache alone rounds, so the whole difference is its doing.
+
+    fp8             what ``new_cache(..., dtype="fp8")`` keeps: latent in E4M3 with scales that are
+                    powers of two, rotated key in bfloat16
+    float32 scales  the same with scales of any float32
+    fp8 throughout  the rotated key in E4M3 as well
+    bfloat16        all of it in bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+
+from dsv3 import load_model
+from dsv3.cache import LatentCache
+from dsv3.data import load_domains, pack
+from dsv3.fp8.quantize import ACTIVATION_BLOCK, quantized_values
+from dsv3.training import exam
+
+MODEL = Path(__file__).parents[1] / "assets" / "dsv3-mini"
+LENGTH = 512
+
+
+class Rounded(LatentCache):
+    """A cache in the model's dtype that keeps what is left of a number in fewer bits."""
+
+    rounded: Callable[[torch.Tensor], torch.Tensor]
+
+    def append(self, layer, new, step):
+        return super().append(layer, self.rounded(new), step)
+
+
+def in_e4m3(x: torch.Tensor, scales: str) -> torch.Tensor:
+    flat = quantized_values(x.flatten(0, -2), ACTIVATION_BLOCK, scales)
+    return flat.view(x.shape).to(x.dtype)
+
+
+def forms(model) -> dict[str, Callable[[int, int], LatentCache]]:
+    """Name -> maker of such a cache for so many rows and tokens."""
+    d_c = model.config.kv_lora_rank
+
+    def kept(latent: Callable, rotated: Callable) -> Callable[[int, int], LatentCache]:
+        def make(rows: int, tokens: int) -> LatentCache:
+            layers = model.config.num_hidden_layers
+            cache = Rounded(model.config, layers, rows, tokens, model.precision.dtype, model.device)
+            cache.rounded = lambda new: torch.cat(
+                [latent(new[..., :d_c]), rotated(new[..., d_c:])], -1
+            )
+            return cache
+
+        return make
+
+    def half(x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16().to(x.dtype)
+
+    return {
+        "plain": model.new_cache,
+        "fp8": lambda rows, tokens: model.new_cache(rows, tokens, dtype="fp8"),
+        "float32 scales": kept(lambda x: in_e4m3(x, "float32"), half),
+        "fp8 throughout": kept(lambda x: in_e4m3(x, "ue8m0"), lambda x: in_e4m3(x, "ue8m0")),
+        "bfloat16": kept(half, half),
+    }
+
+
+@torch.inference_mode()
+def compare(model, windows: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Figures of each form on these windows."""
+    losses: dict[str, list[float]] = {}
+    apart: dict[str, list[float]] = {}
+    other: dict[str, list[float]] = {}
+    for window in windows[:, : LENGTH + 1].split(1):
+        plain = None
+        for name, make in forms(model).items():
+            logs = model(window[:, :-1], cache=make(1, LENGTH)).log_softmax(-1)
+            plain = logs if plain is None else plain
+            loss = F.nll_loss(logs[0], window[0, 1:])
+            losses.setdefault(name, []).append(float(loss))
+            apart.setdefault(name, []).append(float((plain.exp() * (plain - logs)).sum(-1).mean()))
+            changed = (plain.argmax(-1) != logs.argmax(-1)).float().mean()
+            other.setdefault(name, []).append(float(changed))
+    found = {"plain": {"loss": sum(losses["plain"]) / len(windows)}}
+    for name in list(losses)[1:]:
+        more = torch.tensor(losses[name]) - torch.tensor(losses["plain"])
+        found[name] = {
+            "more_loss": float(more.mean()),
+            "standard_error": float(more.std() / len(more) ** 0.5),
+            "divergence": sum(apart[name]) / len(windows),
+            "other_best_token": sum(other[name]) / len(windows),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--windows", type=int, default=24, help="of each domain")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    ids = {domain.name: pack(tokenizer, domain.held_out) for domain in load_domains()}
+    found: dict = {"tokens_a_window": LENGTH, "bytes_a_token_and_layer": {}, "precisions": {}}
+    for precision in ("fp32", "fp8"):
+        model = load_model(MODEL, precision)
+        layers = model.config.num_hidden_layers
+        found["bytes_a_token_and_layer"][precision] = {
+            name: make(1, 1).nbytes // layers for name, make in list(forms(model).items())[:2]
+        }
+        by = found["precisions"][precision] = {}
+        for domain, tokens in ids.items():
+            windows = exam.held_out_windows(model, tokens, LENGTH, args.windows)
+            by[domain] = {"windows": len(windows), **compare(model, windows)}
+            print(f"\n{precision}, {domain}: {len(windows)} windows, {by[domain]['plain']}")
+            for name, row in list(by[domain].items())[2:]:
+                print(
+                    f"  {name:15} loss {row['more_loss']:+.5f} +- {row['standard_error']:.5f}, "
+                    f"divergence {row['divergence']:.5f}, "
+                    f"another best token {row['other_best_token']:.2%}",
+                    flush=True,
+                )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        rounded = json.loads(
+            json.dumps(found), parse_float=lambda text: float(f"{float(text):.4g}")
+        )
+        args.out.write_text(json.dumps(rounded, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

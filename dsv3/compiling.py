@@ -1,0 +1,152 @@
+"""Decoding as compiled code: ``model.compile()``.
+
+A step of decoding is hundreds of small operations, and on small models, or on a GPU, Python needs
+longer to name them than the processor to do them. ``torch.compile`` writes one program for a layer
+instead. This keeps it cheap:
+
+* *Layers, not the model.* All layers of a kind (dense, experts, MTP) run the same program, with
+  other weights: seconds of compiling, however many layers there are.
+* *Few shapes.* Rows of the batch and keys are variables of the program; one row, or one token a
+  row, are programs of their own. Keys are rounded up to a multiple of 256, masked where there are
+  none, so that a graph captured on a GPU serves 256 steps.
+* *One launch a pass.* On a GPU a whole pass is captured as a CUDA graph, and launched in one call.
+* *Decoding alone.* Prefill is limited by arithmetic, which nobody computes faster, and each length
+  would be another shape.
+
+It is the same text: what rounds, rounds at the same points. In bf16 and fp32, sums may be taken in
+another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dsv3.block import Block
+from dsv3.cache import LatentCache, OneLayer, Step
+from dsv3.errors import DSV3Error
+from dsv3.mtp import MTPModule
+
+Run = Callable[[Tensor, Step, LatentCache], Tensor]
+
+# Tokens a row in a pass that counts as decoding: the last token and drafts.
+MOST_TOKENS = 8
+# Keys that a pass sees are rounded up to a multiple of this.
+KEYS = 256
+
+
+def check_can_compile(ranks: int) -> None:
+    """Raise DSV3Error for a model on several ranks."""
+    if ranks > 1:
+        raise DSV3Error(
+            "compiled code runs on one rank",
+            where="compile",
+            found=f"{ranks} ranks",
+            expected="1",
+            fix="Leave it out, or use one rank",
+        )
+
+
+class CompiledLayers:
+    """Runs layers as compiled code. backend: torch.compile's."""
+
+    def __init__(self, backend: str = "inductor"):
+        # A program for each kind of layer and each form of a pass: more than torch expects.
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+        self._block, self._module = (
+            torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+            for function in (Block.forward, MTPModule.forward)
+        )
+        self.captured = CapturedPasses()
+
+    @staticmethod
+    def serves(cache: LatentCache | None, width: int) -> bool:
+        """Whether a pass over so many tokens a row is decoding."""
+        return (
+            cache is not None
+            and width <= MOST_TOKENS
+            and 0 not in cache.lengths
+            and not torch.is_grad_enabled()
+        )
+
+    def layer(
+        self, layer: nn.Module, x: Float[Tensor, "b s d"], step: Step, kept: OneLayer
+    ) -> Float[Tensor, "b s d"]:
+        return self._run(self._block, layer, x, step, kept)
+
+    def module(
+        self,
+        module: nn.Module,
+        hidden: Float[Tensor, "b s d"],
+        embedded: Float[Tensor, "b s d"],
+        step: Step,
+        kept: OneLayer,
+    ) -> Float[Tensor, "b s d"]:
+        return self._run(self._module, module, hidden, embedded, step, kept)
+
+    @staticmethod
+    def _run(program, *arguments):
+        try:
+            return program(*arguments)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise DSV3Error(
+                "the model cannot be compiled here",
+                where="compile",
+                found=str(error.__cause__ or error).strip().splitlines()[0],
+                fix="Install a C++ compiler (g++), or leave --compile out",
+            ) from None
+
+
+class CapturedPasses:
+    """Passes over a model as CUDA graphs: one for a cache, a number of rows, of tokens and of keys.
+
+    A captured pass reads and writes where it did when it was captured. So tokens and step are
+    copied there, and a cache stays where it is. (No GPU has run this yet; a test replays passes on
+    a CPU.)
+    """
+
+    def __init__(self):
+        self._made: WeakKeyDictionary[LatentCache, dict] = WeakKeyDictionary()
+
+    def __call__(
+        self, run: Run, tokens: Int[Tensor, "b s"], step: Step, cache: LatentCache
+    ) -> Float[Tensor, "b s d"]:
+        """run(tokens, step, cache), of which nothing asks a tensor for a number."""
+        made, key = self._made.setdefault(cache, {}), (tuple(tokens.shape), step.total)
+        if key not in made:
+            inputs = [value.clone() for value in _tensors(tokens, step)]
+            there = replace(step, **dict(zip(_FIELDS, inputs[1:])))
+            made[key] = inputs, *self._capture(partial(run, inputs[0], there, cache))
+        inputs, replay, result = made[key]
+        for place, value in zip(inputs, _tensors(tokens, step), strict=True):
+            place.copy_(value)
+        replay()
+        return result.clone()
+
+    @staticmethod
+    def _capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What repeats a call, and where its result will lie. Called before, on a stream of its
+        own: what is done once (compiling, choosing kernels) must not be captured."""
+        own = torch.cuda.Stream()
+        own.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(own):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(own)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
+        return graph.replay, result
+
+
+_FIELDS = ("rotation", "mask", "row", "place")
+
+
+def _tensors(tokens: Tensor, step: Step) -> list[Tensor]:
+    return [tokens, *(getattr(step, name) for name in _FIELDS)]

@@ -1,0 +1,116 @@
+"""What stands between the products, as operations: on a GPU, each is a kernel.
+
+Whoever wants one names it here. Triton is loaded when the first is called, and a compiler takes
+each for one operation (``dsv3.opaque``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv3.fields import BLOCK
+from dsv3.opaque import opaque
+
+
+@opaque(
+    "mla_decode(Tensor q, Tensor seen, Tensor reach, float scale, int latent) -> Tensor",
+    like=lambda q, seen, reach, scale, latent: q.new_empty(*q.shape[:-1], latent),
+)
+def mla_decode(q: Tensor, seen: Tensor, reach: Tensor, scale: float, latent: int) -> Tensor:
+    """Each head's average of the latents (``kernels.mla_decode``)."""
+    from dsv3.kernels import mla_decode
+
+    return mla_decode.mla_decode(q, seen, reach, scale, latent)
+
+
+@opaque(
+    "mla_prefill(Tensor q_nope, Tensor q_rope, Tensor kv, Tensor k_rope, Tensor reach, float scale)"
+    " -> Tensor",
+    like=lambda q_nope, q_rope, kv, k_rope, reach, scale: q_nope.new_empty(
+        (*q_nope.shape[:-1], kv.shape[-1] - q_nope.shape[-1]), dtype=torch.float32
+    ),
+)
+def mla_prefill(
+    q_nope: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor, reach: Tensor, scale: float
+) -> Tensor:
+    """Each head's average of its values (``kernels.mla_prefill``)."""
+    from dsv3.kernels import mla_prefill
+
+    return mla_prefill.mla_prefill(q_nope, q_rope, kv, k_rope, reach, scale)
+
+
+def _like_norm(x, weight, eps, scale_format):
+    tiles = -(-x.shape[-1] // BLOCK)
+    return (
+        x.new_empty(x.shape, dtype=torch.float8_e4m3fn),
+        x.new_empty((*x.shape[:-1], tiles), dtype=torch.float32),
+        x.new_empty(x.shape),
+    )
+
+
+@opaque(
+    "norm_quant(Tensor x, Tensor weight, float eps, str scale_format) -> (Tensor, Tensor)",
+    like=lambda *arguments: _like_norm(*arguments)[:2],
+)
+def norm_quant(x: Tensor, weight: Tensor, eps: float, scale_format: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the norm (``kernels.norm_quant``)."""
+    from dsv3.kernels import norm_quant
+
+    return norm_quant.norm_quant(x, weight, eps, scale_format)[:2]
+
+
+@opaque(
+    "norm_quant_keep(Tensor x, Tensor weight, float eps, str scale_format)"
+    " -> (Tensor, Tensor, Tensor)",
+    like=_like_norm,
+)
+def norm_quant_keep(
+    x: Tensor, weight: Tensor, eps: float, scale_format: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and the norm itself."""
+    from dsv3.kernels import norm_quant
+
+    data, scale, y, _ = norm_quant.norm_quant(x, weight, eps, scale_format, keeps=True)
+    return data, scale, y
+
+
+@opaque(
+    "router(Tensor u, Tensor weight, Tensor? bias, int groups, int open_groups, int k, str scoring,"
+    " bool normalized, float scaling) -> (Tensor, Tensor)",
+    like=lambda u, weight, bias, groups, open_groups, k, scoring, normalized, scaling: (
+        u.new_empty((*u.shape[:-1], k), dtype=torch.float32),
+        u.new_empty((*u.shape[:-1], k), dtype=torch.int64),
+    ),
+)
+def router(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    open_groups: int,
+    k: int,
+    scoring: str,
+    normalized: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Weights and numbers of each token's experts (``kernels.router``)."""
+    from dsv3.kernels import router
+
+    choice = router.Choice(groups, open_groups, k, scoring, normalized, scaling)
+    return router.router(u, weight, bias, choice)
+
+
+@opaque(
+    "combine(Tensor y, Tensor weights, Tensor order, Tensor used) -> Tensor",
+    like=lambda y, weights, order, used: y.new_empty(
+        (len(weights), y.shape[1]), dtype=torch.float32
+    ),
+)
+def combine(y: Tensor, weights: Tensor, order: Tensor, used: Tensor) -> Tensor:
+    """Each token's weighted sum of the rows that its choices came to lie in; order: which choice
+    comes where (``kernels.combine``)."""
+    from dsv3.kernels import combine
+
+    places = combine.where_stands(order, weights.numel()).view(weights.shape)
+    return combine.combine(y, weights, places, used)

@@ -1,0 +1,39 @@
+"""Functions that a compiler takes as one operation, without looking into them.
+
+``torch.compile`` follows a function to its last tensor operation and writes new code for all of
+them together. Where a loop runs as often as a tensor says (experts, each with its own number of
+rows) it cannot follow, and the graph would break there; where a matrix is worked through in pieces
+that stay in a processor's cache, it had better not. Such a function gets a name among torch's
+operations. While a graph is made, the operation stands in it; else the function is called as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+
+
+def opaque(schema: str, like: Callable) -> Callable[[Callable], Callable]:
+    """Decorator for a function of positional arguments that changes none of them and needs no
+    gradient.
+
+    schema: in torch's notation, "name(Tensor x, int n) -> Tensor"; like: given the same arguments,
+    gives empty tensors of the shape and dtype of the results.
+    """
+    name, brace, rest = schema.partition("(")
+
+    def decorate(function: Callable) -> Callable:
+        torch.library.define(f"dsv3::{name}", brace + rest)
+        torch.library.impl(f"dsv3::{name}", ("cpu", "cuda"), function)
+        torch.library.register_fake(f"dsv3::{name}", like)
+        operation = getattr(torch.ops.dsv3, name).default
+
+        @wraps(function)
+        def called(*arguments):
+            return (operation if torch.compiler.is_compiling() else function)(*arguments)
+
+        return called
+
+    return decorate

@@ -1,0 +1,268 @@
+"""A decode step waits for nothing: no layer asks a tensor for a number, and a compiler can follow a
+whole pass. Where padding goes, and who leaves a batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsv3 import ModelConfig, Transformer, load_model
+from dsv3.cache import LatentCache, Step
+from dsv3.compiling import CapturedPasses
+from dsv3.errors import DSV3Error
+from dsv3.fp8 import QuantizedTensor, quantize_weight
+from dsv3.generation.loop import complete
+
+SMALL = ModelConfig.mini().but(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=4,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+    quantization_config=None,
+)
+CPU = torch.device("cpu")
+# Operations whose answer, or whose answer's shape, the host has to know.
+ASKS = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "item",
+    "equal",
+    "allclose",
+    "nonzero",
+    "nonzero_numpy",
+    "argwhere",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+    "unique_consecutive",
+    "bincount",
+    "repeat_interleave.Tensor",
+}
+
+
+class Asks(TorchDispatchMode):
+    """Counts what the host asks of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = str(function).removeprefix("aten.")
+        index = arguments[1] if name.startswith(("index.", "index_put")) else ()
+        if {name, name.partition(".")[0]} & ASKS or any(
+            each is not None and each.dtype in (torch.bool, torch.uint8) for each in index
+        ):
+            self.count[name] += 1
+        return function(*arguments, **(options or {}))
+
+
+def test_the_counter_counts():
+    x = torch.tensor([1.0, 0.0])
+    with Asks() as asks, torch.inference_mode():
+        x.sum().item(), bool(x[0] > 0), int(x[1]), x.nonzero(), x[x > 0], torch.equal(x, x)
+        x[x > 0] = 2.0
+        x + x, x.sort(), x.topk(1), x[torch.tensor([0])]
+    assert sum(asks.count.values()) == 7
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@torch.inference_mode()
+def test_no_layer_asks_a_tensor_for_a_number(tiny_checkpoint, precision):
+    """Decoding of even and of ragged rows, verification of drafts, drafting, and prefill."""
+    model = load_model(tiny_checkpoint, precision)
+    cache, drafts = model.new_cache(2, 40), model.new_draft_cache(2, 40)
+    text = torch.randint(256, (2, 30), generator=torch.Generator().manual_seed(0))
+    for width, lengths in ((9, None), (1, None), (3, [3, 1]), (1, None), (12, [0, 12])):
+        tokens = text[:, :width]
+        step, counts = model._step(tokens, cache, lengths)
+        with Asks() as asks:
+            hidden = model._read(tokens, step, cache)
+            model._logits(hidden, counts, last_only=True)
+        assert not asks.count, f"{width} tokens"
+        cache.advance(counts)
+        step, counts = model._step(tokens, drafts, lengths, layers=1)
+        with Asks() as asks:
+            model.mtp[0](hidden, model.embed(tokens), step, drafts)
+        assert not asks.count, f"a draft behind {width} tokens"
+        drafts.advance(counts)
+
+
+@torch.inference_mode()
+def test_a_step_of_generation_waits_twice_for_the_tokens_alone(tiny_checkpoint):
+    """Whatever the number of rows, with the door's question whether ids are in the vocabulary,
+    which is asked on the CPU, where they are."""
+    model = load_model(tiny_checkpoint, "fp32")
+    counts = []
+    for rows in (1, 5):
+        with Asks() as asks:
+            complete(model, [[1, 2]] * rows, max_new_tokens=6, temperature=1.0, eos_ids=())
+        counts.append(sum(asks.count.values()))
+    assert counts[0] == counts[1]
+
+
+# Where things are kept ---------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_padding_never_touches_what_is_kept():
+    """A full row beside a short one, a row that is fed nothing, and padding that would stand beyond
+    the last place."""
+    model = Transformer(SMALL).init_weights(0)
+    text = torch.randint(96, (3, 12), generator=torch.Generator().manual_seed(0))
+    cache = model.new_cache(3, 12)
+    model(text[:, :11], cache=cache, lengths=[11, 5, 3])
+    model(text[:, :1], cache=cache, lengths=[1, 0, 1])
+    before, ids = cache.data.clone(), cache.ids.clone()
+    fed = torch.randint(96, (3, 7), generator=torch.Generator().manual_seed(1))
+    wide = model(fed, cache=cache, lengths=[0, 7, 1], last_only=True)
+    assert cache.lengths == [12, 12, 5]
+    for row, (kept, now) in enumerate(((12, 12), (5, 12), (4, 5))):
+        assert torch.equal(cache.data[:, row, :kept], before[:, row, :kept])
+        assert torch.equal(cache.ids[row, :kept], ids[row, :kept])
+        assert cache.tokens(row) == [*ids[row, :kept].tolist(), *fed[row, : now - kept].tolist()]
+    whole = torch.cat([text[1:2, :5], fed[1:2]], 1)
+    torch.testing.assert_close(wide[1], model(whole)[0, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_table_in_the_cache_turns_as_the_config_says():
+    """Also beyond the length that YaRN stretches, and on copies that are longer."""
+    config = ModelConfig.mini()
+    cache = LatentCache(config, 1, 1, 700, torch.float32, "cpu")
+    for made in (cache, cache.copies(2, 900)):
+        step = Step.make(config, [680], [9], 9, CPU)
+        assert torch.equal(made.turns[680:689], step.rotation[0])
+    assert cache.nbytes == 700 * config.latent_dim * 4 and cache.max_seq_len == 700
+
+
+@torch.inference_mode()
+def test_rows_that_stay_move_up():
+    model = Transformer(SMALL).init_weights(0)
+    text = torch.randint(96, (4, 9), generator=torch.Generator().manual_seed(0))
+    cache = model.new_cache(4, 16)
+    model(text, cache=cache, lengths=[3, 9, 5, 7])
+    where = cache.data.data_ptr()
+    cache.keep([1, 3])
+    assert cache.lengths == [9, 7] and cache.data.data_ptr() == where
+    assert [cache.tokens(row) for row in (0, 1)] == [text[1].tolist(), text[3, :7].tolist()]
+    logits = model(text[:2, :1], cache=cache, last_only=True)
+    for row, kept in enumerate((text[1:2], text[3:4, :7])):
+        wanted = model(torch.cat([kept, text[row : row + 1, :1]], 1))[0, -1]
+        torch.testing.assert_close(logits[row], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, dict(temperature=1.0), dict(speculative=True)])
+def test_a_text_in_fp8_is_the_same_whoever_leaves(tiny_checkpoint, options):
+    """Rows end one after the other; each text is that of the row alone, draws included."""
+    model = load_model(tiny_checkpoint, "fp8")
+    prompts = [[7, 8, 9], [1], [5, 6, 7, 8, 9, 10], [3, 4], [11, 12, 13]]
+    free = complete(model, prompts, max_new_tokens=20, eos_ids=(), seed=4, **options)
+    eos = [free.ids[row][place] for row, place in ((0, 3), (2, 8), (4, 13))]
+    together = complete(model, prompts, max_new_tokens=20, eos_ids=eos, seed=4, **options)
+    assert len({len(ids) for ids in together.ids}) >= 3
+    for whole, ids in zip(free.ids, together.ids):
+        assert ids == whole[: len(ids)]
+    caches = [model.new_cache(5, 30), model.new_draft_cache(5, 30)]
+    given = dict(cache=caches[0], draft_cache=caches[1] if "speculative" in options else None)
+    stayed = complete(model, prompts, max_new_tokens=20, eos_ids=eos, seed=4, **given, **options)
+    assert stayed.ids == together.ids  # a cache that is given keeps its rows
+
+
+# Questions that are asked at the door ------------------------------------------------------------
+
+
+def test_scales_whose_values_overflow_are_refused_when_a_weight_is_taken():
+    config = SMALL.but(num_nextn_predict_layers=0)
+    codes = quantize_weight(torch.randn(64, 96))
+    large = QuantizedTensor(codes.data, torch.full_like(codes.scale, 2.0**120))
+    with pytest.raises(DSV3Error, match="^w: a scale is so large that values overflow"):
+        large.check("w")
+    assert large.dequantize().isfinite().any()  # its values can be looked at nevertheless
+    model = Transformer(config, "fp8")
+    state = Transformer(config).init_weights(0).state_dict()
+    state["layers.0.ffn.w2.weight"], state["layers.0.ffn.w2.scale"] = large.data, large.scale
+    with pytest.raises(DSV3Error, match="w2.weight: a scale is so large"):
+        model.load_state_dict(state)
+
+
+@torch.inference_mode()
+def test_a_captured_pass_is_replayed_on_what_is_new(monkeypatch):
+    """Of every shape one pass is captured; each replay reads this pass's tokens and places, and
+    writes into this cache. What stands in for a GPU's graph runs the same call again."""
+    captured = []
+
+    def capture(run):
+        result = run()
+        captured.append(run)
+        return lambda: result.copy_(run()), result
+
+    monkeypatch.setattr(CapturedPasses, "_capture", staticmethod(capture))
+    model, replayed = Transformer(SMALL).init_weights(0), CapturedPasses()
+    text = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(0))
+    caches = [model.new_cache(3, 24), model.new_cache(3, 24), model.new_cache(3, 24)]
+    starts = [[9, 2, 5], [9, 2, 5], [4, 4, 4]]
+    for cache, lengths in zip(caches, starts):
+        model(text[:, :9], cache=cache, lengths=lengths)
+    for place in range(6):
+        tokens = text[:, 9 + place : 10 + place]
+        for number, cache in enumerate(caches):
+            counts = [1, int(place < 3), 1]
+            if number == 0:
+                wanted = model(tokens, cache=cache, lengths=counts, return_hidden=True)[1]
+                continue
+            step = Step.make(SMALL, cache.lengths, counts, 1, CPU, cache.turns, total=24)
+            hidden = replayed(model._read, tokens, step, cache)
+            cache.advance(counts)
+            if number == 1:
+                torch.testing.assert_close(hidden[[0, 2]], wanted[[0, 2]], rtol=1e-4, atol=1e-4)
+    assert len(captured) == 2 and caches[1].tokens(0) == caches[0].tokens(0)
+    assert caches[1].tokens(1) == caches[0].tokens(1) and caches[2].lengths == [10, 7, 10]
+
+
+# What a compiler sees ----------------------------------------------------------------------------
+
+PROGRAM = """
+import json, sys, torch
+from torch._dynamo.utils import counters
+from dsv3 import load_model
+from dsv3.generation.loop import complete
+torch.set_num_threads(1)
+told, prompts = {}, [[7, 8, 9], [1], [5, 6, 7, 8]]
+for precision in ("fp32", "bf16", "fp8"):
+    model = load_model(sys.argv[1], precision)
+    wanted = complete(model, prompts, max_new_tokens=12, eos_ids=(), speculative=True)
+    model.compile("eager")  # no code is written, but all is followed; a break would be an error
+    graphs = []
+    for times in range(2):
+        run = complete(model, prompts, max_new_tokens=12, eos_ids=(), speculative=True)
+        graphs.append(counters["stats"]["unique_graphs"])
+    told[precision] = [run.ids == wanted.ids, graphs, sum(counters["graph_break"].values())]
+print(json.dumps(told))
+"""
+
+
+def test_a_decode_step_has_no_graph_break(tiny_checkpoint):
+    """In a process whose annotations are not checked: a compiler would follow the checks."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tiny_checkpoint)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    before = 0
+    for precision, (same, graphs, breaks) in json.loads(done.stdout).items():
+        assert same and breaks == 0, precision
+        assert before < graphs[0] == graphs[1], "a second text finds all its programs"
+        before = graphs[1]

@@ -1,0 +1,379 @@
+"""Kernels for what stands between the products: attention, norms, the router, sums over experts.
+
+Each against its torch specification, on a GPU or in Triton's interpreter; and a model that uses all
+of them against one that uses none.
+"""
+
+import itertools
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fp8_cases import adversarial_rows, same_bits
+
+from dsv3 import ModelConfig, Transformer
+from dsv3.errors import DSV3Error
+from dsv3.fp8 import quantize_activation
+from dsv3.fp8.latent import LatentFormat
+
+pytest.importorskip("triton", reason="Triton is not installed (there is none for this platform)")
+
+from dsv3.kernels.combine import combine, combine_spec, where_stands
+from dsv3.kernels.compiled import compile_for
+from dsv3.kernels.mla_decode import mla_decode, mla_decode_spec, splits_of
+from dsv3.kernels.mla_prefill import mla_prefill, mla_prefill_spec
+from dsv3.kernels.norm_quant import norm_quant, norm_quant_spec
+from dsv3.kernels.router import Choice, router, router_spec
+
+pytestmark = pytest.mark.slow
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def gap(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest difference, in parts of the largest number."""
+    return float((found.cpu() - exact).abs().max() / exact.abs().max())
+
+
+def reaches(lengths: list[int], queries: int) -> torch.Tensor:
+    """Keys that the last ``queries`` tokens of each text see."""
+    return (torch.tensor(lengths)[:, None] - queries + 1 + torch.arange(queries)).clamp(min=0)
+
+
+# Absorbed decode ----------------------------------------------------------------------------
+
+
+def decode(q, seen, lengths, latent, **options):
+    """The kernel's answer and the specification's, in float64."""
+    reach = reaches(lengths, q.shape[1])
+    scale = q.shape[-1] ** -0.5
+    pieces = (x.to(DEVICE) for x in (q, seen, reach))
+    found = mla_decode(*pieces, scale, latent, **options).cpu()
+    if seen.dtype == torch.uint8:
+        seen = LatentFormat(latent, q.shape[-1] - latent).unpack(seen, torch.float64)
+    return found, mla_decode_spec(q.double(), seen.double(), reach, scale, latent)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "latent, rope, heads, queries, lengths, splits",
+    [
+        (128, 32, 16, 1, [130], 3),  # the shipped model's; the last part has two keys
+        (128, 32, 16, 1, [1, 70], None),
+        (96, 16, 5, 1, [64, 1, 65], 2),  # fewer heads than a tile has rows, no power of two
+        (96, 16, 5, 3, [3, 40, 66], 2),  # drafts, of which the first sees one key
+        (64, 16, 16, 3, [50, 0], 1),  # rows of two tiles; a text without tokens
+        (512, 64, 16, 1, [40], 1),  # the released sizes
+    ],
+)
+def test_decode(latent, rope, heads, queries, lengths, splits, packed):
+    # eq. 10
+    shape = (len(lengths), max(lengths), latent + rope)
+    q, seen = draw(heads, (len(lengths), queries, heads, latent + rope), shape)
+    seen = LatentFormat(latent, rope).pack(seen) if packed else seen.bfloat16()
+    found, exact = decode(q, seen, lengths, latent, splits=splits)
+    assert gap(found, exact) < 2e-5
+    assert not found[torch.tensor(lengths) == 0].any()
+
+
+def test_decode_keeps_what_bfloat16_would_lose():
+    """Queries and weights in two parts; in one, as other kernels have them, it is off by 1e-3."""
+    q, seen = draw(1, (1, 1, 16, 80), (1, 64, 80))
+    two, exact = decode(q, seen.bfloat16(), [64], 64)
+    one, _ = decode(q, seen.bfloat16(), [64], 64, parts=1)
+    assert gap(two, exact) < 2e-5 < 3e-4 < gap(one, exact) < 1e-2
+
+
+def test_decode_reads_a_cache_where_it_lies():
+    """A run of a longer store, with NaN where no query looks; large scores do not overflow."""
+    q, store = draw(2, (2, 1, 16, 80), (2, 90, 80))
+    _, exact = decode(400 * q, store.bfloat16()[:, :70], [60, 33], 64)
+    store[:, 60:], store[1, 33:] = torch.nan, torch.nan
+    found, _ = decode(400 * q, store.bfloat16()[:, :70], [60, 33], 64, splits=2)
+    assert gap(found, exact) < 1e-4
+
+
+def test_decode_gives_the_same_bits_every_time():
+    q, seen = draw(3, (1, 2, 16, 80), (1, 150, 80))
+    runs = [decode(q, seen.bfloat16(), [150], 64, splits=3)[0] for _ in range(2)]
+    assert torch.equal(*runs)
+
+
+def test_parts_of_a_text_follow_the_device():
+    assert splits_of(tiles=1, keys=100_000, processors=132) == 132
+    assert splits_of(tiles=66, keys=100_000, processors=132) == 2
+    assert splits_of(tiles=300, keys=100_000, processors=132) == 1
+    assert splits_of(tiles=1, keys=257, processors=132) == 2  # none is too short
+
+
+# Expanded prefill ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-5), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize(
+    "d_h, d_r, d_v, heads, queries, lengths",
+    [
+        (64, 32, 64, 2, 70, [70]),  # the shipped model's; a second tile of queries
+        (128, 64, 128, 1, 20, [90, 33]),  # the released sizes, behind other chunks
+        (48, 16, 80, 3, 5, [5, 1, 0]),  # values wider than keys, padding, an empty row
+        (16, 16, 16, 1, 1, [1]),
+    ],
+)
+def test_prefill(d_h, d_r, d_v, heads, queries, lengths, dtype, bound):
+    # eq. 10
+    b, t = len(lengths), max(lengths)
+    parts = draw(
+        d_h,
+        (b, queries, heads, d_h),
+        (b, queries, heads, d_r),
+        (b, t, heads, d_h + d_v),
+        (b, t, d_r),
+    )
+    parts = [part.to(dtype) for part in parts]
+    reach, scale = reaches(lengths, queries), (d_h + d_r) ** -0.5
+    found = mla_prefill(*(part.to(DEVICE) for part in (*parts, reach)), scale)
+    exact = mla_prefill_spec(*(part.double() for part in parts), reach, scale)
+    assert gap(found, exact) < bound
+
+
+# Norm and quantisation ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+@pytest.mark.parametrize("shape", [(3, 192), (2, 2, 300), (1, 7168), (1, 1)])
+def test_norm_quant(shape, scale_format):
+    x, added, weight = draw(shape[-1], shape, shape, shape[-1:])
+    x, added, weight = (5 * x).bfloat16(), added.bfloat16(), weight.abs() + 0.1
+    for more in (None, added):
+        spec = norm_quant_spec(x, weight, 1e-6, scale_format, more)
+        pieces = (x.to(DEVICE), weight.to(DEVICE), 1e-6, scale_format)
+        found = norm_quant(*pieces, None if more is None else more.to(DEVICE), keeps=True)
+        assert all(same_bits(a.cpu(), b) for a, b in zip(found, spec, strict=True))
+        codes = quantize_activation(spec[2], scale_format, backend="torch")
+        assert same_bits(codes.data, spec[0]) and same_bits(codes.scale, spec[1])
+        # torch's own norm, but for a last bit that float32 sums may cost
+        norm = F.rms_norm(spec[3].float(), weight.shape, weight, 1e-6).bfloat16()
+        assert (norm != spec[2]).sum() <= norm.numel() / 1000
+    alone = norm_quant(*pieces)
+    assert alone[2] is None and alone[3].shape == x.shape
+    assert norm_quant(x[:0].to(DEVICE), *pieces[1:])[0].shape == (0, *shape[1:])
+    assert same_bits(alone[0].cpu(), norm_quant_spec(x, weight, 1e-6, scale_format)[0])
+
+
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+def test_norm_quant_of_zeros_infinities_and_all_sizes(scale_format):
+    x, weight = adversarial_rows(40, 200).bfloat16(), torch.linspace(-3, 3, 200)
+    found = norm_quant(x.to(DEVICE), weight.to(DEVICE), 1e-6, scale_format, keeps=True)
+    spec = norm_quant_spec(x, weight, 1e-6, scale_format)
+    assert torch.equal(found[2].cpu().isnan(), spec[2].isnan()) and spec[2].isnan().any()
+    good = ~spec[2].isnan().any(-1)
+    for a, b in zip(found, spec, strict=True):
+        assert same_bits(a.cpu()[good], b[good])
+    assert torch.equal(found[1].cpu().isnan(), spec[1].isnan())
+
+
+# The router ---------------------------------------------------------------------------------
+
+
+def routed(u, weight, bias, choice, **options):
+    pieces = (None if x is None else x.to(DEVICE) for x in (u, weight, bias))
+    weights, chosen = router(*pieces, choice, **options)
+    return weights.cpu(), chosen.cpu()
+
+
+@pytest.mark.parametrize(
+    "n, experts, width, biased, choice, splits",
+    [
+        (1, 16, 192, True, Choice(4, 2, 2, "sigmoid", True, 2.5), None),  # the shipped model's
+        (17, 256, 100, True, Choice(8, 4, 8, "sigmoid", True, 2.5), 1),  # the released sizes
+        (3, 60, 130, False, Choice(3, 1, 6, "softmax", False, 16.0), 2),  # V2's: no bias
+        (3, 10, 64, False, Choice(1, 1, 3, "softmax", False, 1.0), 1),  # one group
+        (3, 8, 64, True, Choice(8, 3, 3, "sigmoid", True, 1.0), 1),  # groups of one
+    ],
+)
+def test_router(n, experts, width, biased, choice, splits):
+    # eq. 13, 15, 16
+    u, weight, bias = draw(n, (n, width), (experts, width), (experts,))
+    u, weight = u.bfloat16(), weight * width**-0.5
+    bias = 0.3 * bias if biased else None
+    weights, chosen = routed(u, weight, bias, choice, splits=splits)
+    expected, experts_of_each = router_spec(u, weight, bias, choice)
+    assert torch.equal(chosen, experts_of_each)
+    assert torch.allclose(weights, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_router_takes_the_lower_number_of_equals():
+    u = torch.ones(1, 64).bfloat16()
+    weight = torch.zeros(16, 64)
+    weight[[6, 9, 13]] = 1.0
+    for groups, opened, k, expected in (
+        (1, 1, 5, [6, 9, 13, 0, 1]),
+        (4, 2, 4, [6, 9, 4, 5]),  # group 3 is as strong as 1 and 2
+        (4, 1, 2, [6, 4]),
+    ):
+        choice = Choice(groups, opened, k, "sigmoid", True, 1.0)
+        assert routed(u, weight, torch.zeros(16), choice)[1].tolist() == [expected]
+        assert router_spec(u, weight, torch.zeros(16), choice)[1].tolist() == [expected]
+
+
+@pytest.mark.parametrize("bias", [-3.0, -1e30, -torch.inf])
+def test_router_with_a_strongly_negative_bias(bias):
+    """Closed groups are out by -inf: 0 would win over every biased score."""
+    u, weight = draw(5, (4, 64), (16, 64))
+    u[1] = torch.nan
+    choice = Choice(4, 2, 4, "sigmoid", True, 2.5)
+    bias = torch.full((16,), bias)
+    weights, chosen = routed(u.bfloat16(), weight, bias, choice)
+    expected, experts = router_spec(u.bfloat16(), weight, bias, choice)
+    assert torch.equal(chosen, experts)
+    assert torch.allclose(weights, expected, rtol=1e-5, equal_nan=True)
+
+
+def test_the_specification_is_the_models_router():
+    for config in (
+        ModelConfig.mini(),
+        ModelConfig.mini().but(n_group=1, topk_group=1),
+        ModelConfig.mini().but(gate_bias=False, scoring_func="softmax", norm_topk_prob=False),
+    ):
+        model = Transformer(config).init_weights(0)
+        gate = next(layer.ffn.gate for layer in model.layers if hasattr(layer.ffn, "gate"))
+        (u,) = draw(6, (1, 30, config.hidden_size))
+        weights, chosen, _ = gate(u)
+        choice = Choice(
+            config.n_group,
+            config.topk_group,
+            config.num_experts_per_tok,
+            config.scoring_func,
+            config.norm_topk_prob,
+            config.routed_scaling_factor,
+        )
+        expected, experts = router_spec(u[0], gate.weight, gate.bias, choice)
+        assert torch.equal(chosen[0], experts) and torch.allclose(weights[0], expected)
+
+
+# The sum over experts -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, k, width, experts, kept", [(9, 3, 200, 8, 20), (1, 1, 7, 1, 1)])
+def test_combine_gives_the_bits_of_index_add(n, k, width, experts, kept):
+    # eq. 12
+    y, weights, shared, scores = draw(n, (n * k, width), (n, k), (n, width), (n, experts))
+    chosen = scores.topk(k).indices
+    order = chosen.flatten().sort(stable=True).indices
+    counted = (y * weights.flatten()[order, None]).index_fill(0, torch.arange(kept, n * k), 0.0)
+    plain = torch.zeros(n, width).index_add(0, order // k, counted)
+    y[kept:] = torch.nan  # rows of experts that others hold
+    places = where_stands(order, n * k).view(n, k)
+    pieces = [x.to(DEVICE) for x in (y, weights, places, torch.tensor([kept]))]
+    for more, expected in ((None, plain), (shared, plain + shared)):
+        found = combine(*pieces, None if more is None else more.to(DEVICE)).cpu()
+        assert torch.equal(found, combine_spec(y, weights, places, kept, more))
+        assert torch.equal(found, expected)
+
+
+def test_choices_without_a_row_count_for_nothing():
+    order = torch.tensor([4, 0, 3])
+    assert where_stands(order, 6).tolist() == [1, -1, -1, 2, 0, -1]
+    y, weights = draw(7, (3, 10), (2, 3))
+    found = combine(
+        *(x.to(DEVICE) for x in (y, weights, where_stands(order, 6).view(2, 3))),
+        torch.tensor([3], device=DEVICE),
+    )
+    expected = torch.stack([y[1] * weights[0, 0], y[0] * weights[1, 1] + y[2] * weights[1, 0]])
+    assert torch.allclose(found.cpu(), expected)
+
+
+# All of them in a model ---------------------------------------------------------------------
+
+
+def use_kernels(monkeypatch, on: bool) -> None:
+    """In float32, which is how a GPU sums."""
+    monkeypatch.setattr("dsv3.precision.pick_backend", lambda device: "triton" if on else "torch")
+    monkeypatch.setattr("dsv3.precision.Precision.sums", lambda self, device: torch.float32)
+
+
+@pytest.mark.parametrize("precision, cache", [("bf16", None), ("bf16", "fp8"), ("fp8", "fp8")])
+@torch.inference_mode()
+def test_a_model_in_kernels_is_the_model_without(precision, cache, monkeypatch):
+    """Chunks, ragged rows, single tokens; one layer of each kind, absorbed and expanded."""
+    config = ModelConfig.mini().but(
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        vocab_size=64,
+        num_nextn_predict_layers=0,
+        num_attention_heads=2,
+    )
+    weights = Transformer(config).init_weights(0, by_width=True).state_dict()
+    model = Transformer(config, precision)
+    model.load_state_dict(weights)
+    text = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for on, form in itertools.product((False, True), (False, True)):
+        use_kernels(monkeypatch, on)
+        monkeypatch.setattr("dsv3.mla.break_even_queries", lambda config, few=form: 100 - 100 * few)
+        kept = model.new_cache(2, 12, dtype=cache)
+        parts = [model(text[:, :6], cache=kept, lengths=[6, 4])[:, :4]]
+        parts += [model(text[:, 6:], cache=kept)]
+        found[on, form] = torch.cat(parts, 1)
+    plain = found.pop((False, False))
+    assert plain.std() > 0.1
+    for other in found.values():
+        assert (other - plain).abs().mean() < 0.02 * plain.std()
+
+
+def test_a_gradient_or_float32_stays_with_torch(monkeypatch):
+    use_kernels(monkeypatch, True)
+    plain, half = Transformer(ModelConfig.mini()), Transformer(ModelConfig.mini(), "bf16")
+    x = torch.ones(1, dtype=torch.bfloat16)
+    assert half.precision.in_kernels(x) and not plain.precision.in_kernels(x)
+    assert not half.precision.in_kernels(x, half.head.weight)
+    with torch.no_grad():
+        assert half.precision.in_kernels(x, half.head.weight)
+
+
+def test_wrong_shapes_are_refused():
+    half = torch.ones(1, 4, 80, dtype=torch.bfloat16, device=DEVICE)
+    one = torch.ones(1, 1, dtype=torch.int64, device=DEVICE)
+    q = torch.ones(1, 1, 2, 80, device=DEVICE)
+    with pytest.raises(DSV3Error, match="mla_decode: shapes do not fit"):
+        mla_decode(q, half[..., 1:], one, 1.0, 64)
+    with pytest.raises(DSV3Error, match="mla_decode: wrong dtype"):
+        mla_decode(q.bfloat16(), half, one, 1.0, 64)
+    with pytest.raises(DSV3Error, match="mla_prefill: shapes do not fit"):
+        mla_prefill(q, q, q, half[0].float(), one, 1.0)
+    with pytest.raises(DSV3Error, match="norm_quant: shapes do not fit"):
+        norm_quant(half, torch.ones(79, device=DEVICE), 1e-6)
+    with pytest.raises(DSV3Error, match="router: shapes do not fit"):
+        router(half, torch.ones(6, 80, device=DEVICE), None, Choice(4, 1, 1, "softmax", True, 1.0))
+    with pytest.raises(DSV3Error, match="combine: shapes do not fit"):
+        combine(q[0, 0], q[0, 0], one, one)
+
+
+# What they become on Hopper -----------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler needs Linux")
+@pytest.mark.parametrize(
+    "kernel, product, options",
+    [
+        ("mla_decode", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", dict(num_warps=8)),
+        ("mla_decode", "mma.sync", dict(num_warps=8, ROWS=16, KEYS=32, PACKED=True)),
+        ("mla_prefill", "wgmma.mma_async.sync.aligned.m64n", dict(num_warps=8)),
+        ("router", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", {}),
+        ("norm_quant", "", dict(num_warps=8)),
+        ("combine", "", {}),
+    ],
+)
+def test_they_compile_for_hopper(kernel, product, options, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found = compile_for(kernel, "sm_90", num_stages=2, **options)
+    assert bool(found.products) == bool(product)
+    assert all(name.startswith(product) for name in found.products)
+    assert found.shared <= 227 * 1024
+    assert "atom" not in found.ptx and ("div.full" not in found.ptx or kernel != "norm_quant")
