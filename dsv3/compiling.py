@@ -20,7 +20,6 @@ another order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -121,7 +120,7 @@ class CapturedPasses:
         made, key = self._made.setdefault(cache, {}), (tuple(tokens.shape), step.total)
         if key not in made:
             inputs = [value.clone() for value in _tensors(tokens, step)]
-            there = replace(step, **dict(zip(_FIELDS, inputs[1:])))
+            there = Step(step.total, *inputs[1:])
             made[key] = inputs, *self._capture(partial(run, inputs[0], there, cache))
         inputs, replay, result = made[key]
         for place, value in zip(inputs, _tensors(tokens, step), strict=True):
@@ -145,8 +144,6 @@ class CapturedPasses:
         return graph.replay, result
 
 
-_FIELDS = ("rotation", "mask", "row", "place")
-
-
-def _tensors(tokens: Tensor, step: Step) -> list[Tensor]:
-    return [tokens, *(getattr(step, name) for name in _FIELDS)]
+def _tensors(tokens: Tensor, step: Step) -> tuple[Tensor, ...]:
+    assert step.mask is not None  # keys that are rounded up are masked
+    return tokens, step.rotation, step.mask, step.row, step.place
