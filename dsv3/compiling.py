@@ -20,6 +20,7 @@ another order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -59,7 +60,14 @@ class CompiledLayers:
         # A program for each kind of layer and each form of a pass: more than torch expects.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         self._block, self._module = (
-            torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+            torch.compile(
+                function,
+                fullgraph=True,
+                dynamic=True,
+                backend=backend,
+                # What is rounded between two operations is rounded, too, where they become one.
+                options={"emulate_precision_casts": True} if backend == "inductor" else None,
+            )
             for function in (Block.forward, MTPModule.forward)
         )
         self.captured = CapturedPasses()
@@ -77,7 +85,7 @@ class CompiledLayers:
     def layer(
         self, layer: nn.Module, x: Float[Tensor, "b s d"], step: Step, kept: OneLayer
     ) -> Float[Tensor, "b s d"]:
-        return self._run(self._block, layer, x, step, kept)
+        return self._run(self._block, layer, x, _without_complex(step), kept)
 
     def module(
         self,
@@ -87,7 +95,7 @@ class CompiledLayers:
         step: Step,
         kept: OneLayer,
     ) -> Float[Tensor, "b s d"]:
-        return self._run(self._module, module, hidden, embedded, step, kept)
+        return self._run(self._module, module, hidden, embedded, _without_complex(step), kept)
 
     @staticmethod
     def _run(program, *arguments):
@@ -100,6 +108,10 @@ class CompiledLayers:
                 found=str(error.__cause__ or error).strip().splitlines()[0],
                 fix="Install a C++ compiler (g++), or leave --compile out",
             ) from None
+
+
+def _without_complex(step: Step) -> Step:
+    return replace(step, rotation=torch.view_as_real(step.rotation))
 
 
 class CapturedPasses:
