@@ -274,5 +274,5 @@ def test_a_decode_step_has_no_graph_break(tiny_checkpoint):
 
 def test_compiling_for_several_ranks_is_refused(tiny_checkpoint, capsys):
     arguments = ["generate", str(tiny_checkpoint), "--prompt", "a", "--compile", "--tp", "2"]
-    assert main(arguments) == 1
+    assert main(arguments) != 0
     assert "compile: compiled code runs on one rank (found 2 ranks" in capsys.readouterr().err
