@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import torch
-from jaxtyping import Bool, Complex64, Float, Int, Shaped
+from jaxtyping import Bool, Complex64, Float, Float32, Int, Shaped
 from torch import Tensor
 
 from dsv3.backward import without_backward
@@ -43,7 +43,7 @@ class Step:
     """
 
     total: int
-    rotation: Complex64[Tensor, "b s pairs"]
+    rotation: Complex64[Tensor, "b s pairs"] | Float32[Tensor, "b s pairs 2"]
     mask: Bool[Tensor, "b 1 s t"] | None
     row: Int[Tensor, "b 1"]
     place: Int[Tensor, "b s"]

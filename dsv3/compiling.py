@@ -60,7 +60,14 @@ class CompiledLayers:
         # A program for each kind of layer and each form of a pass: more than torch expects.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         self._block, self._module = (
-            torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+            torch.compile(
+                function,
+                fullgraph=True,
+                dynamic=True,
+                backend=backend,
+                # What is rounded between two operations is rounded, too, where they become one.
+                options={"emulate_precision_casts": True} if backend == "inductor" else None,
+            )
             for function in (Block.forward, MTPModule.forward)
         )
         self.captured = CapturedPasses()
@@ -78,7 +85,7 @@ class CompiledLayers:
     def layer(
         self, layer: nn.Module, x: Float[Tensor, "b s d"], step: Step, kept: OneLayer
     ) -> Float[Tensor, "b s d"]:
-        return self._run(self._block, layer, x, step, kept)
+        return self._run(self._block, layer, x, _without_complex(step), kept)
 
     def module(
         self,
@@ -88,7 +95,7 @@ class CompiledLayers:
         step: Step,
         kept: OneLayer,
     ) -> Float[Tensor, "b s d"]:
-        return self._run(self._module, module, hidden, embedded, step, kept)
+        return self._run(self._module, module, hidden, embedded, _without_complex(step), kept)
 
     @staticmethod
     def _run(program, *arguments):
@@ -101,6 +108,10 @@ class CompiledLayers:
                 found=str(error.__cause__ or error).strip().splitlines()[0],
                 fix="Install a C++ compiler (g++), or leave --compile out",
             ) from None
+
+
+def _without_complex(step: Step) -> Step:
+    return replace(step, rotation=torch.view_as_real(step.rotation))
 
 
 class CapturedPasses:
@@ -121,7 +132,7 @@ class CapturedPasses:
         made, key = self._made.setdefault(cache, {}), (tuple(tokens.shape), step.total)
         if key not in made:
             inputs = [value.clone() for value in _tensors(tokens, step)]
-            there = replace(step, **dict(zip(_FIELDS, inputs[1:])))
+            there = Step(step.total, *inputs[1:])
             made[key] = inputs, *self._capture(partial(run, inputs[0], there, cache))
         inputs, replay, result = made[key]
         for place, value in zip(inputs, _tensors(tokens, step), strict=True):
@@ -145,8 +156,6 @@ class CapturedPasses:
         return graph.replay, result
 
 
-_FIELDS = ("rotation", "mask", "row", "place")
-
-
-def _tensors(tokens: Tensor, step: Step) -> list[Tensor]:
-    return [tokens, *(getattr(step, name) for name in _FIELDS)]
+def _tensors(tokens: Tensor, step: Step) -> tuple[Tensor, ...]:
+    assert step.mask is not None  # keys that are rounded up are masked
+    return tokens, step.rotation, step.mask, step.row, step.place

@@ -76,12 +76,14 @@ def one_by_one(
     "plain_experts(Tensor x, Tensor stack, Tensor ends) -> Tensor",
     like=lambda x, stack, ends: x.new_empty(len(x), stack.shape[1]),
 )
-def plain_one_by_one(
+def plain_experts(
     x: Float[Tensor, "choices in"],
     stack: Float[Tensor, "experts out in"],
     ends: Int[Tensor, " experts"],
 ) -> Float[Tensor, "choices out"]:
-    """Products of plain numbers, in x's dtype."""
+    """Products of plain numbers, in x's dtype, in whichever form there is."""
+    if can_group(x, stack):
+        return grouped(x, stack.to(x.dtype), ends)
 
     def product(rows, matrix):
         return F.linear(rows, matrix.to(rows.dtype))
@@ -96,7 +98,7 @@ def plain_one_by_one(
         len(x), w.shape[1:-1].numel(), dtype=sums
     ),
 )
-def fp8_one_by_one(
+def fp8_experts(
     x: Float8e4m3fn[Tensor, "choices in"],
     x_scale: Float32[Tensor, "choices tiles"],
     w: Float8e4m3fn[Tensor, "experts *parts out in"],

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dsv3.fp8 import QuantizedTensor
 from dsv3.kernels.operations import norm_quant, norm_quant_keep
+from dsv3.opaque import opaque
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Fp8, Precision
 
@@ -40,7 +41,18 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32, device=device))
 
     def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return _normalised(x, self.weight, self.eps)
+
+
+# A compiler would take the sum in another order, and in FP8 the text would not be the same.
+@opaque(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    like=lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+def _normalised(
+    x: Float[Tensor, "*lead d"], weight: Float32[Tensor, " d"], eps: float
+) -> Float[Tensor, "*lead d"]:
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
     def operand(
         self, x: Float[Tensor, "*lead d"], precision: Precision

@@ -219,7 +219,9 @@ class Transformer(nn.Module):
             return self._logits(hidden, counts, last_only), hidden  # eq. 23
 
     def _logits(self, hidden: Float[Tensor, "b s d"], counts: list[int], last_only: bool) -> Logits:
-        if last_only:
+        if last_only and min(counts) == hidden.shape[1]:
+            hidden = hidden[:, -1]
+        elif last_only:
             last = numbers(counts, hidden.device) - 1
             hidden = hidden[torch.arange(len(counts), device=hidden.device), last]
         return self.head(hidden)

@@ -41,7 +41,7 @@ from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import Fp8Recipe, QuantizedTensor, fp8_linear
 from dsv3.fp8.quantize import pick_backend
-from dsv3.grouped import can_group, fp8_one_by_one, grouped, one_by_one, plain_one_by_one
+from dsv3.grouped import fp8_experts, one_by_one, plain_experts
 
 # Rows of a bfloat16 weight that are widened at a time: small enough to stay in a core's cache.
 _WIDEN_ROWS = 1024
@@ -191,10 +191,7 @@ class Precision:
         stack: (experts, out, in), or (experts, parts, out, in) for several at once, whose outputs
         then stand side by side. ends: where each expert's rows end; rows past the last are junk.
         """
-        stack = stack.flatten(1, -2)
-        if can_group(x, stack):
-            return grouped(x, stack.to(x.dtype), ends)
-        return plain_one_by_one(x, stack, ends)
+        return plain_experts(x, stack.flatten(1, -2), ends)
 
     def each_wide(
         self,
@@ -290,7 +287,7 @@ class Fp8(Precision):
         ends: Int[Tensor, " experts"],
     ) -> Float[Tensor, "choices out"]:
         x, sums = self.operand(x), self.sums(x.device)
-        return fp8_one_by_one(x.data, x.scale, stack.data, stack.scale, ends, sums)
+        return fp8_experts(x.data, x.scale, stack.data, stack.scale, ends, sums)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,11 +111,17 @@ def rotations(
 
 
 def rotate(
-    x: Float[Tensor, "*lead d_r"], rotation: Complex64[Tensor, "*#lead d_r//2"]
+    x: Float[Tensor, "*lead d_r"],
+    rotation: Complex64[Tensor, "*#lead d_r//2"] | Float32[Tensor, "*#lead d_r//2 2"],
 ) -> Float[Tensor, "*lead d_r"]:
     """Turn each neighbouring pair of the last dimension (eq. 3, 8).
 
     rotation is broadcast over x's leading dimensions. Computed in float32, returned in x's dtype.
+    Compilers know no complex numbers, so rotation may come as cos and sin side by side, too.
     """
+    if not rotation.is_complex():
+        (x0, x1), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), rotation.unbind(-1)
+        turned = torch.stack([x0 * cos - x1 * sin, x0 * sin + x1 * cos], -1)
+        return turned.flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)  # eq. 3, 8
