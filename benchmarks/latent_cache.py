@@ -1,12 +1,12 @@
 """What a latent cache in FP8 costs in loss, on the shipped model and text it was not trained on.
 
-    python benchmarks/latent_cache.py [--windows 24] [--out assets/measurements/latent_cache.json]
+    python benchmarks/latent_cache.py [--texts 16] [--out assets/measurements/latent_cache.json]
 
-The model reads held-out windows into a cache in the model's own dtype, and into caches that keep
-less. Each window is read by all of them, so what is reported is the difference of losses window by
-window: its mean, and the standard error of the mean. Beside it, the mean divergence of the
-distributions (KL from the plain cache's, in nats a token), and how often the best token is another
-one. In fp32 the cache alone rounds, so the whole difference is its doing.
+The model reads held-out texts (``dsv3.book.held_out``) into a cache in its own dtype, and into
+caches that keep less. Each text is read by all of them, so what is reported is the difference of
+losses, text by text: its mean, and the standard error of the mean. Beside it, the mean divergence
+of the distributions (KL from the plain cache's, in nats a token), and how often the best token is
+another one. In fp32 the cache alone rounds, so the whole difference is its doing.
 
     fp8             what ``new_cache(..., dtype="fp8")`` keeps: latent in E4M3 with scales that are
                     powers of two, rotated key in bfloat16
@@ -24,16 +24,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
 from dsv3 import load_model
+from dsv3.book import held_out
 from dsv3.cache import LatentCache
-from dsv3.data import load_domains, pack
+from dsv3.data import DOMAINS
 from dsv3.fp8.quantize import ACTIVATION_BLOCK, quantized_values
-from dsv3.training import exam
+from dsv3.generation.tokenizer import load_tokenizer
 
 MODEL = Path(__file__).parents[1] / "assets" / "dsv3-mini"
-LENGTH = 512
 
 
 class Rounded(LatentCache):
@@ -78,53 +77,66 @@ def forms(model) -> dict[str, Callable[[int, int], LatentCache]]:
 
 
 @torch.inference_mode()
-def compare(model, windows: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Figures of each form on these windows."""
-    losses: dict[str, list[float]] = {}
-    apart: dict[str, list[float]] = {}
-    other: dict[str, list[float]] = {}
-    for window in windows[:, : LENGTH + 1].split(1):
-        plain = None
+def compare(model, texts: list[list[int]]) -> list[dict[str, tuple[float, float, float]]]:
+    """Of each text and form: loss, divergence from the plain cache's distributions, and the share
+    of places with another best token."""
+    found = []
+    for text in texts:
+        ids, plain, row = torch.tensor([text]), None, {}
         for name, make in forms(model).items():
-            logs = model(window[:, :-1], cache=make(1, LENGTH)).log_softmax(-1)
+            logs = model(ids[:, :-1], cache=make(1, len(text))).log_softmax(-1)
             plain = logs if plain is None else plain
-            loss = F.nll_loss(logs[0], window[0, 1:])
-            losses.setdefault(name, []).append(float(loss))
-            apart.setdefault(name, []).append(float((plain.exp() * (plain - logs)).sum(-1).mean()))
-            changed = (plain.argmax(-1) != logs.argmax(-1)).float().mean()
-            other.setdefault(name, []).append(float(changed))
-    found = {"plain": {"loss": sum(losses["plain"]) / len(windows)}}
-    for name in list(losses)[1:]:
-        more = torch.tensor(losses[name]) - torch.tensor(losses["plain"])
+            row[name] = (
+                float(F.nll_loss(logs[0], ids[0, 1:])),
+                float((plain.exp() * (plain - logs)).sum(-1).mean()),
+                float((plain.argmax(-1) != logs.argmax(-1)).float().mean()),
+            )
+        found.append(row)
+    return found
+
+
+def figures(rows: list[dict[str, tuple[float, float, float]]]) -> dict[str, dict[str, float]]:
+    """Means over texts, with the standard error of the difference of losses."""
+    loss = torch.tensor([row["plain"][0] for row in rows])
+    found = {"plain": {"texts": len(rows), "loss": float(loss.mean())}}
+    for name in list(rows[0])[1:]:
+        figure = torch.tensor([row[name] for row in rows])
+        more = figure[:, 0] - loss
         found[name] = {
             "more_loss": float(more.mean()),
-            "standard_error": float(more.std() / len(more) ** 0.5),
-            "divergence": sum(apart[name]) / len(windows),
-            "other_best_token": sum(other[name]) / len(windows),
+            "standard_error": float(more.std() / len(rows) ** 0.5),
+            "divergence": float(figure[:, 1].mean()),
+            "other_best_token": float(figure[:, 2].mean()),
         }
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--windows", type=int, default=24, help="of each domain")
+    parser.add_argument("--texts", type=int, default=16, help="of each domain, at most 16")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-    ids = {domain.name: pack(tokenizer, domain.held_out) for domain in load_domains()}
-    found: dict = {"tokens_a_window": LENGTH, "bytes_a_token_and_layer": {}, "precisions": {}}
+    tokenizer = load_tokenizer(MODEL)
+    texts = json.loads(held_out.PATH.read_text(encoding="utf-8"))["texts"]
+    ids = {name: [tokenizer.encode(text) for text in texts[name][: args.texts]] for name in DOMAINS}
+    found: dict = {
+        "tokens": {name: [len(text) for text in some] for name, some in ids.items()},
+        "bytes_a_token_and_layer": {},
+        "precisions": {},
+    }
     for precision in ("fp32", "fp8"):
         model = load_model(MODEL, precision)
         layers = model.config.num_hidden_layers
         found["bytes_a_token_and_layer"][precision] = {
             name: make(1, 1).nbytes // layers for name, make in list(forms(model).items())[:2]
         }
-        by = found["precisions"][precision] = {}
-        for domain, tokens in ids.items():
-            windows = exam.held_out_windows(model, tokens, LENGTH, args.windows)
-            by[domain] = {"windows": len(windows), **compare(model, windows)}
-            print(f"\n{precision}, {domain}: {len(windows)} windows, {by[domain]['plain']}")
-            for name, row in list(by[domain].items())[2:]:
+        rows = {domain: compare(model, some) for domain, some in ids.items()}
+        rows["all"] = [row for some in rows.values() for row in some]
+        by = found["precisions"][precision] = {name: figures(some) for name, some in rows.items()}
+        for domain, figure in by.items():
+            loss = figure["plain"]["loss"]
+            print(f"\n{precision}, {domain}: {len(rows[domain])} texts, loss {loss:.4f}")
+            for name, row in list(figure.items())[1:]:
                 print(
                     f"  {name:15} loss {row['more_loss']:+.5f} +- {row['standard_error']:.5f}, "
                     f"divergence {row['divergence']:.5f}, "
