@@ -26,6 +26,7 @@ FLOORS = [
     ["checkpoint"],
     ["generation", "data"],
     ["training"],
+    ["bench"],
     ["commands"],
     ["viz"],
     ["book"],

@@ -14,6 +14,6 @@ no program to compare with, a limit: the time that the memory or the multipliers
 A group of rows a module: ``quantization`` (1, 2), ``products`` (3 to 5), ``experts`` (6, 7),
 ``attention`` (8, 9), ``decoding`` (10, 11), ``memory`` (12), ``drafting`` (13), ``chapters`` (14).
 ``row`` says what a row is and how it is measured, ``suite`` puts them together, ``plain`` has the
-formulas, ``released`` the released code's way to run a model, ``peers`` what others made, ``curves``
-how costs grow.
+formulas, ``released`` the released code's way to run a model, ``peers`` what others made, and
+``curves`` how costs grow.
 """

@@ -21,6 +21,9 @@ from dsv3.checkpoint.comparison import load, their_names
 from dsv3.checkpoint.layout import layout
 from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.model import Transformer
+from dsv3.moe import MoE
+from dsv3.parallel.tensor import TensorGroup
+from dsv3.precision import Precision
 
 T = TypeVar("T")
 
@@ -60,12 +63,33 @@ def stored(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     return out
 
 
+def moe_layer(config: ModelConfig, experts: int, precision: str) -> MoE:
+    """A layer of so many experts with random weights, the same in each precision."""
+    config = config.but(n_routed_experts=experts)
+    with torch.inference_mode(False):
+        plain = MoE(config, Precision.of("fp32", config), TensorGroup())
+        random = torch.Generator().manual_seed(0)
+        for value in plain.parameters():
+            value.data.normal_(0, config.initializer_range, generator=random)
+        for value in plain.buffers():
+            value.zero_()
+        if precision == "fp32":
+            return plain.requires_grad_(False)
+        other = MoE(config, Precision.of(precision, config), TensorGroup())
+        other.load_state_dict(plain.state_dict())
+        return other.requires_grad_(False)
+
+
 class Models:
     """Each form of one model, made when it is first asked for."""
 
     def __init__(self, device: torch.device, config: ModelConfig = CONFIG):
         self.config, self.device = config, device
         self._made: dict[Any, Any] = {}
+
+    def of(self, config: ModelConfig) -> Models:
+        """The same for another config, kept likewise."""
+        return self._once(config, lambda: Models(self.device, config))
 
     def weights(self) -> dict[str, Tensor]:
         """As ``stored``."""
@@ -74,7 +98,11 @@ class Models:
     def ours(self, precision: str) -> Transformer:
         return self._once(precision, partial(self._ours, precision))
 
-    def theirs(self, dtype: torch.dtype) -> nn.Module:
+    def layer(self, precision: str, number: int) -> Any:
+        """A block of ours, with its ``attn`` and ``ffn``."""
+        return self.ours(precision).layers[number]
+
+    def theirs(self, dtype: torch.dtype) -> Any:
         """transformers' model. Raises Missing where it is not installed."""
         return self._once(dtype, partial(self._theirs, dtype))
 
@@ -82,6 +110,15 @@ class Models:
         """Weights in FP8, products in ``dtype``."""
         return self._once(
             ("released", dtype), lambda: Released(self.config, self.weights(), dtype, self.device)
+        )
+
+    def specification(self) -> Released:
+        """The same structure in float32, whose inputs are quantised: what FP8 is held to."""
+        return self._once(
+            "specification",
+            lambda: Released(
+                self.config, self.weights(), torch.float32, self.device, quantizes=True
+            ),
         )
 
     def text(self, length: int, rows: int = 1) -> Tensor:

@@ -1,4 +1,4 @@
-"""What others made, where it is installed: imported when it is asked for, or missing with a way out.
+"""What others made, imported when it is asked for, or missing with a way out.
 
 None of them is needed by the package. transformers runs anywhere; the others are kernels for
 Hopper, and come as wheels.
@@ -47,7 +47,7 @@ def scaled_mm(x: QuantizedTensor, w: QuantizedTensor) -> Callable[[], Tensor]:
     kinds = getattr(F, "ScalingType", None)
     if not hasattr(F, "scaled_mm") or kinds is None:
         raise Missing(f"torch {torch.__version__} has no F.scaled_mm; 2.10 and later have")
-    if torch.cuda.get_device_capability(x.device) != (9, 0):
+    if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) != (9, 0):
         raise Missing("F.scaled_mm takes these scales on Hopper alone")
     m = len(x)
     codes = F.pad(x.data.view(torch.uint8), (0, 0, 0, -m % 4)).view(x.data.dtype)
@@ -79,9 +79,7 @@ def deep_gemm(x: QuantizedTensor, w: QuantizedTensor) -> Callable[[], Tensor]:
     return product
 
 
-def flash_mla(
-    latents: Tensor, queries: Tensor, values: int, scale: float
-) -> Callable[[], Tensor]:
+def flash_mla(latents: Tensor, queries: Tensor, values: int, scale: float) -> Callable[[], Tensor]:
     """DeepSeek's kernel for absorbed decoding. Raises Missing.
 
     latents: (b, t, latent) bfloat16, t a multiple of its pages of 64; queries: (b, 1, heads,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float8e4m3fn, Float32, Int
@@ -31,14 +33,22 @@ def quantize(
     return codes.flatten(-2)[..., : x.shape[-1]], scale
 
 
+def through_fp8(x: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
+    """What is left of x when it has been quantised and dequantised."""
+    codes, scale = quantize(x)
+    return (codes.float() * scale.repeat_interleave(BLOCK, -1)[:, : x.shape[-1]]).to(x.dtype)
+
+
 def swiglu(
     x: Float[Tensor, "n d"],
     w1: Float[Tensor, "inner d"],
     w3: Float[Tensor, "inner d"],
     w2: Float[Tensor, "d inner"],
+    rounded: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Float[Tensor, "n d"]:
-    """w2( silu(w1 x) * w3 x )."""
-    return F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
+    """w2( silu(w1 x) * w3 x ). rounded: what happens to the input of each product."""
+    x = rounded(x)
+    return F.linear(rounded(F.silu(F.linear(x, w1)) * F.linear(x, w3)), w2)
 
 
 def experts_in_a_loop(
@@ -46,7 +56,7 @@ def experts_in_a_loop(
     weights: Float[Tensor, "n k"],
     chosen: Int[Tensor, "n k"],
     count: int,
-    expert,
+    expert: Callable[[int, Tensor], Tensor],
 ) -> Float[Tensor, "n d"]:
     """One expert after the other: whose tokens are these, compute them, add them in.
 

@@ -48,10 +48,10 @@ def exact(x: QuantizedTensor, w: QuantizedTensor) -> Tensor:
     return x.dequantize().double() @ w.dequantize().double().T
 
 
-def on_cpu(tokens: int, goals: tuple[float, float | None], bench: Workbench) -> Trial:
+def on_cpu(side: int, tokens: int, goals: tuple[float, float | None], bench: Workbench) -> Trial:
     precision = Precision.of("fp8", bench.models.config)
-    x = random_activations(tokens, CPU_SIDE, bench.device)
-    w = random_blocks(CPU_SIDE, CPU_SIDE, bench.device)
+    x = random_activations(tokens, side, bench.device)
+    w = random_blocks(side, side, bench.device)
     kept = w.dequantize(torch.bfloat16)
 
     def eager() -> Tensor:
@@ -69,13 +69,14 @@ def on_cpu(tokens: int, goals: tuple[float, float | None], bench: Workbench) -> 
 
 
 def on_gpu(
+    shape: tuple[int, int],
     tokens: int,
     goals: dict[str, float],
     ceiling: Callable[[int, int, int, Workbench], Peer] | None,
     bench: Workbench,
 ) -> Trial:
     """goals: of each library's time over ours."""
-    n, k = GPU_SHAPE
+    n, k = shape
     precision = Precision.of("fp8", bench.models.config)
     x = fp8.quantize_activation(random_activations(tokens, k, bench.device))
     w = random_blocks(n, k, bench.device)
@@ -112,18 +113,18 @@ def rows(suite: str) -> list[Row]:
     if suite == "cpu":
         size = f"{CPU_SIDE} x {CPU_SIDE}"
         return [
-            Row(3, one, f"{size}, M=1", timed(partial(on_cpu, 1, (20, 0.5)))),
-            Row(4, many, f"{size}, M=256", timed(partial(on_cpu, 256, (6, None)))),
+            Row(3, one, f"{size}, M=1", timed(partial(on_cpu, CPU_SIDE, 1, (20, 0.5)))),
+            Row(4, many, f"{size}, M=256", timed(partial(on_cpu, CPU_SIDE, 256, (6, None)))),
         ]
     size = " x ".join(map(str, GPU_SHAPE))
     found = [
         Row(3, one, f"{size}, M=1",
-            timed(partial(on_gpu, 1, {"F.scaled_mm": 1.5}, memory_ceiling))),
+            timed(partial(on_gpu, GPU_SHAPE, 1, {"F.scaled_mm": 1.5}, memory_ceiling))),
         Row(4, many, f"{size}, M=4096",
-            timed(partial(on_gpu, 4096, {"F.scaled_mm": 0.95}, tflops_ceiling))),
+            timed(partial(on_gpu, GPU_SHAPE, 4096, {"F.scaled_mm": 0.95}, tflops_ceiling))),
     ]  # fmt: skip
     return found + [
         Row(5, few, f"{size}, M={tokens}",
-            timed(partial(on_gpu, tokens, {"F.scaled_mm": 1.5, "DeepGEMM": 0.9}, None)))
+            timed(partial(on_gpu, GPU_SHAPE, tokens, {"F.scaled_mm": 1.5, "DeepGEMM": 0.9}, None)))
         for tokens in (16, 64, 128)
     ]  # fmt: skip

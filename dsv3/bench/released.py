@@ -19,7 +19,6 @@ from torch import Tensor
 
 from dsv3.bench import plain
 from dsv3.config import ModelConfig
-from dsv3.fields import BLOCK
 from dsv3.rope import inverse_frequencies, rotate, rotation_scale, rotations, softmax_scale
 
 
@@ -82,8 +81,7 @@ class Released:
 
     def linear(self, x: Float[Tensor, "s in"], name: str) -> Float[Tensor, "s out"]:
         if self.quantizes and name + ".scale" in self.weights:
-            codes, scale = plain.quantize(x)
-            x = (codes.float() * scale.repeat_interleave(BLOCK, -1)[:, : x.shape[-1]]).to(x.dtype)
+            x = plain.through_fp8(x)
         return F.linear(x, self.matrix(name))
 
     def norm(self, x: Float[Tensor, "s d"], name: str, eps: float = 1e-6) -> Float[Tensor, "s d"]:
@@ -102,7 +100,9 @@ class Released:
         if c.q_lora_rank is None:
             q = self.linear(h, name + "wq")
         else:
-            q = self.linear(self.norm(self.linear(h, name + "wq_a"), name + "q_norm"), name + "wq_b")
+            q = self.linear(
+                self.norm(self.linear(h, name + "wq_a"), name + "q_norm"), name + "wq_b"
+            )
         q = q.unflatten(-1, (c.num_attention_heads, -1))
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.linear(h, name + "wkv_a").split(

@@ -64,17 +64,32 @@ class Clock:
 
 
 def in_turn(
-    calls: Mapping[str, Callable[[], object]], clock: Clock, allowed: float
+    calls: Mapping[str, Callable[[], object]],
+    clock: Clock,
+    allowed: float,
+    before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Seconds of each call in every round, after one call of each that is not counted.
 
     As many rounds as ``allowed`` seconds hold, from 1 to ENOUGH; more where they are short.
+    before: what is done ahead of a call, by its name, and not timed.
     """
-    spent = sum(clock.seconds(call) for call in calls.values())
+
+    def one_round() -> list[float]:
+        times = []
+        for name, call in calls.items():
+            before(name)
+            times.append(clock.seconds(call))
+        return times
+
+    began = time.monotonic()
+    one_round()
     rounds: list[list[float]] = []
-    while not rounds or _goes_on(len(rounds), spent + sum(rounds[-1]), allowed):
-        rounds.append([clock.seconds(call) for call in calls.values()])
-        spent += sum(rounds[-1])
+    last = 0.0
+    while not rounds or _goes_on(len(rounds), time.monotonic() - began + last, allowed):
+        start = time.monotonic()
+        rounds.append(one_round())
+        last = time.monotonic() - start
     return {name: list(times) for name, times in zip(calls, zip(*rounds))}
 
 
