@@ -35,7 +35,7 @@ SMALL = models.CONFIG.but(
     vocab_size=96, hidden_size=128, num_hidden_layers=2, intermediate_size=128,
     moe_intermediate_size=128, n_routed_experts=8, num_experts_per_tok=2, kv_lora_rank=32,
     q_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
-    num_attention_heads=2, initializer_range=0.15,
+    num_attention_heads=2, initializer_range=0.03,
 )  # fmt: skip
 ONE_LAYER = SMALL.but(num_hidden_layers=1, first_k_dense_replace=1)
 GPU_LIKE = types.SimpleNamespace(name="made up", memory=1e12, fp8=1e15)
@@ -149,16 +149,16 @@ def test_peers_that_are_missing_wrong_or_broken_leave_the_others_in_peace(bench)
     def broken():
         raise RuntimeError("no such kernel\nat line 3")
 
-    def of(make, **more):
-        return row.peer("made up", make, 1e9, **more)
+    def of(name, make, **more):
+        return row.peer(name, make, 1e9, **more)
 
     found = lines_of(
         lambda _: trial(
             peers=[
-                of(missing),
-                of(lambda: broken),
-                of(lambda: int, check=lambda call: Check("gap", 1.0, 0.5)),
-                of(lambda: int),
+                of("a", missing),
+                of("b", lambda: broken),
+                of("c", lambda: int, check=lambda call: Check("gap", 1.0, 0.5)),
+                of("d", lambda: int),
                 row.limit("a limit", 1.0, 0.1),
             ]
         ),
@@ -291,7 +291,7 @@ def test_the_rows_of_a_gpu_compute_the_same_on_a_cpu(bench, monkeypatch):
 
 @pytest.mark.parametrize("q_lora_rank", [32, None])
 def test_the_released_structure_gives_our_logits(q_lora_rank):
-    """In float32, to the last bits; with quantised inputs, near our FP8."""
+    """In float32, however the text is cut; in bfloat16 nearly so."""
     config = SMALL.but(q_lora_rank=q_lora_rank, num_hidden_layers=3)
     given, text = models.Models(CPU, config), torch.arange(20)[None]
     theirs = given.released(torch.float32)
@@ -300,9 +300,9 @@ def test_the_released_structure_gives_our_logits(q_lora_rank):
         wanted = given.ours("fp32")(text)[0, [11, 19]]
         found = torch.cat([theirs(text[:, :12], cache, 0), theirs(text[:, 12:], cache, 12)])
         assert row.gap(found, wanted, 1e-5).passed
-        quantized = given.specification()(text, theirs.new_cache(20), 0)
-        assert not row.gap(quantized, wanted[1:], 1e-3).passed
-        assert row.gap(given.ours("fp8")(text, last_only=True), quantized, 0.1).passed
+        half = given.released(torch.bfloat16)
+        found = half(text, half.new_cache(20), 0)
+        assert 1e-4 < row.gap(found, wanted[1:], 1).found < 0.1
 
 
 def test_both_models_get_the_same_weights(bench):
@@ -355,7 +355,7 @@ def spoil_last_byte(path):
 @pytest.mark.skipif(not memory._STATUS.exists(), reason="reads /proc")
 def test_a_peak_is_seen_although_it_is_over():
     def work():
-        torch.ones(64 << 20, dtype=torch.uint8).sum()
+        torch.ones(64 << 20, dtype=torch.uint8)
 
     assert 60e6 < memory.peak_of(work) < 90e6
 
@@ -448,18 +448,18 @@ def run(capsys, *arguments, code=0):
 def test_a_table_for_people(capsys, few_rows):
     out = run(capsys).out
     assert machine.cpu_model() in out and torch.__version__ in out
-    lines = [line for line in out.splitlines() if "first" in line]
-    assert lines[0].split()[1:3] != [] and ">= 1e-09" in lines[0] and "met" in lines[0]
-    assert "the formula" in lines[0] and "rounds" in lines[0] and "gap 0.0e+00" in lines[0]
-    assert "missing" in lines[1] and "pip install other" in lines[1]
-    assert "2 met, 2 missing" in out.splitlines()[-1]
+    missing, met = (line for line in out.splitlines() if "first" in line)
+    assert ">= 1e-09" in met and "met" in met and float(met.split()[0]) > 0
+    assert "the formula" in met and "rounds" in met and "gap 0.0e+00" in met
+    assert "missing" in missing and "pip install other" in missing
+    assert "2 missing, 2 met" in out.splitlines()[-1]
 
 
 def test_json_for_machines(capsys, few_rows, tmp_path):
     told = json.loads(run(capsys, "--json").out)
     assert set(told) == {"suite", "minutes", "machine", "rows"}
     assert {"cpu", "threads", "instructions", "torch", "transformers"} <= set(told["machine"])
-    first, second, *_ = told["rows"]
+    second, first, *_ = told["rows"]
     assert (first["row"], first["state"], first["goal"]) == (3, "met", ">= 1e-09")
     assert first["ratio"]["low"] <= first["ratio"]["middle"] <= first["ratio"]["high"]
     assert first["rounds"] >= 1 and first["unit"] == "ms" and first["check"]

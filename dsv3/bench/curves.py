@@ -117,7 +117,7 @@ def measure(
         yield from memory(say)
 
 
-def memory(say: Callable[[str], None], start: Callable = apart) -> Iterator[Curve]:
+def memory(say: Callable[[str], None]) -> Iterator[Curve]:
     """Peaks of anonymous memory, each point in a process of its own, in fp32."""
     for kind, name, size in (
         ("write", "writing one token, with its cache", "tokens of context"),
@@ -128,13 +128,13 @@ def memory(say: Callable[[str], None], start: Callable = apart) -> Iterator[Curv
         for number in MEMORY[kind]:
             say(f"memory, {name}: {number:,} {size}")
             told = (number, FIXED_TOKENS) if kind == "experts" else (number,)
-            megabytes = start(kind, *told)["peak"] / 1e6
+            megabytes = apart(kind, *told)["peak"] / 1e6
             points.append((number, megabytes, megabytes, megabytes))
         yield Curve("memory", name, size, "MB", tuple(points))
     points = []
     for number in TOKENS[2:]:
         say(f"memory, MoE layer: {number:,} tokens")
-        megabytes = start("tokens", FIXED_EXPERTS, number)["peak"] / 1e6
+        megabytes = apart("tokens", FIXED_EXPERTS, number)["peak"] / 1e6
         points.append((number, megabytes, megabytes, megabytes))
     yield Curve("memory", "MoE layer, its pass", "tokens", "MB", tuple(points))
 

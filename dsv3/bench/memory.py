@@ -44,13 +44,13 @@ _STATUS = Path("/proc/self/status")
 
 
 def slice_config(experts: int = EXPERTS) -> ModelConfig:
-    """One MoE layer of the 671B model with fewer experts, a multiple of 8, and few tokens."""
+    """One MoE layer of the 671B model with fewer experts, 8 or more, and few tokens."""
     return ModelConfig.deepseek_v3().but(
         num_hidden_layers=1,
         first_k_dense_replace=0,
         n_routed_experts=experts,
-        n_group=4,
-        topk_group=2,
+        n_group=1,
+        topk_group=1,
         vocab_size=8192,
         num_nextn_predict_layers=0,
     )

@@ -112,15 +112,6 @@ class Models:
             ("released", dtype), lambda: Released(self.config, self.weights(), dtype, self.device)
         )
 
-    def specification(self) -> Released:
-        """The same structure in float32, whose inputs are quantised: what FP8 is held to."""
-        return self._once(
-            "specification",
-            lambda: Released(
-                self.config, self.weights(), torch.float32, self.device, quantizes=True
-            ),
-        )
-
     def text(self, length: int, rows: int = 1) -> Tensor:
         """(rows, length) random ids, the same every time."""
         random = torch.Generator().manual_seed(length)

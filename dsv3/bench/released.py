@@ -26,8 +26,7 @@ class Released:
     """One model for one text.
 
     weights: of a checkpoint, under our names; FP8 ones with their scales. dtype: of all products
-    and activations. quantizes: what goes into a product with an FP8 weight is first rounded to
-    E4M3, as it is where there are units for it; that is no peer, but what our FP8 is held to.
+    and activations.
     """
 
     def __init__(
@@ -36,10 +35,8 @@ class Released:
         weights: dict[str, Tensor],
         dtype: torch.dtype,
         device: torch.device,
-        quantizes: bool = False,
     ):
         self.config, self.dtype, self.device = config, dtype, device
-        self.quantizes = quantizes
         kept = torch.float8_e4m3fn
         self.weights = {
             name: value.to(device)
@@ -80,8 +77,6 @@ class Released:
         return weight if scale is None else plain.dequantize(weight, scale, self.dtype)
 
     def linear(self, x: Float[Tensor, "s in"], name: str) -> Float[Tensor, "s out"]:
-        if self.quantizes and name + ".scale" in self.weights:
-            x = plain.through_fp8(x)
         return F.linear(x, self.matrix(name))
 
     def norm(self, x: Float[Tensor, "s d"], name: str, eps: float = 1e-6) -> Float[Tensor, "s d"]:
@@ -127,8 +122,8 @@ class Released:
         return self.linear(torch.einsum("shc,hdc->shd", o, w_uv).flatten(1), name + "wo")
 
     def mlp(self, x: Float[Tensor, "s d"], name: str) -> Float[Tensor, "s d"]:
-        inner = F.silu(self.linear(x, name + "w1")) * self.linear(x, name + "w3")
-        return self.linear(inner, name + "w2")
+        w1, w3, w2 = (self.matrix(name + matrix) for matrix in ("w1", "w3", "w2"))
+        return plain.swiglu(x, w1, w3, w2)
 
     def moe(self, x: Float[Tensor, "s d"], name: str) -> Float[Tensor, "s d"]:
         weights, chosen = self.gate(x, name + "gate.")
