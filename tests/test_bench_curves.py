@@ -32,9 +32,10 @@ def test_what_is_always_paid_flattens_the_beginning():
     assert last == pytest.approx(exact, abs=0.05)
 
 
-def test_a_curve_survives_its_file():
+def test_a_curve_in_its_file_and_in_words():
     told = json.loads(json.dumps(curve(2).to_dict()))
-    assert Curve.of_dict(told) == curve(2) and told["slope"] == 2
+    assert [tuple(point) for point in told["points"]] == list(curve(2).points)
+    assert (told["slope"], told["slope_at_the_end"], told["fitted"]) == (2, 2, 3)
     assert "slope 2.00, at the end 2.00" in curve(2).in_words()
 
 

@@ -64,14 +64,12 @@ class Curve:
         told = asdict(self)
         told["points"] = [[float(f"{x:.4g}") for x in point] for point in self.points]
         overall, last = self.slopes()
-        return told | {"slope": round(overall, 3), "slope_at_the_end": round(last, 3)}
-
-    @classmethod
-    def of_dict(cls, told: dict) -> Curve:
-        """A curve as ``to_dict`` wrote it."""
-        names = ("group", "name", "size", "quantity", "rounds")
-        points = tuple(tuple(point) for point in told["points"])
-        return cls(points=points, **{name: told[name] for name in names})
+        fitted = min(AT_THE_END, len(self.points))
+        return told | {
+            "slope": round(overall, 3),
+            "slope_at_the_end": round(last, 3),
+            "fitted": fitted,
+        }
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
