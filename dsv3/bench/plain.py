@@ -69,3 +69,19 @@ def experts_in_a_loop(
             token, place = torch.where(chosen == number)
             out[token] += expert(number, x[token]) * weights[token, place, None].to(x.dtype)
     return out
+
+
+def attend(
+    q: Float[Tensor, "b heads s d"],
+    k: Float[Tensor, "b heads s d"],
+    v: Float[Tensor, "b heads s d_v"],
+    scale: float,
+) -> Float[Tensor, "b heads s d_v"]:
+    """Causal attention in float32, head by head, so that few scores are held at a time."""
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    out = torch.empty(*q.shape[:-1], v.shape[-1], device=q.device)
+    for head in range(q.shape[1]):
+        scores = q[:, head].float() @ k[:, head].float().transpose(1, 2) * scale
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        out[:, head] = weights @ v[:, head].float()
+    return out

@@ -58,9 +58,7 @@ class Released:
     ) -> Float[Tensor, "1 v"]:
         """Logits after the last of the tokens, which follow the ``start`` that the cache holds."""
         c = self.config
-        places = torch.arange(start, start + tokens.shape[1], device=self.device)
-        frequencies = inverse_frequencies(c).to(self.device)
-        turns = rotations(places, frequencies, rotation_scale(c))
+        turns = self.turns(start, tokens.shape[1])
         x = F.embedding(tokens[0], self.weights["embed.weight"])
         for number in range(c.num_hidden_layers):
             layer = f"layers.{number}."
@@ -70,6 +68,12 @@ class Released:
             feed = self.moe if c.is_moe(number) else self.mlp
             x = x + feed(h, layer + "ffn.")
         return self.linear(self.norm(x, "norm", c.rms_norm_eps)[-1:], "head").float()
+
+    def turns(self, start: int, count: int) -> Complex64[Tensor, "s pairs"]:
+        """The rotation at each of so many positions."""
+        places = torch.arange(start, start + count, device=self.device)
+        frequencies = inverse_frequencies(self.config).to(self.device)
+        return rotations(places, frequencies, rotation_scale(self.config))
 
     def matrix(self, name: str) -> Float[Tensor, "out in"]:
         """A weight, dequantised for this one use."""
