@@ -122,12 +122,13 @@ def layer(precision: str, bench: Workbench) -> Trial:
         return partial(theirs, u.to(peer_dtype))
 
     name = f"transformers, {str(peer_dtype).removeprefix('torch.')}"
-    wanted = partial(bench.models.layer("fp32", LAYER).ffn, u.float())
+    structure = bench.models.released(torch.float32)
+    wanted = structure.moe(u[0].float(), f"layers.{LAYER}.ffn.")[None]
     most = MOE_GAP["fp32" if peer_dtype == torch.float32 else "bf16"]
     return Trial(
         lambda: moe(u),
-        [peer(name, make, 1.5, lambda call: gap(call(), wanted(), most))],
-        lambda: gap(moe(u), wanted(), MOE_GAP[precision]),
+        [peer(name, make, 1.5, lambda call: gap(call(), wanted, most))],
+        lambda: gap(moe(u), wanted, MOE_GAP[precision]),
         tokens=1,
     )
 
