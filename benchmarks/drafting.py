@@ -1,6 +1,6 @@
 """What drafting is worth on the shipped model, by depth of the draft and by size of the batch.
 
-    python benchmarks/drafting.py [--rounds 5] [--out assets/measurements/drafting.json]
+    python benchmarks/drafting.py [--seconds 30] [--out assets/measurements/drafting.json]
 
 By depth, on held-out text and in greedy generation: of the drafts whose forerunners were all right,
 how many are right too. On held-out text, right means the real next token, or the model's own
@@ -13,24 +13,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
 from dsv3 import load_model
+from dsv3.bench.drafting import by_batch
+from dsv3.bench.machine import described
 from dsv3.data import load_domains, pack
-from dsv3.generation.loop import complete, stream
+from dsv3.generation.loop import complete
 from dsv3.training import exam
 
 MODEL = Path(__file__).parents[1] / "assets" / "dsv3-mini"
-DEPTHS, BATCHES, NEW = 4, (1, 2, 4, 8, 16, 32), 17
+DEPTHS, BATCHES = 4, (1, 2, 4, 8, 16, 32)
 WINDOWS, LENGTH, EVERY = 16, 96, 4  # held-out text by domain; drafts begin at each 4th token
 
 
@@ -74,105 +72,34 @@ def by_depth(model, tokenizer, domains) -> dict[str, dict]:
     return out
 
 
-def in_turn(jobs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Each job's answers, the jobs one after the other, again and again, after one for warmth."""
-    for job in jobs.values():
-        job()
-    found: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(rounds):
-        for name, job in jobs.items():
-            found[name].append(job())
-    return found
-
-
-@torch.inference_mode()
-def seconds(work: Callable[[], object]) -> float:
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
-def by_batch(model, prompts: list[list[int]], rounds: int) -> dict[str, float]:
-    """Tokens per second after the first token, plain and drafted, and what the parts cost."""
-    b, used = len(prompts), {}
-
-    def rate(speculative: bool) -> float:
-        run = stream(model, prompts, max_new_tokens=NEW, speculative=speculative, eos_ids=())
-        next(run)
-        took = seconds(lambda: list(run))
-        used[speculative] = run.result.tokens_per_pass
-        return b * (NEW - 1) / took
-
-    held = len(prompts[0]) + NEW
-    cache, drafts = model.new_cache(b, held + 2), model.new_draft_cache(b, held + 2)
-    text = torch.tensor(prompts)[:, :1].expand(b, held).contiguous()
-    with torch.inference_mode():
-        _, hidden = model(text, cache=cache, return_hidden=True)
-        model.mtp_logits(hidden, text, cache=drafts)
-
-    def part(width: int, module: bool) -> float:
-        tokens, kept = text[:, :width], drafts if module else cache
-        took = seconds(
-            lambda: (
-                model.mtp_logits(hidden[:, :width], tokens, cache=kept, last_only=True)
-                if module
-                else model(tokens, cache=kept)
-            )
-        )
-        kept.truncate([held] * b)
-        return took
-
-    rates = in_turn({"plain": lambda: rate(False), "drafted": lambda: rate(True)}, rounds)
-    parts = in_turn(
-        {
-            "plain": lambda: part(1, False),
-            "verify": lambda: part(2, False),
-            "draft": lambda: part(2, True),  # two states enter after an accepted draft
-        },
-        2 * rounds,
-    )
-    middle = {name: statistics.median(found) for name, found in parts.items()}
-    c = (middle["verify"] + middle["draft"]) / middle["plain"] - 1
+def figures(found: dict) -> dict[str, float]:
+    """What chapter 5 reads of ``by_batch``."""
+    rates, told = found.pop("rates"), dict(found)
+    told |= {f"{name}_ms": took for name, took in told.pop("ms").items()}
     ratios = [drafted / plain for drafted, plain in zip(rates["drafted"], rates["plain"])]
-    return {
-        "batch": b,
-        **{
-            f"{name}_{which}": figure(found)
-            for name, found in rates.items()
-            for which, figure in (("median", statistics.median), ("least", min), ("most", max))
-        },
-        "ratio": statistics.median(ratios),
-        "ratio_least": min(ratios),
-        "ratio_most": max(ratios),
-        "tokens_per_pass": used[True],
-        **{f"{name}_ms": 1000 * took for name, took in middle.items()},
-        "c": c,
-        "expected": used[True] / (1 + c),
-    }
+    for name, values in *rates.items(), ("ratio", ratios):
+        told |= {f"{name}_least": min(values), f"{name}_most": max(values)}
+        told[name if name == "ratio" else f"{name}_median"] = statistics.median(values)
+    return told | {"rounds": len(ratios)}
 
 
-def machine() -> dict[str, object]:
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    return {
-        "date": str(date.today()),
-        "cpu": platform.machine(),
-        "cores": os.cpu_count(),
-        "flags": [flag for flag in wanted if f" {flag} " in flags],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+class OwnTime:
+    """A clock of the time that the CPU spends on this process: what else runs takes none of it."""
+
+    def seconds(self, call) -> float:
+        began = time.process_time()
+        call()
+        return time.process_time() - began
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=30, help="for each size of batch")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer, domains = Tokenizer.from_file(str(MODEL / "tokenizer.json")), load_domains()
-    found: dict = {"machine": machine(), "rounds": args.rounds, "by_batch": {}}
+    found: dict = {"machine": described(), "by_batch": {}}
     for precision in ("fp32", "fp8"):
         model = load_model(MODEL, precision)
         if precision == "fp32":
@@ -194,7 +121,8 @@ def main() -> None:
             f"\n{precision}: batch, tokens/s plain, drafted, ratio, tokens a pass, c, (1+p)/(1+c)"
         )
         for b in BATCHES:
-            rows.append(row := by_batch(model, pool[:b], args.rounds))
+            found_here = by_batch(model, pool[:b], OwnTime(), args.seconds)
+            rows.append(row := figures(found_here))
             print(
                 f"{b:3} {row['plain_median']:8.1f} {row['drafted_median']:8.1f}  "
                 f"{row['ratio']:.2f} ({row['ratio_least']:.2f} to {row['ratio_most']:.2f})  "

@@ -27,6 +27,7 @@ FLOORS = [
     ["checkpoint"],
     ["generation", "data"],
     ["training"],
+    ["bench"],
     ["commands"],
     ["viz"],
     ["book"],

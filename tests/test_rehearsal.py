@@ -1,13 +1,10 @@
-"""The two checkpoint benchmarks, shrunk: the same code on files that fit into seconds."""
-
-import sys
+"""The checkpoint benchmark, shrunk: the same code on files that fit into seconds."""
 
 import pytest
-import torch
 from checkpoints import tiny_config
 from safetensors import safe_open
 
-from benchmarks import sparse_671b, wide_slice
+from benchmarks import sparse_671b
 from dsv3.checkpoint.inspect import report
 from dsv3.config import ModelConfig
 from dsv3.parallel.tensor import TensorGroup
@@ -46,16 +43,3 @@ def test_one_rank_reads_less_than_a_layer(tmp_path):
     _, one = sparse_671b.load_layer(tmp_path, 1, TensorGroup(0, 1))
     _, quarter = sparse_671b.load_layer(tmp_path, 1, TensorGroup(3, 4))
     assert quarter < one / 2
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_wide_slice(tmp_path):
-    small = tiny_config(
-        num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, n_routed_experts=8
-    )
-    result = wide_slice.run(tmp_path, small, start=wide_slice.measured)
-    assert result["slices_equal"] and result["codes_equal_there_and_back"]
-    for job in ("convert", "bf16", "fp8"):
-        assert result[job]["limit_bytes"] == 3 * result[job]["largest_tensor"]
-    value = torch.zeros(3, dtype=torch.uint8)
-    assert not wide_slice._same(value, value + 1)  # the check can fail

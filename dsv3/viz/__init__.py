@@ -14,6 +14,7 @@ from dsv3.viz.attention import (
     rotation_figure,
     stream_figure,
 )
+from dsv3.viz.cost_curves import cost_curves_figure
 from dsv3.viz.drafts import acceptance_figure, gain_figure
 from dsv3.viz.experts import (
     balance_price_figure,
@@ -58,6 +59,7 @@ __all__ = [
     "cache_bars_figure",
     "cache_lines_figure",
     "choice_figure",
+    "cost_curves_figure",
     "dispatch_figure",
     "domain_figure",
     "draw",

@@ -47,8 +47,8 @@ class Room(NamedTuple):
 ROOMS = (
     Room(
         "Commands",
-        "cli commands __main__",
-        "what dsv3 does when called by name",
+        "cli commands bench __main__",
+        "what dsv3 does when called by name; speed beside peers",
         (25, 74, 46),
         GREY,
     ),

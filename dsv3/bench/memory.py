@@ -1,0 +1,285 @@
+"""Row 12: how much memory it takes to convert, cast, load and read.
+
+Each job runs in a process of its own, in which a thread reads the anonymous memory (RssAnon) every
+2 ms; what counts is the peak above the level before the job. The checkpoint is one complete MoE
+layer of DeepSeek-V3 at its true width (attention, router, shared expert) with a few of its routed
+experts, random numbers inside, and what the jobs write is compared with it: the rows of a rank, and
+FP8 -> BF16 -> FP8 code by code. Linux only, for RssAnon.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dsv3.bench.models import CONFIG, moe_layer
+from dsv3.bench.peers import Missing
+from dsv3.bench.row import Goal, Line, Row, Workbench, quantity
+from dsv3.checkpoint.cast import cast
+from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.index import INDEX_FILE, index_text
+from dsv3.checkpoint.layout import TensorSpec, layout
+from dsv3.checkpoint.loading import load_model
+from dsv3.checkpoint.reader import CheckpointReader
+from dsv3.checkpoint.safetensors_io import DTYPES, StreamWriter
+from dsv3.config import CONFIG_FILE, ModelConfig
+from dsv3.model import Transformer
+
+RANKS, SHARDS, EXPERTS = 2, 3, 8
+MOST = Goal(3.0, most=True)  # largest tensors
+_STATUS = Path("/proc/self/status")
+
+
+# A checkpoint of true width -----------------------------------------------------------------------
+
+
+def slice_config(experts: int = EXPERTS) -> ModelConfig:
+    """One MoE layer of the 671B model with fewer experts, 8 or more, and few tokens."""
+    return ModelConfig.deepseek_v3().but(
+        num_hidden_layers=1,
+        first_k_dense_replace=0,
+        n_routed_experts=experts,
+        n_group=1,
+        topk_group=1,
+        vocab_size=8192,
+        num_nextn_predict_layers=0,
+    )
+
+
+def write_slice(folder: Path, config: ModelConfig, shards: int) -> int:
+    """Write the checkpoint; returns its bytes. Scales lie in the shard before their weights."""
+    specs = layout(config)
+    names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    files: dict[str, list[TensorSpec]] = {name: [] for name in names}
+    weights = [spec for spec in specs if not spec.scale_of]
+    for i, spec in enumerate(weights):
+        files[names[i % shards]].append(spec)
+        if spec.scale:
+            files[names[(i - 1) % shards]].append(spec.scale)
+    planned = {
+        name: [(s.hf_name, s.dtype, s.shape) for s in content] for name, content in files.items()
+    }
+    random = torch.Generator().manual_seed(0)
+    for name, content in files.items():
+        with StreamWriter(folder / name, planned[name]) as out:
+            for spec in content:
+                out.write(spec.hf_name, _random(spec, random))
+    (folder / INDEX_FILE).write_text(index_text(planned))
+    (folder / CONFIG_FILE).write_text(config.to_json())
+    return sum(spec.nbytes for spec in specs)
+
+
+def _random(spec: TensorSpec, random: torch.Generator) -> torch.Tensor:
+    if spec.dtype != "F8_E4M3":
+        values = torch.rand(spec.shape, generator=random) + 0.5
+        return values.to(DTYPES[spec.dtype])
+    codes = torch.randint(0, 256, spec.shape, generator=random, dtype=torch.uint8)
+    codes.masked_fill_(codes & 0x7F == 0x7F, 0)  # no NaN
+    codes[::128, ::128] = 0x7E  # 448, the largest, in every block, as a quantiser leaves it
+    return codes.view(torch.float8_e4m3fn)
+
+
+def same_after(folder: Path, config: ModelConfig) -> bool:
+    """Whether what the jobs wrote is what was there, tensor by tensor."""
+    with (
+        CheckpointReader(folder / "fp8") as source,
+        CheckpointReader(folder / "back") as back,
+        CheckpointReader(folder / "converted", [f"model1-mp{RANKS}.safetensors"]) as rank_1,
+    ):
+        for spec in layout(config):
+            value = source.read(spec.hf_name)
+            if not spec.scale_of and not same_bytes(value, back.read(spec.hf_name)):
+                return False
+            part = spec.slice_for(1, RANKS, config.n_routed_experts)
+            if part is not None:
+                for dim, kept in enumerate(part):
+                    value = value.narrow(dim, kept.start, len(kept))
+                if not same_bytes(value, rank_1.read(spec.name)):
+                    return False
+    return True
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+# A job and its peak -------------------------------------------------------------------------------
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Bytes of anonymous memory at the peak of some work, above those before it."""
+    base = peak = _anonymous()
+    running = True
+
+    def watch() -> None:
+        nonlocal peak
+        while running:
+            peak = max(peak, _anonymous())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        running = False
+        watcher.join()
+    return max(peak, _anonymous()) - base
+
+
+def _anonymous() -> int:
+    with _STATUS.open() as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+def job(kind: str, *told: str) -> dict[str, int]:
+    """One job in this process, and its bytes: {"peak", ...}.
+
+    "convert", "bf16" or "fp8" (a cast) with source and target; "load" with folder, precision and
+    device; "read" or "write", a pass of the bench's model in fp32 over so many tokens, or over one
+    behind so many; "experts" with their number and that of tokens, a layer's weights and its pass;
+    "tokens" with the same, the pass alone.
+    """
+    if kind in ("convert", "bf16", "fp8"):
+        source, target = map(Path, told)
+        plan: dict = {}
+        work = (
+            partial(convert, source, target, RANKS)
+            if kind == "convert"
+            else partial(cast, source, target, kind)
+        )
+        peak = peak_of(lambda: plan.update(work()))
+        return {"peak": peak, "largest": plan["largest_tensor"], "bytes": plan["bytes"]}
+    if kind == "load":
+        folder, precision, device = told
+        held: list[torch.nn.Module] = []
+        peak = peak_of(lambda: held.append(load_model(folder, precision, device)))
+        tensors = (*held[0].parameters(), *held[0].buffers())
+        return {"peak": peak, "held": sum(t.nbytes for t in tensors if t.device.type == "cpu")}
+    numbers = [int(number) for number in told]
+    with torch.inference_mode():
+        return {
+            "peak": (_of_experts if kind in ("experts", "tokens") else _of_a_pass)(kind, *numbers)
+        }
+
+
+def _of_experts(kind: str, experts: int, tokens: int) -> int:
+    u = torch.randn(1, tokens, CONFIG.hidden_size)
+    if kind == "experts":
+        return peak_of(lambda: moe_layer(CONFIG, experts, "fp32")(u))
+    layer = moe_layer(CONFIG, experts, "fp32")
+    layer(u[:, :1])  # what is made once is there
+    return peak_of(lambda: layer(u))
+
+
+def _of_a_pass(kind: str, count: int) -> int:
+    model = Transformer(CONFIG).init_weights(0).requires_grad_(False)
+    text = torch.zeros(1, count, dtype=torch.int64)
+
+    def work() -> None:
+        cache = model.new_cache(1, count)
+        if kind == "read":
+            model(text, cache=cache, last_only=True)
+        else:
+            cache.data.normal_()
+            cache.advance([count - 1])
+            model(text[:, :1], cache=cache, last_only=True)
+
+    model(text[:, :1])
+    return peak_of(work)
+
+
+def apart(kind: str, *told: object, timeout: float = 900) -> dict[str, int]:
+    """``job`` in a fresh process."""
+    if not _STATUS.exists():
+        raise Missing("memory is read from /proc/self/status, which Linux has")
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv3.bench.memory", kind, *map(str, told)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"{kind} failed"])[-1])
+    return json.loads(done.stdout)
+
+
+# The rows -----------------------------------------------------------------------------------------
+
+
+def checkpoints(
+    config: ModelConfig, row: Row, bench: Workbench, allowed: float, start: Callable = apart
+) -> Iterator[Line]:
+    """Convert, cast there and back, load. start: how a job is run."""
+    needed = 6 * sum(spec.nbytes for spec in layout(config))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if shutil.disk_usage(folder).free < needed:
+            raise Missing(f"{needed / 1e9:.0f} GB of disk are needed for the checkpoint")
+        (folder / "fp8").mkdir()
+        write_slice(folder / "fp8", config, SHARDS)
+        found = {
+            "convert": start("convert", folder / "fp8", folder / "converted"),
+            "cast to bf16": start("bf16", folder / "fp8", folder / "bf16"),
+            "cast to fp8": start("fp8", folder / "bf16", folder / "back"),
+        }
+        loaded = start("load", folder / "fp8", "fp8", bench.device)
+        if not same_after(folder, config):
+            yield Line(row.number, row.name, row.case, "", "failed", note="other bytes than before")
+            return
+    largest = found["convert"]["largest"]
+    for what, told in found.items():
+        yield quantity(
+            row, f"{what}: the largest tensor", told["peak"] / 1e6, told["largest"] / 1e6, "MB",
+            MOST, "bytes compared",
+        )  # fmt: skip
+    beyond = loaded["peak"] - loaded["held"]
+    yield quantity(
+        row, "load in fp8, beyond the weights: the largest tensor", beyond / 1e6, largest / 1e6,
+        "MB", MOST if bench.device.type == "cuda" else None, "bytes compared",
+    )  # fmt: skip
+
+
+def caches(row: Row, bench: Workbench, allowed: float) -> Iterator[Line]:
+    """What is kept of 512 tokens, beside what transformers keeps, in float32."""
+    models, text = bench.models, bench.models.text(512)
+    ours = models.ours("fp32").new_cache(1, 512).nbytes
+    with torch.inference_mode():
+        theirs = models.theirs(torch.float32)(text, use_cache=True, logits_to_keep=1)
+    kept = sum(
+        part.nbytes
+        for layer in theirs.past_key_values.layers
+        for part in (layer.keys, layer.values)
+    )
+    yield quantity(row, "transformers", ours / 1e6, kept / 1e6, "MB", None)
+
+
+def workspace(row: Row, bench: Workbench, allowed: float) -> Iterator[Line]:
+    """The peak of a pass above the weights, beside its cache."""
+    told = apart("read", 2048)
+    cache = bench.models.config.latent_dim * 2048 * 4 * bench.models.config.num_hidden_layers
+    yield quantity(row, "its cache", told["peak"] / 1e6, cache / 1e6, "MB", None)
+
+
+def rows(suite: str) -> list[Row]:
+    name = "memory at the peak"
+    width = f"one layer of true width, {EXPERTS} experts"
+    return [
+        Row(12, name, width, partial(checkpoints, slice_config()), least=60),
+        Row(12, name, "cache of 512 tokens", caches),
+        Row(12, name, "prefill of 2048 tokens, fp32", workspace, least=20),
+    ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(job(*sys.argv[1:])))

@@ -1,0 +1,101 @@
+"""Cost curves: their slopes, their file, their figure. No time is asserted."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_bench import SMALL
+
+from dsv3.bench import curves
+from dsv3.bench.curves import Curve
+from dsv3.cli import main
+from dsv3.viz import cost_curves
+from dsv3.viz.cost_curves import cost_curves_figure
+
+
+def curve(exponent, group="decoding", name="fp32", bottom=0.0):
+    points = tuple((x, *[bottom + 0.5 * x**exponent] * 3) for x in (8.0, 16.0, 32.0, 64.0, 128.0))
+    return Curve(group, name, "tokens", "ms", points)
+
+
+@pytest.mark.parametrize("exponent", [0, 0.5, 1, 2])
+def test_the_slope_is_the_exponent(exponent):
+    assert curve(exponent).slopes() == pytest.approx((exponent, exponent))
+    assert curves.slope([(4, 3.0)]) == 0
+
+
+def test_what_is_always_paid_flattens_the_beginning():
+    overall, last = curve(1, bottom=20.0).slopes()
+    assert 0 < overall < last < 1
+    exact = math.log(84 / 36) / math.log(4)  # between the ends of the last three points
+    assert last == pytest.approx(exact, abs=0.05)
+
+
+def test_a_curve_in_its_file_and_in_words():
+    told = json.loads(json.dumps(curve(2).to_dict()))
+    assert [tuple(point) for point in told["points"]] == list(curve(2).points)
+    assert (told["slope"], told["slope_at_the_end"], told["fitted"]) == (2, 2, 3)
+    assert "slope 2.00, at the end 2.00" in curve(2).in_words()
+
+
+@pytest.fixture
+def few_points(monkeypatch):
+    for name, sizes in dict(
+        CONTEXTS=(2, 4), LENGTHS=(2, 4), TOKENS=(1, 2, 3), EXPERTS=(4, 8)
+    ).items():
+        monkeypatch.setattr(curves, name, sizes)
+    monkeypatch.setattr(curves, "MEMORY", {"write": (8, 16), "read": (8, 16), "experts": (4, 8)})
+    monkeypatch.setattr(curves, "apart", lambda kind, *told: {"peak": 1000 * told[0]})
+
+
+def test_all_curves_are_measured(few_points):
+    said = []
+    found = list(curves.measure("cpu", 0.001, said.append, SMALL))
+    groups = [(each.group, each.name) for each in found]
+    assert groups[:4] == [
+        ("decoding", "fp32"),
+        ("decoding", "fp8"),
+        ("prefill", "fp32"),
+        ("prefill", "fp8"),
+    ]
+    assert len(found) == 12 and [group for group, _ in groups[8:]] == ["memory"] * 4
+    for each in found:
+        assert all(0 < low <= middle <= high for _, low, middle, high in each.points)
+    assert [size for size, *_ in found[0].points] == [2, 4] and found[0].rounds >= 1
+    assert found[8].slopes() == pytest.approx((1, 1))
+    assert any("2 tokens of context" in text for text in said)
+
+
+def test_memory_jobs_measure_this_process(monkeypatch):
+    from dsv3.bench import memory
+
+    monkeypatch.setattr(memory, "CONFIG", SMALL)
+    for job in (("read", "40"), ("write", "40"), ("experts", "8", "5"), ("tokens", "8", "5")):
+        assert memory.job(*job)["peak"] >= 0
+
+
+def test_the_command_writes_the_curves(monkeypatch, capsys, few_points, tmp_path):
+    monkeypatch.setattr(
+        curves, "measure", lambda suite, minutes, say: iter([curve(1), curve(2, "memory")])
+    )
+    assert main(["bench", "--curves", str(tmp_path / "curves.json")]) == 0
+    out = capsys.readouterr().out
+    assert out.count("slope") == 2
+    found = json.loads((tmp_path / "curves.json").read_text())
+    assert found["machine"]["torch"] == torch.__version__ and len(found["curves"]) == 2
+    words = cost_curves.in_words(found)
+    assert found["machine"]["cpu"] in words and words.count("slope") == 2
+
+
+def test_the_figure_has_a_panel_for_each_group_and_tells_slopes():
+    given = [curve(1), curve(0.5, name="fp8"), curve(2, "prefill"), curve(1, "memory")]
+    figure = cost_curves_figure({"curves": [each.to_dict() for each in given]})
+    shown = [axes for axes in figure.axes if axes.get_title(loc="left")]
+    assert [axes.get_title(loc="left") for axes in shown] == ["decoding", "prefill", "memory"]
+    labels = [text.get_text() for text in shown[0].get_legend().get_texts()]
+    assert labels == ["fp32: slope 1.00, at the end 1.00", "fp8: slope 0.50, at the end 0.50"]
+    measured, fitted = shown[1].lines
+    assert list(measured.get_ydata()) == [y for _, _, y, _ in given[2].points]
+    assert list(fitted.get_ydata()) == pytest.approx(list(measured.get_ydata())[-3:])
+    assert shown[0].get_xscale() == shown[0].get_yscale() == "log"
