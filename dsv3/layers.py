@@ -43,17 +43,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
         return _normalised(x, self.weight, self.eps)
 
-
-# A compiler would take the sum in another order, and in FP8 the text would not be the same.
-@opaque(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    like=lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
-)
-def _normalised(
-    x: Float[Tensor, "*lead d"], weight: Float32[Tensor, " d"], eps: float
-) -> Float[Tensor, "*lead d"]:
-    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
-
     def operand(
         self, x: Float[Tensor, "*lead d"], precision: Precision
     ) -> Float[Tensor, "*lead d"] | QuantizedTensor:
@@ -72,6 +61,17 @@ def _normalised(
             return y, precision.of_parts(data, scale)
         y = self(x)
         return y, y
+
+
+# A compiler would take the sum in another order, and in FP8 the text would not be the same.
+@opaque(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    like=lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+def _normalised(
+    x: Float[Tensor, "*lead d"], weight: Float32[Tensor, " d"], eps: float
+) -> Float[Tensor, "*lead d"]:
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
 
 class Linear(nn.Module):
