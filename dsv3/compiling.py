@@ -59,17 +59,8 @@ class CompiledLayers:
     def __init__(self, backend: str = "inductor"):
         # A program for each kind of layer and each form of a pass: more than torch expects.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-        self._block, self._module = (
-            torch.compile(
-                function,
-                fullgraph=True,
-                dynamic=True,
-                backend=backend,
-                # What is rounded between two operations is rounded, too, where they become one.
-                options={"emulate_precision_casts": True} if backend == "inductor" else None,
-            )
-            for function in (Block.forward, MTPModule.forward)
-        )
+        self._block = _program(Block.forward, backend)
+        self._module = _program(MTPModule.forward, backend)
         self.captured = CapturedPasses()
 
     @staticmethod
@@ -108,6 +99,13 @@ class CompiledLayers:
                 found=str(error.__cause__ or error).strip().splitlines()[0],
                 fix="Install a C++ compiler (g++), or leave --compile out",
             ) from None
+
+
+def _program(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    options: dict[str, str | int | bool | Callable] = {}
+    if backend == "inductor":  # what is rounded between two operations is, too, where they are one
+        options["emulate_precision_casts"] = True
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend, options=options)
 
 
 def _without_complex(step: Step) -> Step:

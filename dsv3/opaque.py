@@ -11,11 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def opaque(schema: str, like: Callable) -> Callable[[Callable], Callable]:
+
+def opaque(schema: str, like: Callable) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator for a function of positional arguments that changes none of them and needs no
     gradient.
 
@@ -24,15 +28,16 @@ def opaque(schema: str, like: Callable) -> Callable[[Callable], Callable]:
     """
     name, brace, rest = schema.partition("(")
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         torch.library.define(f"dsv3::{name}", brace + rest)
         torch.library.impl(f"dsv3::{name}", ("cpu", "cuda"), function)
         torch.library.register_fake(f"dsv3::{name}", like)
         operation = getattr(torch.ops.dsv3, name).default
 
         @wraps(function)
-        def called(*arguments):
-            return (operation if torch.compiler.is_compiling() else function)(*arguments)
+        def called(*arguments: P.args, **named: P.kwargs) -> R:
+            chosen = operation if torch.compiler.is_compiling() else function
+            return chosen(*arguments, **named)
 
         return called
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from dsv3.fields import BLOCK
-from dsv3.kernels.launch import INTERPRETING, check_input
+from dsv3.kernels.launch import INTERPRETING, cdiv, check_input
 from dsv3.kernels.rounding import sign_as_read, tile_codes, tile_scale
 
 
@@ -64,16 +64,15 @@ def act_quant(x: torch.Tensor, scale_format: str = "float32"):
     """x (..., K), float32, bfloat16 or float16, to codes (..., K) E4M3 and float32 scales."""
     check_input(x, "act_quant", (torch.float32, torch.bfloat16, torch.float16))
     cols = x.shape[-1]
-    tiles = triton.cdiv(cols, BLOCK)
+    tiles = cdiv(cols, BLOCK)
     x = x.contiguous()
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    # pyrefly: ignore[no-matching-overload] - cdiv of ints is one
     scale = torch.empty((*x.shape[:-1], tiles), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return codes, scale
     rows = x.numel() // cols
     rows_at_once = 256 if INTERPRETING else 16
-    act_quant_kernel[(triton.cdiv(rows, rows_at_once), tiles)](
+    act_quant_kernel[(cdiv(rows, rows_at_once), tiles)](
         x,
         codes.view(torch.uint8),
         scale,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from dsv3.errors import DSV3Error
-from dsv3.kernels.launch import INTERPRETING, check_input
+from dsv3.kernels.launch import INTERPRETING, cdiv, check_input, power_of_two
 
 
 def where_stands(order: torch.Tensor, choices: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ def combine_kernel(
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     pick = tl.arange(0, K_WIDE)
-    FAR: tl.constexpr = 1 << 62
+    FAR = 1 << 62
     used = tl.load(used_ptr).to(tl.int64)
     left = tl.load(place_ptr + token * K + pick, mask=pick < K, other=-1)
     left = tl.where((left >= 0) & (left < used), left, FAR)
@@ -111,8 +111,8 @@ def combine(
     out = torch.empty(n, width, dtype=torch.float32, device=y.device)
     if out.numel() == 0:
         return out
-    cols = min(1024, triton.next_power_of_2(width))
-    combine_kernel[(n, triton.cdiv(width, cols))](
+    cols = min(1024, power_of_two(width))
+    combine_kernel[(n, cdiv(width, cols))](
         y.contiguous(),
         weights.contiguous(),
         places.contiguous(),
@@ -121,7 +121,7 @@ def combine(
         out,
         width,
         K=k,
-        K_WIDE=triton.next_power_of_2(k),
+        K_WIDE=power_of_two(k),
         COLS=cols,
         SHARED=shared is not None,
         # A product and a sum in one instruction would round once where the plain form rounds twice.

@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dsv3.fields import BLOCK
 from dsv3.kernels.act_quant import act_quant_spec
 from dsv3.kernels.fp8_gemm import fp8_gemm_spec
-from dsv3.kernels.launch import cdiv, fits_descriptor, is_hopper, multiprocessors
+from dsv3.kernels.launch import cdiv, fits_descriptor, is_hopper, multiprocessors, power_of_two
 from dsv3.kernels.persistent_gemm import Tile, scaled_block, store_sums
 from dsv3.kernels.rounding import round_to_bf16, sign_as_read, tile_codes, tile_scale
 
@@ -247,7 +247,7 @@ def experts(
         COLS=tile.cols,
         BLOCK=BLOCK,
         SWAP=tile.swap,
-        EXPERTS=triton.next_power_of_2(count),
+        EXPERTS=power_of_two(count),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -284,7 +284,7 @@ def hidden(
         BLOCK=BLOCK,
         SWAP=tile.swap,
         POWER_OF_TWO=scale_format == "ue8m0",
-        EXPERTS=triton.next_power_of_2(count),
+        EXPERTS=power_of_two(count),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from dsv3.errors import DSV3Error
 from dsv3.fields import BLOCK
-from dsv3.kernels.launch import INTERPRETING, check_input
+from dsv3.kernels.launch import INTERPRETING, cdiv, check_input, power_of_two
 
 
 def fp8_gemm_spec(
@@ -121,8 +121,8 @@ def check_operands(
     check_input(x, kernel, (torch.float8_e4m3fn,))
     check_input(w, kernel, (torch.float8_e4m3fn,))
     (m, k), n = x.shape, w.shape[0]
-    blocks = triton.cdiv(k, BLOCK)
-    expected = (m, blocks), (triton.cdiv(n, rows_of_w), blocks)
+    blocks = cdiv(k, BLOCK)
+    expected = (m, blocks), (cdiv(n, rows_of_w), blocks)
     if w.shape[1] != k or (tuple(sx.shape), tuple(sw.shape)) != expected:
         raise DSV3Error(
             "shapes do not fit",
@@ -141,7 +141,7 @@ def fp8_gemm(x: torch.Tensor, sx: torch.Tensor, w: torch.Tensor, sw: torch.Tenso
         return out
 
     def grid(tile):
-        return (triton.cdiv(m, tile["ROWS"]) * triton.cdiv(n, tile["COLS"]),)
+        return (cdiv(m, tile["ROWS"]) * cdiv(n, tile["COLS"]),)
 
     fp8_gemm_kernel[grid](
         x.contiguous(),
@@ -152,7 +152,7 @@ def fp8_gemm(x: torch.Tensor, sx: torch.Tensor, w: torch.Tensor, sw: torch.Tenso
         m,
         n,
         k,
-        triton.next_power_of_2(m),
+        power_of_two(m),
         BLOCK=BLOCK,
         GROUP=8,
     )

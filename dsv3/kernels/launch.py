@@ -16,6 +16,11 @@ def cdiv(size: int, width: int) -> int:
     return -(-size // width)
 
 
+def power_of_two(size: int) -> int:
+    """The smallest one that is not below a size of 1 or more: so wide are a kernel's rows."""
+    return 1 << (size - 1).bit_length()
+
+
 def is_hopper(device: torch.device) -> bool:
     """Whether kernels that are written for Hopper's memory unit and products can run there."""
     return INTERPRETING or torch.cuda.get_device_capability(device)[0] == 9

@@ -32,7 +32,7 @@ import triton.language as tl
 from dsv3.errors import DSV3Error
 from dsv3.fields import BLOCK
 from dsv3.kernels.bf16_parts import operand, rest_of, to_bf16
-from dsv3.kernels.launch import INTERPRETING, check_input, multiprocessors
+from dsv3.kernels.launch import INTERPRETING, cdiv, check_input, multiprocessors, power_of_two
 
 # A part shorter than this costs more in the second kernel than it saves in the first.
 _LEAST_KEYS = 256
@@ -85,9 +85,7 @@ def mla_decode_kernel(
     qc = tl.load(q_at + channel[None, :], mask=is_row & has_channel[None, :], other=0.0)
     qr = tl.load(q_at + LATENT + pair[None, :], mask=is_row & has_pair[None, :], other=0.0)
     qc_high, qr_high = to_bf16(qc, INTERPRETED), to_bf16(qr, INTERPRETED)
-    if PARTS == 2:
-        qc_low = rest_of(qc, qc_high, INTERPRETED)
-        qr_low = rest_of(qr, qr_high, INTERPRETED)
+    qc_low, qr_low = rest_of(qc, qc_high, INTERPRETED), rest_of(qr, qr_high, INTERPRETED)
 
     queries = rows // heads
     reach = tl.load(reach_ptr + text * queries + row // heads, mask=row < rows, other=0)
@@ -172,7 +170,7 @@ def mla_combine_kernel(
 
 def splits_of(tiles: int, keys: int, processors: int) -> int:
     """Into how many parts keys are cut: enough for all multiprocessors, none too short."""
-    return max(1, min(processors // tiles, triton.cdiv(keys, _LEAST_KEYS)))
+    return max(1, min(processors // tiles, cdiv(keys, _LEAST_KEYS)))
 
 
 def mla_decode(
@@ -196,7 +194,7 @@ def mla_decode(
     check_input(seen, "mla_decode", (torch.bfloat16, torch.uint8))
     (b, s, heads, width), t = q.shape, seen.shape[1]
     rope, packed = width - latent, seen.dtype == torch.uint8
-    scales_at = latent + 4 * triton.cdiv(latent, BLOCK)
+    scales_at = latent + 4 * cdiv(latent, BLOCK)
     expected = (b, t, scales_at + 2 * rope if packed else width)
     if tuple(seen.shape) != expected or tuple(reach.shape) != (b, s):
         raise DSV3Error(
@@ -212,7 +210,7 @@ def mla_decode(
         seen = seen.contiguous()
     rows = s * heads
     tile_rows = 16 if rows <= 16 else 32
-    tiles = triton.cdiv(rows, tile_rows)
+    tiles = cdiv(rows, tile_rows)
     if splits is None:
         splits = splits_of(b * tiles, t, multiprocessors(q.device))
     parts_out = out if splits == 1 else q.new_empty(b, splits, rows, latent)
@@ -222,7 +220,7 @@ def mla_decode(
         rotated = seen[..., scales_at:].view(torch.bfloat16)
     else:
         scales, rotated = seen, seen[..., latent:]
-    wide = dict(LATENT=latent, LATENT_WIDE=max(16, triton.next_power_of_2(latent)))
+    wide = dict(LATENT=latent, LATENT_WIDE=max(16, power_of_two(latent)))
     mla_decode_kernel[(tiles, splits, b)](
         q.contiguous(),
         seen,
@@ -239,7 +237,7 @@ def mla_decode(
         scale,
         **wide,
         ROPE=rope,
-        ROPE_WIDE=max(16, triton.next_power_of_2(rope)),
+        ROPE_WIDE=max(16, power_of_two(rope)),
         ROWS=tile_rows,
         KEYS=64 if INTERPRETING or (tile_rows == 32 and not packed) else 32,
         PARTS=parts,

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from dsv3.errors import DSV3Error
 from dsv3.kernels.bf16_parts import operand, rest_of, to_bf16
-from dsv3.kernels.launch import INTERPRETING, check_input
+from dsv3.kernels.launch import INTERPRETING, cdiv, check_input, power_of_two
 
 
 def mla_prefill_spec(
@@ -154,7 +154,7 @@ def mla_prefill(
     if k_rope.stride(2) != 1:
         k_rope = k_rope.contiguous()
     rows = 64 if INTERPRETING else 128
-    mla_prefill_kernel[(triton.cdiv(s, rows), b * heads)](
+    mla_prefill_kernel[(cdiv(s, rows), b * heads)](
         q_nope.contiguous(),
         q_rope.contiguous(),
         kv.contiguous(),
@@ -170,9 +170,9 @@ def mla_prefill(
         NOPE=d_h,
         ROPE=d_r,
         VALUE=d_v,
-        NOPE_WIDE=max(16, triton.next_power_of_2(d_h)),
-        ROPE_WIDE=max(16, triton.next_power_of_2(d_r)),
-        VALUE_WIDE=max(16, triton.next_power_of_2(d_v)),
+        NOPE_WIDE=max(16, power_of_two(d_h)),
+        ROPE_WIDE=max(16, power_of_two(d_r)),
+        VALUE_WIDE=max(16, power_of_two(d_v)),
         ROWS=rows,
         KEYS=64,
         PARTS=2 if q_nope.dtype == torch.float32 else 1,

@@ -21,7 +21,7 @@ import triton.language as tl
 from dsv3.errors import DSV3Error
 from dsv3.fields import BLOCK
 from dsv3.kernels.act_quant import act_quant_spec
-from dsv3.kernels.launch import INTERPRETING, check_input
+from dsv3.kernels.launch import INTERPRETING, cdiv, check_input, power_of_two
 from dsv3.kernels.rounding import bf16_bits, round_to_bf16, sign_as_read, tile_codes, tile_scale
 
 
@@ -107,9 +107,8 @@ def norm_quant(
         check_input(added, "norm_quant", (torch.bfloat16,))
         added = added.contiguous()
     x = x.contiguous()
-    tiles = triton.cdiv(cols, BLOCK)
+    tiles = cdiv(cols, BLOCK)
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    # pyrefly: ignore[no-matching-overload] - cdiv of ints is one
     scale = torch.empty((*x.shape[:-1], tiles), dtype=torch.float32, device=x.device)
     y = torch.empty_like(x) if keeps else None
     total = x if added is None else torch.empty_like(x)
@@ -128,7 +127,7 @@ def norm_quant(
             KEEPS=keeps,
             POWER_OF_TWO=scale_format == "ue8m0",
             TILES=tiles,
-            TILES_WIDE=triton.next_power_of_2(tiles),
+            TILES_WIDE=power_of_two(tiles),
             BLOCK=BLOCK,
             num_warps=8 if tiles > 16 else 4,
             **({} if INTERPRETING else {"enable_fp_fusion": False}),

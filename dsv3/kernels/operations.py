@@ -72,6 +72,7 @@ def norm_quant_keep(
     from dsv3.kernels import norm_quant
 
     data, scale, y, _ = norm_quant.norm_quant(x, weight, eps, scale_format, keeps=True)
+    assert y is not None
     return data, scale, y
 
 

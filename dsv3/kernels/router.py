@@ -28,7 +28,7 @@ import triton.language as tl
 
 from dsv3.errors import DSV3Error
 from dsv3.kernels.bf16_parts import operand, to_bf16
-from dsv3.kernels.launch import INTERPRETING, check_input, multiprocessors
+from dsv3.kernels.launch import INTERPRETING, cdiv, check_input, multiprocessors, power_of_two
 
 _DEPTH = 512 if INTERPRETING else 32
 
@@ -106,8 +106,8 @@ def choose(
 ):
     """From logits (ROWS, GROUPS_WIDE * EACH_WIDE) to what is stored: experts stand in their groups,
     and groups are padded to powers of two."""
-    NOBODY: tl.constexpr = -2147483648  # below every float
-    CLOSED: tl.constexpr = -2139095041  # ordered(-inf)
+    NOBODY = -2147483648  # below every float
+    CLOSED = -2139095041  # ordered(-inf)
     column = tl.arange(0, GROUPS_WIDE * EACH_WIDE)
     is_expert = ((column // EACH_WIDE < GROUPS) & (column % EACH_WIDE < EACH))[None, :]
     if SIGMOID:
@@ -124,7 +124,7 @@ def choose(
     key = tl.where(is_expert, ordered(biased), NOBODY)
 
     if GROUPS > 1:
-        shape: tl.constexpr = (ROWS, GROUPS_WIDE, EACH_WIDE)
+        shape = (ROWS, GROUPS_WIDE, EACH_WIDE)
         grouped = tl.reshape(tl.where(is_expert, biased, float("-inf")), shape)
         strength = tl.max(grouped, axis=2)
         if BIASED and EACH > 1:
@@ -322,8 +322,8 @@ def router(
         return weights, chosen
     each = experts // choice.groups
     # tl.dot wants 16 columns or more.
-    groups_wide = triton.next_power_of_2(choice.groups)
-    each_wide = max(triton.next_power_of_2(each), triton.cdiv(16, groups_wide))
+    groups_wide = power_of_two(choice.groups)
+    each_wide = max(power_of_two(each), cdiv(16, groups_wide))
     rule = dict(
         GROUPS=choice.groups,
         EACH=each,
@@ -331,15 +331,15 @@ def router(
         EACH_WIDE=each_wide,
         OPEN=choice.open_groups,
         K=choice.k,
-        K_WIDE=triton.next_power_of_2(choice.k),
+        K_WIDE=power_of_two(choice.k),
         SIGMOID=choice.scoring == "sigmoid",
         BIASED=bias is not None,
         NORMALIZED=choice.normalized,
         ROWS=16,
     )
-    tiles = triton.cdiv(rows, 16)
+    tiles = cdiv(rows, 16)
     if splits is None:
-        most = triton.cdiv(width, 8 * _DEPTH)
+        most = cdiv(width, 8 * _DEPTH)
         splits = max(1, min(multiprocessors(u.device) // tiles, most))
     parts = torch.empty(
         (splits, rows, groups_wide * each_wide) if splits > 1 else 0,

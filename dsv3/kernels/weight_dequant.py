@@ -14,7 +14,7 @@ import triton.language as tl
 
 from dsv3.errors import DSV3Error
 from dsv3.fields import BLOCK
-from dsv3.kernels.launch import INTERPRETING, check_input
+from dsv3.kernels.launch import INTERPRETING, cdiv, check_input
 from dsv3.kernels.rounding import bf16_bits
 
 
@@ -73,8 +73,8 @@ def weight_dequant(
     if out.numel() == 0:
         return out
     rows_at_once = 256 if INTERPRETING else 32
-    tiles = triton.cdiv(cols, BLOCK)
-    weight_dequant_kernel[(triton.cdiv(rows, rows_at_once), tiles)](
+    tiles = cdiv(cols, BLOCK)
+    weight_dequant_kernel[(cdiv(rows, rows_at_once), tiles)](
         codes.contiguous().view(torch.uint8),
         scale.contiguous(),
         out.view(torch.int16) if dtype == torch.bfloat16 else out,
