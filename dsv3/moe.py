@@ -284,13 +284,13 @@ class MoE(nn.Module):
         operand: u as products take it, where that is there already.
         """
         weights, chosen, _ = self.gate(u)  # training hears the balance loss by a hook
-        flat, weights, chosen = (x.flatten(0, 1) for x in (u, weights, chosen))
-        x = flat if operand is None else operand.flatten(0, 1)
-        shared = self.shared_experts.partial_sum(x)
+        flat = (u if operand is None else operand).flatten(0, 1)
+        weights, chosen = weights.flatten(0, 1), chosen.flatten(0, 1)
+        shared = self.shared_experts.partial_sum(flat)
         if self.group.experts is None:
-            out = self.group.all_reduce(self.experts(x, weights, chosen) + shared)  # eq. 12
+            out = self.group.all_reduce(self.experts(flat, weights, chosen) + shared)  # eq. 12
         else:
-            out = self.at_experts(flat, weights, chosen) + self.group.all_reduce(shared)
+            out = self.at_experts(u.flatten(0, 1), weights, chosen) + self.group.all_reduce(shared)
         return out.to(u.dtype).view(u.shape)
 
     def at_experts(
