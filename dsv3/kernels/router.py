@@ -124,8 +124,8 @@ def choose(
     key = tl.where(is_expert, ordered(biased), NOBODY)
 
     if GROUPS > 1:
-        shape = (ROWS, GROUPS_WIDE, EACH_WIDE)
-        grouped = tl.reshape(tl.where(is_expert, biased, float("-inf")), shape)
+        grouped = tl.where(is_expert, biased, float("-inf"))
+        grouped = tl.reshape(grouped, (ROWS, GROUPS_WIDE, EACH_WIDE))
         strength = tl.max(grouped, axis=2)
         if BIASED and EACH > 1:
             place = tl.arange(0, EACH_WIDE)[None, None, :]
@@ -140,7 +140,8 @@ def choose(
             here = tl.min(tl.where(left == best, group, GROUPS_WIDE), axis=1)[:, None]
             opened = tl.where(group == here, 1, opened)
             left = tl.where(group == here, NOBODY, left)
-        is_open = tl.reshape(tl.broadcast_to(opened[:, :, None], shape), (ROWS, column.shape[0]))
+        is_open = tl.broadcast_to(opened[:, :, None], (ROWS, GROUPS_WIDE, EACH_WIDE))
+        is_open = tl.reshape(is_open, (ROWS, column.shape[0]))
         key = tl.where(is_expert & (is_open == 0), CLOSED, key)
 
     pick = tl.arange(0, K_WIDE)[None, :]
