@@ -30,6 +30,7 @@ SHAPED = [
     "dsv3.fp8.accumulation",
     "dsv3.fp8.experts",
     "dsv3.fp8.formats",
+    "dsv3.fp8.latent",
     "dsv3.fp8.product",
     "dsv3.fp8.quantize",
     "dsv3.fp8.training",
