@@ -57,7 +57,7 @@ def prophet(texts: list[list[int]], wrong_at: int = 0, model: Transformer | None
 
     def new_draft_cache(batch_size, max_seq_len):
         """One that knows which rows are still in the batch."""
-        cache = copy._cache(1, batch_size, max_seq_len)
+        cache = Transformer.new_draft_cache(copy, batch_size, max_seq_len)
         cache.rows, keep = list(range(batch_size)), cache.keep
 
         def keep_rows(places):
