@@ -35,6 +35,7 @@ SHAPED = [
     "dsv3.data",
     "dsv3.training",
     "dsv3.book.held_out",
+    "dsv3.book.nursery",
     "dsv3.viz.drafted",
     "dsv3.viz.specimen",
     "dsv3.viz.widgets",
