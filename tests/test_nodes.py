@@ -168,9 +168,7 @@ def test_a_rank_killed_on_the_other_machine_is_named(pair):
 def test_nothing_is_left_of_machines_whatever_happens():
     env, seen = environment(), []
     with pytest.raises(ZeroDivisionError), two_machines() as (machine, _):
-        program = (
-            "import os; os.fork(); os.setsid() if os.fork() else 0; import time; time.sleep(99)"
-        )
+        program = "import os, time; os.fork(); os.fork() or os.setsid(); time.sleep(99)"
         machine.start("python3", "-c", program, env=env)
         seen = wait_until(lambda: len(machine.processes()) == 4 and machine.processes(), 30)
         _ = 1 / 0

@@ -92,13 +92,14 @@ MORE = {
     "two_phases(ours)": lambda: runs.two_phases(
         runs.stretches(phases_of(ModelConfig.mini(), Recipe()))
     ),
+    "resume(a run)": lambda: runs.resume([8.1 - 0.2 * step for step in range(12)]),
     "resume(early)": lambda: runs.resume((3.0, 2.5, 2.75, 2.0), saved=1, killed=2),
     "prefill_decode(one)": lambda: layouts.prefill_decode(layouts.DEPLOYMENTS[2:]),
 }
 
 
 def pictures() -> list[tuple[str, object]]:
-    """Every schematic with what it draws unasked, and the cases of ``MORE``."""
+    """Every schematic with what it draws unasked, if anything, and the cases of ``MORE``."""
     found = {
         f"{name}()": draw
         for module in MODULES
@@ -106,6 +107,7 @@ def pictures() -> list[tuple[str, object]]:
         if inspect.signature(draw).return_annotation == "Scene"
         and draw.__module__ == module.__name__
         and not name.startswith("_")
+        and all(p.default is not p.empty for p in inspect.signature(draw).parameters.values())
     }
     return list((found | MORE).items())
 

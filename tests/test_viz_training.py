@@ -368,7 +368,8 @@ def test_arms_are_compared_within_pairs():
     said = [text for text in words(figure) if "±" in text and "\n" not in text]
     assert said == ["+0.020 ± 0.000", "+0.040 ± 0.000"]
     share = 0.04 / made.of("plain").mean
-    assert f"{share:+.2%}" in words(figure)
+    assert f"{share:+.1%}" in words(figure)
+    assert [compared._percent(x) for x in (0.0013, -0.0164, 4.17)] == ["+0.13%", "−1.6%", "+417%"]
     assert any("900,000 tokens per run, 3 seeds per arm" in text for text in words(figure))
     assert "nats per token" in left.get_xlabel() and "plain" in right.get_xlabel()
     for word, box in written(figure):

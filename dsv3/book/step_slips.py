@@ -1,4 +1,4 @@
-"""A training step with the mistakes that are made in writing one, for an exercise of chapter 6."""
+"""A training step with the mistakes that are made in writing one, for exercises of chapter 6."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def step(
     *,
     weight: float | None = None,
     balance: bool = True,
-    clips: str = "before",
+    clip: bool = True,
     way: int = 1,
     sign: bool = True,
     leak: bool = False,
@@ -34,9 +34,8 @@ def step(
     zero: bool = True,
     reset: bool = True,
     rate: bool = True,
-    total: bool = False,
-) -> float:
-    """A step of a learner, with the mistakes that are asked for."""
+) -> dict[str, Tensor]:
+    """A step of a learner, with the mistakes that are asked for: loss, mtp_loss and grad_norm."""
     model, optimizer, watch = learner.model, learner.optimizer, learner.watch
     if reset:
         watch.reset()
@@ -51,8 +50,8 @@ def step(
     if balance:
         loss = loss + values.sequence_weight * watch.sequence_loss()
     loss.backward()
-    if clips == "before":
-        clip_grad_norm_(model.parameters(), values.clip)
+    bound = values.clip if clip else float("inf")
+    norm = clip_grad_norm_(model.parameters(), bound)
     if rate:
         for group in optimizer.param_groups:
             group["lr"] = values.learning_rate
@@ -64,7 +63,7 @@ def step(
             router.bias += way * values.bias_speed * (short.sign() if sign else short)
     if zero:
         optimizer.zero_grad()
-    return float((loss if total else main).detach())
+    return {"loss": main.detach(), "mtp_loss": extra.detach(), "grad_norm": norm}
 
 
 def after(step: Callable) -> tuple[list[float], Tensor]:
@@ -86,7 +85,7 @@ SLIPS: dict[str, dict] = {
         sign=False
     ),
     "gradients are not set to zero after the step, and pile up": dict(zero=False),
-    "the gradient is not clipped": dict(clips="never"),
+    "the gradient is not clipped": dict(clip=False),
     "the MTP loss has no weight: it is lambda times as large": dict(weight=1.0),
     "the MTP loss is missing": dict(weight=0.0),
     "the balance loss is missing": dict(balance=False),
@@ -101,7 +100,7 @@ SLIPS: dict[str, dict] = {
 def mistaken(slip: str) -> tuple[list[float], Tensor]:
     """What comes of a slip, "" for none."""
     how = SLIPS.get(slip, {})
-    return after(lambda *given: step(*given, **how))
+    return after(lambda *given: float(step(*given, **how)["loss"]))
 
 
 def close(a: Tensor, b: Tensor) -> bool:

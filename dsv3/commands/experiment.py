@@ -44,8 +44,14 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, _: Sequence[str]) -> int:
     """Train what is missing, print a table for each experiment, write JSON where asked."""
+    from dsv3.checkpoint.safetensors_io import write_text
     from dsv3.training.experiments import Results, run_experiments
 
+    if args.out:  # before hours of training, not after
+        try:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(Path(args.out), error) from None
     names = NAMES if args.name == "all" else (args.name,)
     told = run_experiments(
         names, Path(args.work), seeds=args.seeds, tokens=args.tokens, jobs=args.jobs, say=_say
@@ -53,11 +59,7 @@ def run(args: Namespace, _: Sequence[str]) -> int:
     for name in names:
         print(f"{told[name]['question']}\n{Results(told[name]).table()}\n", flush=True)
         if args.out:
-            try:
-                Path(args.out).mkdir(parents=True, exist_ok=True)
-                (Path(args.out) / f"{name}.json").write_text(json.dumps(told[name]) + "\n")
-            except OSError as error:
-                raise unwritable(Path(args.out), error) from None
+            write_text(Path(args.out) / f"{name}.json", json.dumps(told[name]) + "\n")
     return 0
 
 

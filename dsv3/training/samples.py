@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from dsv3.checkpoint.safetensors_io import write_text
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.files import read_json, unwritable
@@ -119,14 +120,11 @@ def save_samples(file: Path, samples: Sequence[Sample]) -> None:
     """Write them as JSON, whole or not at all, by step and in the order given."""
     rows = [asdict(sample) for sample in sorted(samples, key=lambda sample: sample.step)]
     text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    beside = file.with_name(file.name + ".partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(f"[\n{text}\n]\n", encoding="utf-8")
-        beside.replace(file)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise unwritable(file, error) from None
+    write_text(file, f"[\n{text}\n]\n")
 
 
 def read_samples(file: str | Path) -> list[Sample]:

@@ -82,7 +82,12 @@ def the_generator(run):
 
 
 def step(**how):
-    return lambda *given: step_slips.step(*given, **how)
+    return lambda *given: float(step_slips.step(*given, **how)["loss"])
+
+
+def the_sum(*given):
+    told = step_slips.step(*given)
+    return float(told["loss"] + told["mtp_loss"])
 
 
 def returns_nothing(*given):
@@ -160,7 +165,7 @@ PLANTED = {
         (step(way=0), "does not move"),
         (step(sign=False), "by the sign"),
         (step(zero=False), "pile up"),
-        (step(clips="never"), "not clipped"),
+        (step(clip=False), "not clipped"),
         (step(weight=1.0), "no weight"),
         (step(weight=0.0), "MTP loss is missing"),
         (step(balance=False), "balance loss is missing"),
@@ -168,7 +173,7 @@ PLANTED = {
         (step(asked_once=True), "just fed"),
         (step(reset=False), "not reset"),
         (step(rate=False), "never set"),
-        (step(total=True), "another loss"),
+        (the_sum, "another loss"),
         (returns_nothing, "return the loss as well"),
     ],
 }

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from dsv3.attention import Attention
-from dsv3.checkpoint.safetensors_io import PARTIAL
+from dsv3.checkpoint.safetensors_io import write_text
 from dsv3.errors import DSV3Error
+from dsv3.files import read_json, unwritable
 from dsv3.mla import MLA
 from dsv3.model import Transformer
 from dsv3.moe import Experts
@@ -69,7 +70,10 @@ def run_experiments(
     missing = {file: run for run, file in wanted.items() if not file.exists()}
     say(f"{len(set(wanted.values()))} runs, {len(missing)} of them to be made")
     if missing:
-        work.mkdir(parents=True, exist_ok=True)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(work, error) from None
         with ProcessPoolExecutor(
             min(jobs, len(missing)), mp_context=get_context("spawn"), initializer=_one_thread
         ) as pool:
@@ -85,7 +89,7 @@ def run_experiments(
             name,
             tokens or EXPERIMENTS[name].tokens,
             [
-                {"arm": label, "seed": seed, **json.loads(file.read_text())}
+                {"arm": label, "seed": seed, **read_json(file)}
                 for (which, label, seed), file in wanted.items()
                 if which == name
             ],
@@ -140,9 +144,7 @@ def _some(documents: list[str]) -> list[str]:
 def _run(name: str, label: str, seed: int, tokens: int, file: Path) -> float:
     """Train one arm from one seed and keep what came out; the mean loss over the domains."""
     outcome = train_arm(EXPERIMENTS[name].arms[label], seed, tokens, _corpus())
-    beside = file.with_suffix(PARTIAL)
-    beside.write_text(json.dumps(outcome))
-    beside.replace(file)
+    write_text(file, json.dumps(outcome))
     return outcome["loss"]
 
 
