@@ -21,6 +21,7 @@ from torch import nn
 from dsv3 import viz
 from dsv3.config import ModelConfig
 from dsv3.costs import PLAIN, REPORT, TOKENS_PER_STEP, parameter_count
+from dsv3.training import RunLog, read_log
 from dsv3.training.balance import max_violation
 from dsv3.training.experiments import Results
 from dsv3.training.experiments.gradients import GradientError, Harm
@@ -37,9 +38,12 @@ ROUTERS = ("layers.1.ffn.gate", "layers.2.ffn.gate", "mtp.0.ffn.gate")
 LOG = Path(__file__).parents[1] / "assets" / "dsv3-mini" / "log.jsonl"
 
 
+LINES = [json.loads(line) for line in LOG.read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
-def log() -> list[dict]:
-    return [json.loads(line) for line in LOG.read_text().splitlines()]
+def log() -> RunLog:
+    return read_log(LOG)
 
 
 def results(arms=("plain", "other arm", "a third"), experts=(16, 16, 32), seeds=3) -> Results:
@@ -278,8 +282,8 @@ def test_parts_of_our_run_are_its_phases():
     assert second.rates == pytest.approx((8e-4, 8e-5))
 
 
-def test_the_second_process_repeats_what_was_lost(log):
-    shown = [line["loss"] for line in log if "loss" in line][:12]
+def test_the_second_process_repeats_what_was_lost():
+    shown = [line["loss"] for line in LINES if "loss" in line][:12]
     scene = run_schematics.resume(shown, saved=4, killed=9)
     rings, dots = (
         [(m.x, m.y) for m in scene.marks[:-20] if isinstance(m, Circle) and m.fill == fill]
@@ -311,9 +315,9 @@ def test_schedules_are_drawn_as_they_are_told():
 
 def test_a_run_is_drawn_from_its_log(log):
     left, right = figures.run_figure(log).axes
-    steps = [line for line in log if "loss" in line]
+    steps = [line for line in LINES if "loss" in line]
     assert list(left.lines[2].get_ydata()) == [line["loss"] for line in steps]
-    last = log[-1]["held_out"]
+    last = LINES[-1]["held_out"]
     for line, domain in zip(right.lines, last):
         assert line.get_label() == domain
         assert line.get_ydata()[-1] == last[domain]["bits_per_byte"]
@@ -323,10 +327,21 @@ def test_a_run_is_drawn_from_its_log(log):
 def test_a_short_run_is_drawn_over_its_steps(log):
     left, right = figures.run_figure(log, over="steps").axes
     assert left.get_xlabel() == right.get_xlabel() == "step"
-    assert left.lines[2].get_xdata()[-1] == [line for line in log if "loss" in line][-1]["step"]
-    assert right.lines[0].get_xdata()[-1] == log[-1]["step"]
+    assert left.lines[2].get_xdata()[-1] == [line for line in LINES if "loss" in line][-1]["step"]
+    assert right.lines[0].get_xdata()[-1] == LINES[-1]["step"]
     with pytest.raises(ValueError, match="seconds"):
         figures.run_figure(log, over="seconds")
+
+
+def test_a_growing_batch_is_no_longer_window():
+    """More windows of one length: nothing is marked; longer ones are, where they begin."""
+    windows = [(16, 64), (24, 64), (32, 64), (8, 256)]
+    lines, tokens = [], 0
+    for step, (count, length) in enumerate(windows, 1):
+        tokens += count * length
+        lines.append(dict(step=step, tokens=tokens, windows=count, loss=1.0))
+    assert figures._changes(RunLog.of(lines[:3])) == []
+    assert figures._changes(RunLog.of(lines)) == [lines[2]["tokens"] / 1e6]
 
 
 def test_the_mean_of_a_constant_is_the_constant():
@@ -335,7 +350,7 @@ def test_the_mean_of_a_constant_is_the_constant():
 
 def test_loads_and_violations_agree_with_the_log(log):
     figure = figures.loads_figure(log, "layers.3.ffn.gate")
-    steps = [line for line in log if "loss" in line]
+    steps = [line for line in LINES if "loss" in line]
     violation = figure.axes[1].lines[0].get_ydata()
     assert violation == pytest.approx(
         [line["max_violation"]["layers.3.ffn.gate"] for line in steps], abs=6e-4
@@ -347,7 +362,7 @@ def test_loads_and_violations_agree_with_the_log(log):
 
 
 def test_clipped_steps_are_counted(log):
-    over = sum(line["grad_norm"] > 0.5 for line in log if "loss" in line)
+    over = sum(line["grad_norm"] > 0.5 for line in LINES if "loss" in line)
     assert any(
         f"clipped: {over} of 354" in text for text in words(figures.grad_norm_figure(log, 0.5))
     )

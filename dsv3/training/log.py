@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -96,6 +96,12 @@ class RunLog:
     steps: tuple[dict, ...] = field(repr=False)
     held_out: tuple[dict, ...] = field(repr=False)
 
+    @classmethod
+    def of(cls, lines: Sequence[dict]) -> RunLog:
+        """Of the lines of one run, in their order."""
+        kinds = ("loss", "held_out")
+        return cls(*(tuple(line for line in lines if kind in line) for kind in kinds))
+
     @cached_property
     def moments(self) -> tuple[int, ...]:
         """Every step that has a line, from the first with a loss on."""
@@ -161,7 +167,7 @@ def read_log(path: str | Path) -> RunLog:
     """
     path = Path(path)
     path = path / LOG_FILE if path.is_dir() else path
-    steps, held_out = [], []
+    lines = []
     for number, text in enumerate(read_text(path).split("\n")[:-1], 1):
         try:
             line = parse_json(text)
@@ -175,15 +181,13 @@ def read_log(path: str | Path) -> RunLog:
                 expected='a JSON object with "step" and "tokens", of a step also with "loss", "lr" '
                 'and "windows"',
             )
-        if "loss" in line:
-            steps.append(line)
-        if "held_out" in line:
-            held_out.append(line)
-    if not steps:
+        lines.append(line)
+    log = RunLog.of(lines)
+    if not log.steps:
         raise DSV3Error(
             "no step is logged yet", where=path, fix="Wait for the first line with a loss"
         )
-    return RunLog(tuple(steps), tuple(held_out))
+    return log
 
 
 def _is_line(line: object) -> bool:

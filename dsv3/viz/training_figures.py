@@ -1,19 +1,15 @@
-"""Figures of chapter 6: what a run is told, and what its log says of it.
-
-A log is a list of the objects of ``log.jsonl``, in their order: lines of steps, and lines of
-held-out text, which have the key "held_out".
-"""
+"""Figures of chapter 6: what a run is told, and what its log says of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from dsv3.training.log import RunLog
 from dsv3.training.schedules import LearningRate, Schedules
 from dsv3.viz.figure import (
     BLACK,
@@ -32,8 +28,6 @@ _LINES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
 SHARES = LinearSegmentedColormap.from_list("shares", [BLUE, "#ffffff", VERMILLION])
 EVEN = TwoSlopeNorm(1, vmin=0, vmax=3)
 _MARKS = ("o", "s", "^", "D", "v", "P")
-
-Log = Sequence[Mapping]
 
 
 @styled
@@ -141,21 +135,12 @@ def _note(axes: Axes, x, y, words: str, *, right=False, up=False, away=4) -> Non
     )
 
 
-def _steps(log: Log) -> list[Mapping]:
-    return [line for line in log if "loss" in line]
+def _changes(log: RunLog) -> list[float]:
+    """Millions of tokens after which windows became longer."""
+    return [log.step_at(part.before)["tokens"] / 1e6 for part in log.stretches[1:]]
 
 
-def _held_out(log: Log) -> list[Mapping]:
-    return [line for line in log if "held_out" in line]
-
-
-def _changes(log: Log) -> list[float]:
-    """Millions of tokens at which the number of windows of a step changed."""
-    steps = _steps(log)
-    return [one["tokens"] / 1e6 for one, two in pairwise(steps) if one["windows"] != two["windows"]]
-
-
-def _longer(axes: Axes, log: Log, high: float, *, level: bool = False) -> None:
+def _longer(axes: Axes, log: RunLog, high: float, *, level: bool = False) -> None:
     """A dotted line where longer windows begin, with words from ``high`` on, 0 to 1: upwards, or
     level."""
     for at in _changes(log):
@@ -173,7 +158,7 @@ def _smooth(values: Sequence[float], over: int) -> np.ndarray:
 
 
 @styled
-def run_figure(log: Log, smooth: int = 9, over: str = "tokens") -> Figure:
+def run_figure(log: RunLog, smooth: int = 9, over: str = "tokens") -> Figure:
     """Left, the training loss as logged and smoothed; right, bits per byte on held-out text, by
     domain. A dotted line where longer windows begin.
 
@@ -181,7 +166,7 @@ def run_figure(log: Log, smooth: int = 9, over: str = "tokens") -> Figure:
     """
     if over not in ("tokens", "steps"):
         raise ValueError(f'over: "tokens" or "steps", not {over!r}')
-    steps, held = _steps(log), _held_out(log)
+    steps, held = log.steps, log.held_out
     figure, (left, right) = new_figure(9.6, 3.6, ncols=2)
 
     def place(line: Mapping) -> float:
@@ -218,12 +203,12 @@ def run_figure(log: Log, smooth: int = 9, over: str = "tokens") -> Figure:
 
 
 @styled
-def loads_figure(log: Log, router: str) -> Figure:
+def loads_figure(log: RunLog, router: str) -> Figure:
     """Who got how many tokens, step by step, in multiples of the even share; below, MaxVio.
 
     router: its name in the log, "layers.3.ffn.gate".
     """
-    steps = _steps(log)
+    steps = log.steps
     if router not in steps[0]["load"]:
         raise ValueError(f"no router {router!r}; there are {', '.join(steps[0]['load'])}")
     loads = np.array([line["load"][router] for line in steps], dtype=float)
@@ -258,9 +243,9 @@ def loads_figure(log: Log, router: str) -> Figure:
 
 
 @styled
-def grad_norm_figure(log: Log, clip: float = 1.0) -> Figure:
+def grad_norm_figure(log: RunLog, clip: float = 1.0) -> Figure:
     """The norm of the gradient before clipping, and the bound; steps above it are marked."""
-    steps = _steps(log)
+    steps = log.steps
     x = np.array([line["tokens"] / 1e6 for line in steps])
     norms = np.array([line["grad_norm"] for line in steps])
     over = norms > clip
