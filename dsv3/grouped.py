@@ -128,11 +128,11 @@ def _in_loops(
     ends: Int[Tensor, " experts"],
 ) -> Float64[Tensor, "choices _"]:
     """The same on a CPU: all experts with few rows in one call, the others one by one."""
-    from dsv3.kernels import on_cpu
+    from dsv3.kernels import cpu_fp8
 
     if w.dim() == 3:
         w, w_scale = w[:, None], w_scale[:, None]
-    out = on_cpu.products(x, x_scale, w, w_scale, ends, ROWS_IN_LOOPS)
+    out = cpu_fp8.products(x, x_scale, w, w_scale, ends, ROWS_IN_LOOPS)
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end - start > ROWS_IN_LOOPS:

@@ -276,9 +276,9 @@ def _quantized_activation(x, scale_format, backend):
 
         return act_quant(x, scale_format)
     if backend == "numba":
-        from dsv3.kernels import on_cpu
+        from dsv3.kernels import cpu_fp8
 
-        data, scale = on_cpu.quantize(_matrix(x), scale_format)
+        data, scale = cpu_fp8.quantize(_matrix(x), scale_format)
         return data.view(x.shape), scale.view(scale_shape(x.shape, ACTIVATION_BLOCK))
     codes = _quantize(x, ACTIVATION_BLOCK, scale_format)
     return codes.data, codes.scale
@@ -410,10 +410,10 @@ def dequantize_fast(
     """``dequantize_rows`` by the fastest form there is: the same values."""
     if block[1] != BLOCK or pick_backend(data.device) != "numba":
         return dequantize_rows(data, scale, block, out)
-    from dsv3.kernels import on_cpu
+    from dsv3.kernels import cpu_fp8
 
     out = torch.empty(data.shape) if out is None else out
-    on_cpu.dequantize(data, scale, block[0], out)
+    cpu_fp8.dequantize(data, scale, block[0], out)
     return out
 
 

@@ -1,0 +1,94 @@
+"""What the loops for a CPU share: bits read as numbers, tensors as arrays, threads.
+
+The loops are written in Python and compiled by Numba (an optional install): the first call in a
+process compiles for its processor, or loads what an earlier one left.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+# Multiplications that are worth a thread of their own.
+_FOR_A_THREAD = 1 << 21
+
+
+def _moved_bits(result, argument) -> Callable:
+    """An operation that reads the bits of a number as another number."""
+
+    @intrinsic
+    def moved(typing_context, value):
+        def written(context, builder, signature, arguments):
+            return builder.bitcast(arguments[0], context.get_value_type(result))
+
+        return result(argument), written
+
+    return moved
+
+
+float_of_bits = _moved_bits(types.float32, types.int32)
+bits_of_float = _moved_bits(types.int32, types.float32)
+
+
+@intrinsic
+def float_of_half(typing_context, bits):
+    """The float32 of these 16 bits as a float16: one instruction on most processors, subnormal
+    numbers included."""
+
+    def written(context, builder, signature, arguments):
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), written
+
+
+def number(x):
+    """An element of ``array``: itself, or the float32 of the bits of a bfloat16."""
+    raise NotImplementedError("only in compiled loops")
+
+
+@overload(number, inline="always")
+def _number(x):
+    if isinstance(x, types.Integer):
+        return lambda x: float_of_bits(np.int32(np.int32(x) << np.int32(16)))
+    return lambda x: x
+
+
+def array(x: Shaped[Tensor, "..."]) -> np.ndarray:
+    """The numbers of a tensor where they lie; codes as bytes with a sign, bfloat16 as its bits."""
+    x = x.contiguous()
+    if x.dtype == torch.float8_e4m3fn:
+        x = x.view(torch.int8)
+    elif x.dtype == torch.bfloat16:
+        x = x.view(torch.int16)
+    return x.numpy()
+
+
+def in_threads(
+    run: Callable, inputs: list, out: Shaped[Tensor, "..."], count: int, work: int, step: int
+) -> None:
+    """run(*inputs, first, last, out) over ``count`` things, ``step`` of which stay together, in as
+    many threads as torch has and the work is worth.
+
+    work: multiplications in all.
+    """
+    result = out.numpy()
+    threads = min(torch.get_num_threads(), work // _FOR_A_THREAD)
+    if threads <= 1:
+        return run(*inputs, 0, count, result)
+    each = -(-count // threads // step) * step
+    running = [
+        threading.Thread(target=run, args=(*inputs, first, min(first + each, count), result))
+        for first in range(0, count, each)
+    ]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
