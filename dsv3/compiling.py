@@ -73,25 +73,13 @@ class CompiledLayers:
             and not torch.is_grad_enabled()
         )
 
-    def layer(
-        self, layer: nn.Module, x: Float[Tensor, "b s d"], step: Step, kept: OneLayer
+    def __call__(
+        self, layer: nn.Module, *states: Float[Tensor, "b s d"], step: Step, kept: OneLayer
     ) -> Float[Tensor, "b s d"]:
-        return self._run(self._block, layer, x, _without_complex(step), kept)
-
-    def module(
-        self,
-        module: nn.Module,
-        hidden: Float[Tensor, "b s d"],
-        embedded: Float[Tensor, "b s d"],
-        step: Step,
-        kept: OneLayer,
-    ) -> Float[Tensor, "b s d"]:
-        return self._run(self._module, module, hidden, embedded, _without_complex(step), kept)
-
-    @staticmethod
-    def _run(program, *arguments):
+        """layer(*states, step, kept)."""
+        program = self._module if isinstance(layer, MTPModule) else self._block
         try:
-            return program(*arguments)
+            return program(layer, *states, _without_complex(step), kept)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise DSV3Error(
                 "the model cannot be compiled here",

@@ -47,7 +47,7 @@ from dsv3.kernels.operations import combine, router
 from dsv3.layers import SwiGLU
 from dsv3.parallel.experts import Holding, experts_of
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.precision import Precision
+from dsv3.precision import Normed, Precision, readable
 
 
 class Router(nn.Module):
@@ -274,17 +274,11 @@ class MoE(nn.Module):
             device=device,
         )
 
-    def forward(
-        self,
-        u: Float[Tensor, "b s d"],
-        operand: Float[Tensor, "b s d"] | QuantizedTensor | None = None,
-    ) -> Float[Tensor, "b s d"]:
-        """Both sums share one rounding, and one all-reduce unless tokens travel to experts.
-
-        operand: u as products take it, where that is there already.
-        """
+    def forward(self, u: Float[Tensor, "b s d"] | Normed) -> Float[Tensor, "b s d"]:
+        """Both sums share one rounding, and one all-reduce unless tokens travel to experts."""
+        flat = self.precision.operand(u).flatten(0, 1)  # all experts read the same values
+        u = readable(u)
         weights, chosen, _ = self.gate(u)  # training hears the balance loss by a hook
-        flat = (u if operand is None else operand).flatten(0, 1)
         weights, chosen = weights.flatten(0, 1), chosen.flatten(0, 1)
         shared = self.shared_experts.partial_sum(flat)
         if self.group.experts is None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dsv3.compiling import CapturedPasses
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import QuantizedTensor, quantize_weight
 from dsv3.generation.loop import complete
+from dsv3.grouped import one_by_one
 
 SMALL = ModelConfig.mini().but(
     vocab_size=96,
@@ -35,6 +37,11 @@ SMALL = ModelConfig.mini().but(
     quantization_config=None,
 )
 CPU = torch.device("cpu")
+# Methods by which the host asks a tensor for its values. On a CPU most of them pass no dispatcher.
+WORDS = (
+    *("tolist", "item", "cpu", "numpy", "nonzero", "__array__", "__contains__", "__format__"),
+    *("__bool__", "__int__", "__float__", "__index__", "__complex__"),
+)
 # Operations whose answer, or whose answer's shape, the host has to know.
 ASKS = {
     "_local_scalar_dense",
@@ -54,12 +61,49 @@ ASKS = {
 }
 
 
-class Asks(TorchDispatchMode):
-    """Counts what the host asks of tensors."""
+# Who may ask in a step, and only on a CPU: experts one by one, each with its own number of rows.
+ALLOWED = {"dsv3.grouped.one_by_one"}
 
-    def __init__(self):
+
+class Asks(TorchDispatchMode):
+    """Counts what the host asks of tensors: which function of the house asks, and by what."""
+
+    def __init__(self, allowed: Collection[str] = ()):
         super().__init__()
         self.count: Counter[str] = Counter()
+        self.allowed, self._answering = allowed, False
+        self._patches = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        for word in WORDS:
+            self._patches.setattr(torch.Tensor, word, self._listening(word), raising=False)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._patches.undo()
+        return super().__exit__(*error)
+
+    def _listening(self, word: str):
+        asked = getattr(torch.Tensor, word)
+
+        def ask(tensor, *arguments, **options):
+            before, self._answering = self._answering, self.note(word)
+            try:
+                return asked(tensor, *arguments, **options)
+            finally:
+                self._answering = before
+
+        return ask
+
+    def note(self, word: str) -> bool:
+        """Count a question, unless it is part of the answer to another one."""
+        frame = sys._getframe(1)
+        while frame.f_back and not frame.f_globals.get("__name__", "").startswith("dsv3"):
+            frame = frame.f_back
+        where = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
+        if where not in self.allowed and not self._answering:
+            self.count[f"{where}: {word}"] += 1
+        return True
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         name = str(function).removeprefix("aten.")
@@ -67,7 +111,7 @@ class Asks(TorchDispatchMode):
         if {name, name.partition(".")[0]} & ASKS or any(
             each is not None and each.dtype in (torch.bool, torch.uint8) for each in index
         ):
-            self.count[name] += 1
+            self.note(name)
         return function(*arguments, **(options or {}))
 
 
@@ -75,9 +119,14 @@ def test_the_counter_counts():
     x = torch.tensor([1.0, 0.0])
     with Asks() as asks, torch.inference_mode():
         x.sum().item(), bool(x[0] > 0), int(x[1]), x.nonzero(), x[x > 0], torch.equal(x, x)
+        x.tolist(), x.cpu(), x.numpy(), float(x[0]), [0, 1][x[0].long()], 1.0 in x
         x[x > 0] = 2.0
         x + x, x.sort(), x.topk(1), x[torch.tensor([0])]
-    assert sum(asks.count.values()) == 7
+        if x[0]:
+            one_by_one(torch.matmul, x[None], [x[:, None]], torch.tensor([1]))
+    assert sum(asks.count.values()) == 15, asks.count
+    assert asks.count["dsv3.grouped.one_by_one: tolist"] == 1
+    assert isinstance(x.tolist(), list) and "ask" not in repr(torch.Tensor.tolist)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
@@ -90,14 +139,14 @@ def test_no_layer_asks_a_tensor_for_a_number(tiny_checkpoint, precision):
     for width, lengths in ((9, None), (1, None), (3, [3, 1]), (1, None), (12, [0, 12])):
         tokens = text[:, :width]
         step, counts = model._step(tokens, cache, lengths)
-        with Asks() as asks:
+        with Asks(ALLOWED) as asks:
             hidden = model._read(tokens, step, cache)
             model._logits(hidden, counts, last_only=True)
         assert not asks.count, f"{width} tokens"
         cache.advance(counts)
         step, counts = model._step(tokens, drafts, lengths, layers=1)
-        with Asks() as asks:
-            model.mtp[0](hidden, model.embed(tokens), step, drafts)
+        with Asks(ALLOWED) as asks:
+            model.mtp[0](hidden, model.embed(tokens), step, drafts.one(0))
         assert not asks.count, f"a draft behind {width} tokens"
         drafts.advance(counts)
 
@@ -109,7 +158,7 @@ def test_a_step_of_generation_waits_twice_for_the_tokens_alone(tiny_checkpoint):
     model = load_model(tiny_checkpoint, "fp32")
     counts = []
     for rows in (1, 5):
-        with Asks() as asks:
+        with Asks(ALLOWED) as asks:
             complete(model, [[1, 2]] * rows, max_new_tokens=6, temperature=1.0, eos_ids=())
         counts.append(sum(asks.count.values()))
     assert counts[0] == counts[1]
@@ -147,7 +196,9 @@ def test_a_table_in_the_cache_turns_as_the_config_says():
     for made in (cache, cache.copies(2, 900)):
         step = Step.make(config, [680], [9], 9, CPU)
         assert torch.equal(made.turns[680:689], step.rotation[0])
-    assert cache.nbytes == 700 * config.latent_dim * 4 and cache.max_seq_len == 700
+    assert cache.data.nbytes == 700 * config.latent_dim * 4 and cache.max_seq_len == 700
+    tables = 701 * (8 + 4 * config.qk_rope_head_dim)  # ids and turns, as padding's place has them
+    assert cache.nbytes == 701 * config.latent_dim * 4 + tables
 
 
 @torch.inference_mode()

@@ -151,7 +151,7 @@ def test_misread_query_compression(oracle):
     assert len(calls) == len(CUTS)
     with mutated(
         MLA.queries,
-        "self.wq_b(self.q_norm(self.wq_a(h)))",
+        "self.wq_b(self.precision.normed(self.q_norm, self.wq_a(h)))",
         "F.linear(h, self.wq_b.weight @ self.wq_a.weight)",
     ):
         assert oracle() > SEEN
@@ -159,7 +159,7 @@ def test_misread_query_compression(oracle):
 
 def test_misread_cache_contents(oracle):
     large = ModelConfig.deepseek_v3()
-    assert LatentCache(large, 61, 1, 1, torch.bfloat16, "meta").nbytes == 70_272  # fact 7
+    assert LatentCache(large, 61, 1, 1, torch.bfloat16, "meta").data.nbytes == 70_272  # fact 7
     assert 2 * 61 * 512 == 62_464 and 2 * 61 * (512 + 128 * 64) == 1_061_888  # often read
     assert oracle() < BOUND
     with mutated(
@@ -242,7 +242,9 @@ def test_misread_latent_norms(oracle):
     with mutated(MLA.latents, "rotate(k_rope,", "rotate(F.rms_norm(k_rope, k_rope.shape[-1:]),"):
         assert oracle() > SEEN  # the rotated key is not normalised
     if oracle.ours.config.q_lora_rank is not None:
-        with mutated(MLA.queries, "self.q_norm(self.wq_a(h))", "self.wq_a(h)"):
+        with mutated(
+            MLA.queries, "self.precision.normed(self.q_norm, self.wq_a(h))", "self.wq_a(h)"
+        ):
             assert oracle() > SEEN
 
 

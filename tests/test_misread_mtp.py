@@ -52,7 +52,7 @@ def departs(folder, main, module):
     "function, old, new",
     [
         (MTPModule.join, "self.enorm(embedded)", "torch.zeros_like(embedded)"),
-        (Block.forward, "x + self.attend(x, step, cache, slot)", "x"),
+        (Block.forward, "x + self.attend(x, step, kept)", "x"),
     ],
     ids=["parallel head", "MLP"],
 )

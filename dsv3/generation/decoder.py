@@ -1,7 +1,7 @@
 """What plain and speculative decoding share: caches, and which rows are still in the batch.
 
-A row that has ended leaves the batch: its place in the caches goes to the rows behind it, and a
-pass computes only what somebody waits for. A cache that the caller gave keeps all its rows, since
+A row that has ended leaves the batch: the last row takes its place in the caches, and a pass
+computes only what somebody waits for. A cache that the caller gave keeps all its rows, since
 he will go on with it; there a row that has ended stays and is fed nothing.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsv3.cache import rows_without
 from dsv3.generation.sampling import Chooser
 
 
@@ -28,10 +29,11 @@ class Decoder:
 
     def drop_ended(self, left: Sequence[int]) -> list[int] | None:
         """Take the rows that may take no more tokens out of the batch. Returns which places of it
-        stay, None for all. left: how many tokens each text may still take."""
-        staying = [place for place, row in enumerate(self.rows) if left[row]]
-        if not self._owned or len(staying) == len(self.rows):
+        stay, in their new order, None for all. left: how many tokens each text may still take."""
+        ended = [not left[row] for row in self.rows]
+        if not self._owned or not any(ended):
             return None
+        staying = rows_without(ended)
         for cache in self._caches:
             cache.keep(staying)
         self.rows = [self.rows[place] for place in staying]

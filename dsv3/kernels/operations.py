@@ -50,25 +50,13 @@ def _like_norm(x, weight, eps, scale_format):
 
 
 @opaque(
-    "norm_quant(Tensor x, Tensor weight, float eps, str scale_format) -> (Tensor, Tensor)",
-    like=lambda *arguments: _like_norm(*arguments)[:2],
-)
-def norm_quant(x: Tensor, weight: Tensor, eps: float, scale_format: str) -> tuple[Tensor, Tensor]:
-    """Codes and scales of the norm (``kernels.norm_quant``)."""
-    from dsv3.kernels import norm_quant
-
-    return norm_quant.norm_quant(x, weight, eps, scale_format)[:2]
-
-
-@opaque(
-    "norm_quant_keep(Tensor x, Tensor weight, float eps, str scale_format)"
-    " -> (Tensor, Tensor, Tensor)",
+    "norm_quant(Tensor x, Tensor weight, float eps, str scale_format) -> (Tensor, Tensor, Tensor)",
     like=_like_norm,
 )
-def norm_quant_keep(
+def norm_quant(
     x: Tensor, weight: Tensor, eps: float, scale_format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and the norm itself."""
+    """Codes and scales of the norm, and the norm itself (``kernels.norm_quant``)."""
     from dsv3.kernels import norm_quant
 
     data, scale, y, _ = norm_quant.norm_quant(x, weight, eps, scale_format, keeps=True)
