@@ -3,6 +3,7 @@ whole pass. Where padding goes, and who leaves a batch."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3 import ModelConfig, Transformer, load_model
-from dsv3.cache import LatentCache, Step
+from dsv3.cache import LatentCache, Step, rows_without
 from dsv3.cli import main
 from dsv3.compiling import CapturedPasses
 from dsv3.errors import DSV3Error
@@ -71,7 +72,7 @@ class Asks(TorchDispatchMode):
     def __init__(self, allowed: Collection[str] = ()):
         super().__init__()
         self.count: Counter[str] = Counter()
-        self.allowed, self._answering = allowed, False
+        self.allowed, self._answering = allowed, 0
         self._patches = pytest.MonkeyPatch()
 
     def __enter__(self):
@@ -87,23 +88,23 @@ class Asks(TorchDispatchMode):
         asked = getattr(torch.Tensor, word)
 
         def ask(tensor, *arguments, **options):
-            before, self._answering = self._answering, self.note(word)
+            self.note(word)
+            self._answering += 1  # what an answer takes is no other question
             try:
                 return asked(tensor, *arguments, **options)
             finally:
-                self._answering = before
+                self._answering -= 1
 
         return ask
 
-    def note(self, word: str) -> bool:
-        """Count a question, unless it is part of the answer to another one."""
+    def note(self, word: str) -> None:
+        """Count a question, under the function of the house that asks it."""
         frame = sys._getframe(1)
         while frame.f_back and not frame.f_globals.get("__name__", "").startswith("dsv3"):
             frame = frame.f_back
         where = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
         if where not in self.allowed and not self._answering:
             self.count[f"{where}: {word}"] += 1
-        return True
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         name = str(function).removeprefix("aten.")
@@ -153,15 +154,18 @@ def test_no_layer_asks_a_tensor_for_a_number(tiny_checkpoint, precision):
 
 @torch.inference_mode()
 def test_a_step_of_generation_waits_twice_for_the_tokens_alone(tiny_checkpoint):
-    """Whatever the number of rows, with the door's question whether ids are in the vocabulary,
-    which is asked on the CPU, where they are."""
+    """Whatever the number of rows: for whether the logits are numbers, and for the choice. Whether
+    ids are in the vocabulary is asked at the door, on the CPU, where they are."""
     model = load_model(tiny_checkpoint, "fp32")
-    counts = []
     for rows in (1, 5):
         with Asks(ALLOWED) as asks:
             complete(model, [[1, 2]] * rows, max_new_tokens=6, temperature=1.0, eos_ids=())
-        counts.append(sum(asks.count.values()))
-    assert counts[0] == counts[1]
+        sampling = "dsv3.generation.sampling"
+        assert asks.count.pop("dsv3.model._step: __bool__") == 2 * 6
+        assert asks.count == {
+            f"{sampling}.probabilities: __bool__": 6,
+            f"{sampling}.draw_each: tolist": 6,
+        }
 
 
 # Where things are kept ---------------------------------------------------------------------------
@@ -202,25 +206,64 @@ def test_a_table_in_the_cache_turns_as_the_config_says():
 
 
 @torch.inference_mode()
-def test_rows_that_stay_move_up():
+@pytest.mark.parametrize("rows", [[0, 3], [3, 1], [1, 2, 3], [3, 0, 2, 1], [2]])
+@pytest.mark.parametrize("kind", ["plain", "fp8"])
+def test_rows_that_stay_stand_as_they_are_told(rows, kind):
+    """Each with its own text behind it, and no more is copied than rows that move."""
     model = Transformer(SMALL).init_weights(0)
     text = torch.randint(96, (4, 9), generator=torch.Generator().manual_seed(0))
-    cache = model.new_cache(4, 16)
-    model(text, cache=cache, lengths=[3, 9, 5, 7])
-    where = cache.data.data_ptr()
-    cache.keep([1, 3])
-    assert cache.lengths == [9, 7] and cache.data.data_ptr() == where
-    assert [cache.tokens(row) for row in (0, 1)] == [text[1].tolist(), text[3, :7].tolist()]
-    logits = model(text[:2, :1], cache=cache, last_only=True)
-    for row, kept in enumerate((text[1:2], text[3:4, :7])):
-        wanted = model(torch.cat([kept, text[row : row + 1, :1]], 1))[0, -1]
-        torch.testing.assert_close(logits[row], wanted, rtol=1e-4, atol=1e-4)
+    cache, lengths = model.new_cache(4, 16, dtype=kind), [3, 9, 5, 7]
+    model(text, cache=cache, lengths=lengths)
+    others = [model.new_cache(1, 16, dtype=kind) for _ in rows]
+    for row, other in zip(rows, others):
+        model(text[row : row + 1, : lengths[row]], cache=other)
+    where, width = cache.data.data_ptr(), cache.data.shape[-1]
+    with Copies() as copies:
+        cache.keep(rows)
+    moved = [row for place, row in enumerate(rows) if place != row]
+    longest = max([lengths[row] for row in moved], default=0)
+    assert copies.count == len(moved) * longest * (SMALL.num_hidden_layers * width + 1)
+    assert cache.data.data_ptr() == where
+    assert [cache.tokens(place) for place in range(len(rows))] == [o.tokens(0) for o in others]
+    fed = torch.arange(2 * len(rows)).view(-1, 2)
+    logits = model(fed, cache=cache, lengths=[2] + [1] * (len(rows) - 1), last_only=True)
+    for place, other in enumerate(others):
+        wanted = model(fed[place : place + 1, : 2 if place == 0 else 1], cache=other)[0, -1]
+        torch.testing.assert_close(logits[place], wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, dict(temperature=1.0), dict(speculative=True)])
-def test_a_text_in_fp8_is_the_same_whoever_leaves(tiny_checkpoint, options):
+class Copies(TorchDispatchMode):
+    """Counts the values that are written by index."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if "index_put" in str(function):
+            self.count += arguments[2].numel()
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("rows", range(1, 7))
+def test_who_leaves_is_replaced_by_the_last(rows):
+    for ended in itertools.product((False, True), repeat=rows):
+        order = rows_without(ended)
+        assert sorted(order) == [row for row in range(rows) if not ended[row]]
+        moved = sum(place != row for place, row in enumerate(order))
+        assert moved == sum(ended[: len(order)])  # as few as can be
+
+
+@pytest.mark.parametrize(
+    "options, kind",
+    [
+        ({}, "plain"),
+        (dict(temperature=1.0), "plain"),
+        (dict(speculative=True), "plain"),
+        (dict(temperature=1.0, speculative=True), "fp8"),
+    ],
+)
+def test_a_text_in_fp8_is_the_same_whoever_leaves(tiny_checkpoint, options, kind):
     """Rows end one after the other; each text is that of the row alone, draws included."""
-    model = load_model(tiny_checkpoint, "fp8")
+    model = load_model(tiny_checkpoint, "fp8", cache=kind)
     prompts = [[7, 8, 9], [1], [5, 6, 7, 8, 9, 10], [3, 4], [11, 12, 13]]
     free = complete(model, prompts, max_new_tokens=20, eos_ids=(), seed=4, **options)
     eos = [free.ids[row][place] for row, place in ((0, 3), (2, 8), (4, 13))]
