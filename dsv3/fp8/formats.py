@@ -122,9 +122,10 @@ def decode_e4m3(codes: Shaped[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
 
 
 def decode_finite(
-    codes: Shaped[Tensor, "*shape"], out: Float32[Tensor, "*shape"] | None = None
-) -> Float32[Tensor, "*shape"]:
-    """E4M3 codes to FP32 values times 2^-8, for codes that are not NaN: the fast form.
+    codes: Shaped[Tensor, "*shape"], out: Float[Tensor, "*shape"] | None = None
+) -> Float[Tensor, "*shape"]:
+    """E4M3 codes to FP32 values times 2^-8, for codes that are not NaN: the fast form. ``out``,
+    where given, takes them in its own dtype.
 
     Moved left by 7 bits, with its sign on top, a code is a float16. That format counts its
     exponents from -15 instead of -7, hence the factor 2^-8, and its subnormals take in those of

@@ -8,14 +8,17 @@ The scales are constant inside a block of 128 along K, so a tensor core can mult
 the scales come in once every 128 products, where the partial sum is promoted to an FP32 register.
 That promotion is also what keeps the sum exact: the tensor core itself adds with about 14 bits.
 
-Two forms compute the same sum.
+Three forms compute the same sum.
 
 * "triton": a kernel on a GPU that multiplies E4M3 itself: ``dsv3.kernels.persistent_gemm`` on
   Hopper where rows start at multiples of 16 bytes, else ``dsv3.kernels.fp8_gemm``.
-* "torch": everywhere else. A run of rows of W is dequantised (exactly, up to one FP32 rounding
-  for each number), multiplied in FP32, and forgotten. W stays in FP8 in memory; nothing that was
-  dequantised outlives the call. On the CPU the result is within 1e-5 of the float64 product of
-  the dequantised operands; so it is on a GPU, as long as TF32 is off.
+* "numba": on a CPU, for few rows, a compiled loop over the codes: ``dsv3.kernels.on_cpu``.
+* "torch": everywhere else. A run of rows of W is dequantised, multiplied, and forgotten. W stays in
+  FP8 in memory; nothing that was dequantised outlives the call.
+
+Sums in float64, which precision "fp8" takes on a CPU, come out the same in the last two to 2^-50 or
+so: code times scale is then a number without rounding. Sums in float32 are within 1e-5 of the
+float64 product of the dequantised operands (on a GPU as long as TF32 is off).
 """
 
 from __future__ import annotations
@@ -32,12 +35,16 @@ from dsv3.fp8.quantize import (
     NO_GRADIENT,
     WEIGHT_BLOCK,
     QuantizedTensor,
-    dequantize_rows,
+    dequantize_fast,
     pick_backend,
     quantize_activation,
     row_chunks,
 )
 from dsv3.opaque import opaque
+
+# On a CPU, loops over codes serve up to so many rows. Beyond, the library's product of large
+# matrices makes up for the numbers that are written down for it.
+ROWS_IN_LOOPS = 16
 
 
 def linear(
@@ -114,7 +121,9 @@ def _product(
     shape, k = (*x.shape[:-1], len(w)), x.shape[-1]
     if 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=x.device)
-    if pick_backend(x.device, backend) == "triton":
+    x, x_scale = x.reshape(-1, k), x_scale.reshape(-1, x_scale.shape[-1])
+    backend = pick_backend(x.device, backend)
+    if backend == "triton":
         if sums != torch.float32:
             raise DSV3Error(
                 "the Triton product adds up in float32",
@@ -122,11 +131,14 @@ def _product(
                 found=sums,
                 fix='Use the "torch" backend for wider sums',
             )
-        rows, scales = x.reshape(-1, k), x_scale.reshape(-1, x_scale.shape[-1])
-        out = _product_triton(rows, scales, w, w_scale, dtype)
+        out = _product_triton(x, x_scale, w, w_scale, dtype)
+    elif backend == "numba" and len(x) <= ROWS_IN_LOOPS:
+        from dsv3.kernels import on_cpu
+
+        ends = torch.tensor([len(x)])
+        out = on_cpu.products(x, x_scale, w[None, None], w_scale[None, None], ends).to(dtype)
     else:
-        values = _values(x.reshape(-1, k), x_scale.reshape(-1, x_scale.shape[-1]))
-        out = _product_torch(values.to(sums), w, w_scale).to(dtype)
+        out = product_torch(x, x_scale, w, w_scale, sums).to(dtype)
     return out.view(shape)
 
 
@@ -146,36 +158,38 @@ def _product_triton(
     return fp8_gemm(x, x_scale, w, w_scale).to(dtype)
 
 
-def _values(
-    x: Float8e4m3fn[Tensor, "rows inner"], scale: Float32[Tensor, "rows tiles"]
-) -> Float32[Tensor, "rows inner"]:
-    """code * scale of activations, of which nothing is asked: NaN codes come with NaN scales. A
-    scale can be as large as 2^120, so it comes in smaller by 256 and the values are mended."""
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    for rows, tiles in row_chunks(x.shape, ACTIVATION_BLOCK[0]):
-        dequantize_rows(x[rows], scale[tiles] / 256.0, ACTIVATION_BLOCK, out=out[rows])
-    return out.mul_(256.0)
-
-
-def _product_torch(
-    x: Float[Tensor, "rows inner"],
+def product_torch(
+    x: Float8e4m3fn[Tensor, "rows inner"],
+    x_scale: Float32[Tensor, "rows tiles"],
     w: Float8e4m3fn[Tensor, "out inner"],
     w_scale: Float32[Tensor, "blocks tiles"],
+    sums: torch.dtype,
 ) -> Float[Tensor, "rows out"]:
-    """x times W^T in x's dtype, a run of W's rows at a time."""
+    """x times W^T in ``sums``, a run of W's rows at a time."""
     n, k = w.shape
+    values = _values(x, x_scale, sums)
     chunks = list(row_chunks((n, k), WEIGHT_BLOCK[0]))
-    buffer = torch.empty(chunks[0][0].stop, k, dtype=torch.float32, device=x.device)
-    out = x.new_empty(x.shape[0], n)
+    buffer = torch.empty(chunks[0][0].stop, k, dtype=sums, device=x.device)
+    out = values.new_empty(len(x), n)
     for rows, blocks in chunks:
         codes = w[rows]
-        run = dequantize_rows(codes, w_scale[blocks], WEIGHT_BLOCK, out=buffer[: len(codes)])
-        run = run.to(x.dtype)
+        run = dequantize_fast(codes, w_scale[blocks], WEIGHT_BLOCK, out=buffer[: len(codes)])
         if len(x) == 1:
-            torch.mv(run, x[0], out=out[0, rows])
+            torch.mv(run, values[0], out=out[0, rows])
         else:
-            out[:, rows] = x @ run.T
+            out[:, rows] = values @ run.T
     return out
+
+
+def _values(
+    x: Float8e4m3fn[Tensor, "rows inner"], scale: Float32[Tensor, "rows tiles"], dtype: torch.dtype
+) -> Float[Tensor, "rows inner"]:
+    """code * scale of activations, of which nothing is asked: NaN codes come with NaN scales. A
+    scale can be as large as 2^120, so it comes in smaller by 256 and the values are mended."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for rows, tiles in row_chunks(x.shape, ACTIVATION_BLOCK[0]):
+        dequantize_fast(x[rows], scale[tiles] / 256.0, ACTIVATION_BLOCK, out=out[rows])
+    return out.mul_(256.0)
 
 
 def _check_operands(xq: QuantizedTensor, wq: QuantizedTensor) -> None:

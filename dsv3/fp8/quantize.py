@@ -28,6 +28,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +154,7 @@ class QuantizedTensor:
                 flat[rows] = decode_e4m3(some).mul_(wide[: some.shape[0], : some.shape[1]])
                 continue
             in_place = flat[rows] if dtype == torch.float32 else None
-            values = dequantize_rows(data[rows], scale[blocks], self.block, in_place)
+            values = dequantize_fast(data[rows], scale[blocks], self.block, in_place)
             if has_nan_code(data[rows]):
                 values.masked_fill_(is_nan_code(data[rows]), torch.nan)
             if in_place is None:
@@ -202,27 +204,34 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ..
 
 def pick_backend(device: torch.device, backend: str | None = None) -> str:
     """ "triton" where the GPU multiplies E4M3 itself (compute capability 8.9 and later, NVIDIA),
-    else "torch". A backend asked for by name is kept, if there is one of that name.
+    "numba" on a CPU, else "torch"; so, too, where one is not installed. A backend asked for by name
+    is kept, if there is one of that name.
     """
     if backend is not None:
-        if backend not in ("torch", "triton"):
-            raise DSV3Error("unknown FP8 backend", found=backend, expected="torch or triton")
-        if backend == "triton" and not _has_triton():
+        if backend not in ("torch", "numba", "triton"):
+            raise DSV3Error("unknown FP8 backend", found=backend, expected="torch, numba or triton")
+        if backend != "torch" and not _is_installed(backend):
             raise DSV3Error(
-                "Triton is not installed",
-                where="backend='triton'",
-                fix="Install it (Linux with an NVIDIA GPU), or use backend='torch'.",
+                f"{backend.capitalize()} is not installed",
+                where=f"backend={backend!r}",
+                fix=f"Install it ({_WHERE[backend]}), or use backend='torch'.",
             )
         return backend
+    if device.type == "cpu":
+        return "numba" if _is_installed("numba") else "torch"
     if device.type != "cuda" or torch.version.hip:
         return "torch"
     has_units = torch.cuda.get_device_capability(device) >= (8, 9)
-    return "triton" if has_units and _has_triton() else "torch"
+    return "triton" if has_units and _is_installed("triton") else "torch"
 
 
-def _has_triton() -> bool:
+_WHERE = {"triton": "Linux with an NVIDIA GPU", "numba": "pip install numba"}
+
+
+@cache
+def _is_installed(name: str) -> bool:
     try:
-        import triton  # noqa: F401
+        import_module(name)
     except ImportError:
         return False
     return True
@@ -261,10 +270,16 @@ def _like_activation(x, scale_format, backend):
     like=_like_activation,
 )
 def _quantized_activation(x, scale_format, backend):
-    if pick_backend(x.device, backend) == "triton":
+    backend = pick_backend(x.device, backend)
+    if backend == "triton":
         from dsv3.kernels.act_quant import act_quant
 
         return act_quant(x, scale_format)
+    if backend == "numba":
+        from dsv3.kernels import on_cpu
+
+        data, scale = on_cpu.quantize(_matrix(x), scale_format)
+        return data.view(x.shape), scale.view(scale_shape(x.shape, ACTIVATION_BLOCK))
     codes = _quantize(x, ACTIVATION_BLOCK, scale_format)
     return codes.data, codes.scale
 
@@ -360,17 +375,19 @@ def dequantize_rows(
     data: Float8e4m3fn[Tensor, "rows cols"],
     scale: Float32[Tensor, "row_blocks col_blocks"],
     block: tuple[int, int],
-    out: Float32[Tensor, "rows cols"] | None = None,
-) -> Float32[Tensor, "rows cols"]:
-    """code * scale in FP32 for whole rows of blocks.
+    out: Float[Tensor, "rows cols"] | None = None,
+) -> Float[Tensor, "rows cols"]:
+    """code * scale for whole rows of blocks, in FP32 or in the dtype of ``out``, which then takes
+    the values.
 
-    The fast form, which asks nothing: on the CPU NaN codes are not looked for, and 256 * scale must
-    be a number (``check`` has seen to both). ``out``, where given, takes the values.
+    It asks nothing: on the CPU NaN codes are not looked for, and 256 * scale must be a number
+    (``check`` has seen to both).
     """
     rows, cols = data.shape
     br, bc = block
     if data.device.type == "cpu":
-        values, scale = decode_finite(data, out), scale * 256.0
+        values = decode_finite(data, out)
+        scale = scale.to(values.dtype) * 256.0
     else:  # torch's cast is fast on a GPU
         values = data.to(torch.float32) if out is None else out.copy_(data)
     if cols % bc == 0 and rows % br == 0:
@@ -382,6 +399,22 @@ def dequantize_rows(
     if whole < rows:
         values[whole:].mul_(wide[-1])
     return values
+
+
+def dequantize_fast(
+    data: Float8e4m3fn[Tensor, "rows cols"],
+    scale: Float32[Tensor, "row_blocks col_blocks"],
+    block: tuple[int, int],
+    out: Float[Tensor, "rows cols"] | None = None,
+) -> Float[Tensor, "rows cols"]:
+    """``dequantize_rows`` by the fastest form there is: the same values."""
+    if block[1] != BLOCK or pick_backend(data.device) != "numba":
+        return dequantize_rows(data, scale, block, out)
+    from dsv3.kernels import on_cpu
+
+    out = torch.empty(data.shape) if out is None else out
+    on_cpu.dequantize(data, scale, block[0], out)
+    return out
 
 
 def row_chunks(

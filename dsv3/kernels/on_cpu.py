@@ -1,0 +1,245 @@
+"""FP8 on a CPU: loops over codes, written in Python and compiled by Numba.
+
+A processor has no instruction for E4M3, and torch's operations work on whole tensors: to multiply
+by a matrix of codes they first write all its numbers down, four or eight bytes each, and read them
+again. A loop decodes a number where it needs it, in a register. The plain forms stand in
+``dsv3.fp8``; without Numba (an optional install) they do the work, and write the same text.
+
+Why any order of a sum will do. A product of two E4M3 codes has 8 significant bits, is a multiple of
+2^-18 and at most 448^2 < 2^18. So 128 of them add up to less than 2^25, and 43 bits hold every sum
+on the way. Float64 has 53: **the sum over one tile is exact**, whatever order a compiler takes it
+in. Only the scales and the sum over tiles round, to 2^-53, and those have a fixed order.
+
+The first call of a process compiles for its processor, or loads what an earlier one left.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float8e4m3fn, Float32, Float64, Int
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from dsv3.fields import BLOCK
+
+# Sums may be taken in any order: they are exact.
+_ANY_ORDER = {"reassoc", "contract", "nsz"}
+# Rows of w that are taken together: x is read once for them.
+_TOGETHER = 4
+# Multiplications that are worth a thread of their own.
+_FOR_A_THREAD = 1 << 21
+_SUBNORMAL = np.int32(0x3C800000)  # the bits of 2^-6: below, codes step by 2^-9
+_INFINITY = np.int32(0x7F800000)
+_ANCHOR = np.int32(0x46800000)  # the bits of 2^14, whose steps in float32 are 2^-9
+
+
+def _moved_bits(name: str, result, argument) -> Callable:
+    """An operation that reads the bits of a number as another number."""
+
+    @intrinsic
+    def moved(typing_context, value):
+        def written(context, builder, signature, arguments):
+            return builder.bitcast(arguments[0], context.get_value_type(result))
+
+        return result(argument), written
+
+    moved.__name__ = name
+    return moved
+
+
+_float_of_bits = _moved_bits("float_of_bits", types.float32, types.int32)
+_bits_of_float = _moved_bits("bits_of_float", types.int32, types.float32)
+
+
+@intrinsic
+def _half(typing_context, bits):
+    """The float32 of these 16 bits as a float16: one instruction on most processors, subnormal
+    numbers included."""
+
+    def written(context, builder, signature, arguments):
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), written
+
+
+@njit(inline="always")
+def _decode(code):
+    """The value of an int8 times 2^-8, as ``formats.decode_finite``."""
+    return _half(np.int16((np.int16(code) << np.int16(7)) & np.int16(-16512)))
+
+
+@njit(inline="always")
+def _encode(value):
+    """The int8 nearest to a float32, as ``formats.encode_e4m3``."""
+    bits = _bits_of_float(value)
+    magnitude = np.int32(bits & np.int32(0x7FFFFFFF))
+    held = min(magnitude, np.int32(0x43E00000))
+    lowest = np.int32((held >> np.int32(20)) & np.int32(1))
+    normal = np.int32(np.int32(held + np.int32(0x7FFFF - (120 << 23)) + lowest) >> np.int32(20))
+    subnormal = np.int32(_bits_of_float(_float_of_bits(held) + np.float32(16384.0)) - _ANCHOR)
+    code = subnormal if held < _SUBNORMAL else normal
+    code = np.int32(0x7F) if magnitude > _INFINITY else code
+    return np.int8(code | ((bits >> np.int32(24)) & np.int32(0x80)))
+
+
+@njit(cache=True, nogil=True)
+def _quantize(x, power_of_two, codes, scales):
+    """Each row in tiles of 128: codes and scales, bit for bit those of ``quantize_activation``."""
+    for row in range(x.shape[0]):
+        for tile in range(scales.shape[1]):
+            start, width = tile * BLOCK, min(BLOCK, x.shape[1] - tile * BLOCK)
+            largest = np.int32(0)  # of positive floats the bits are ordered as the values are
+            for k in range(width):
+                bits = np.int32(_bits_of_float(x[row, start + k]) & np.int32(0x7FFFFFFF))
+                largest = max(largest, bits)
+            scale = max(_float_of_bits(largest) / np.float32(448.0), np.float32(1e-12))
+            if power_of_two:
+                bits = np.int32(_bits_of_float(scale) + np.int32(0x7FFFFF))
+                scale = _float_of_bits(np.int32(bits & _INFINITY))
+            divisor = scale
+            if largest >= _INFINITY:
+                scale, divisor = np.float32(np.nan), np.float32(1.0)
+            scales[row, tile] = scale
+            for k in range(width):
+                codes[row, start + k] = _encode(x[row, start + k] / divisor)
+
+
+@njit(cache=True, nogil=True)
+def _dequantize(codes, scales, block_rows, out):
+    """code * scale, in the dtype of ``out``."""
+    for row in range(codes.shape[0]):
+        for tile in range(scales.shape[1]):
+            start, width = tile * BLOCK, min(BLOCK, codes.shape[1] - tile * BLOCK)
+            scale = out.dtype.type(scales[row // block_rows, tile])
+            for k in range(width):
+                out[row, start + k] = _decode(codes[row, start + k]) * np.float32(256.0) * scale
+
+
+@njit(cache=True, nogil=True, fastmath=_ANY_ORDER)
+def _times(x, x_scale, w, w_scale, first, last, out):
+    """x w^T for the rows of w from ``first`` to ``last``, with x as values of codes, times 2^-8."""
+    inner = w.shape[1]
+    run = np.empty((_TOGETHER, BLOCK), np.float64)
+    sums = np.empty((x.shape[0], _TOGETHER), np.float64)
+    for n in range(first, last, _TOGETHER):
+        sums[:] = 0.0
+        for tile in range(w_scale.shape[1]):
+            start, width = tile * BLOCK, min(BLOCK, inner - tile * BLOCK)
+            for i in range(_TOGETHER):
+                row = w[min(n + i, last - 1)]
+                for k in range(width):
+                    run[i, k] = _decode(row[start + k])
+            scale = np.float64(w_scale[n // BLOCK, tile]) * 65536.0
+            for m in range(x.shape[0]):
+                a = b = c = d = 0.0
+                for k in range(width):
+                    value = x[m, start + k]
+                    a += run[0, k] * value
+                    b += run[1, k] * value
+                    c += run[2, k] * value
+                    d += run[3, k] * value
+                both = scale * x_scale[m, tile]
+                sums[m, 0] += a * both
+                sums[m, 1] += b * both
+                sums[m, 2] += c * both
+                sums[m, 3] += d * both
+        for m in range(x.shape[0]):
+            for i in range(min(_TOGETHER, last - n)):
+                out[m, n + i] = sums[m, i]
+
+
+@njit(cache=True, nogil=True)
+def _grouped(x, x_scale, w, w_scale, ends, most, first, last, out):
+    """Of experts with up to ``most`` rows: their rows times each of their matrices."""
+    values = np.empty(x.shape, np.float64)
+    for row in range(x.shape[0]):
+        for k in range(x.shape[1]):
+            values[row, k] = _decode(x[row, k])
+    begin = 0
+    for expert in range(len(ends)):
+        end = ends[expert]
+        if begin < end <= begin + most:
+            for part in range(w.shape[1]):
+                _times(
+                    values[begin:end],
+                    x_scale[begin:end],
+                    w[expert, part],
+                    w_scale[expert, part],
+                    first,
+                    last,
+                    out[begin:end, part],
+                )
+        begin = end
+
+
+def quantize(
+    x: Float[Tensor, "rows cols"], scale_format: str
+) -> tuple[Float8e4m3fn[Tensor, "rows cols"], Float32[Tensor, "rows tiles"]]:
+    """Codes and scales of activations, one scale for each row and 128 columns."""
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(len(x), -(-x.shape[1] // BLOCK))
+    _quantize(_array(x.float()), scale_format == "ue8m0", _array(codes), _array(scale))
+    return codes, scale
+
+
+def dequantize(
+    codes: Float8e4m3fn[Tensor, "rows cols"],
+    scale: Float32[Tensor, "row_blocks tiles"],
+    block_rows: int,
+    out: Float[Tensor, "rows cols"],
+) -> None:
+    """code * scale into ``out``, float32 or float64. A NaN code is not looked for."""
+    _dequantize(_array(codes), _array(scale), block_rows, out.numpy())
+
+
+def products(
+    x: Float8e4m3fn[Tensor, "rows inner"],
+    x_scale: Float32[Tensor, "rows tiles"],
+    w: Float8e4m3fn[Tensor, "experts parts out inner"],
+    w_scale: Float32[Tensor, "experts parts blocks tiles"],
+    ends: Int[Tensor, " experts"],
+    most: int | None = None,
+) -> Float64[Tensor, "rows parts out"]:
+    """Rows sorted by expert, times the matrices of their own expert.
+
+    ends: where each expert's rows end; what follows the last is 0. The rows of experts with more
+    than ``most`` of them are left as they are, to be filled in.
+    """
+    out = torch.empty(len(x), *w.shape[1:3], dtype=torch.float64)
+    out[ends[-1:].numpy()[0] :] = 0.0
+    arrays = [_array(each) for each in (x, x_scale, w, w_scale, ends)]
+    most = len(x) if most is None else most
+    _in_threads(
+        lambda first, last: _grouped(*arrays, most, first, last, out.numpy()),
+        w.shape[2],
+        len(x) * w[0].numel(),
+    )
+    return out
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """The numbers of a tensor where they lie; codes as bytes with a sign."""
+    x = x.contiguous()
+    return (x.view(torch.int8) if x.dtype == torch.float8_e4m3fn else x).numpy()
+
+
+def _in_threads(run: Callable[[int, int], None], rows: int, multiplications: int) -> None:
+    """run(first, last) over all rows, in as many threads as torch has and the work is worth."""
+    count = max(1, min(torch.get_num_threads(), multiplications // _FOR_A_THREAD))
+    if count == 1:
+        return run(0, rows)
+    each = -(-rows // count // BLOCK) * BLOCK
+    threads = [
+        threading.Thread(target=run, args=(first, min(first + each, rows)))
+        for first in range(0, rows, each)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
