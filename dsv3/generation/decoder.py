@@ -27,11 +27,15 @@ class Decoder:
         self.nbytes = sum(cache.nbytes for cache in caches)
 
     def drop_ended(self, left: Sequence[int]) -> list[int] | None:
-        """Take the rows that may take no more tokens out of the batch. Returns which places of it
+        """Take the rows that may take no more tokens out of the batch, all or but a few
+        (``Transformer.fitting_rows``); those that stay are fed nothing. Returns which places of it
         stay, None for all. left: how many tokens each text may still take."""
         staying = [place for place, row in enumerate(self.rows) if left[row]]
-        if not self._owned or len(staying) == len(self.rows):
+        fitting = self.model.fitting_rows(len(staying)) if staying else 0
+        if not self._owned or fitting >= len(self.rows):
             return None
+        ended = [place for place, row in enumerate(self.rows) if not left[row]]
+        staying = sorted(staying + ended[: fitting - len(staying)])
         for cache in self._caches:
             cache.keep(staying)
         self.rows = [self.rows[place] for place in staying]

@@ -12,6 +12,15 @@ from torch import Tensor
 from dsv3.fields import BLOCK
 from dsv3.opaque import opaque
 
+# Compute capabilities, to the point: Hopper, and the Blackwell chips of data centres.
+_ROOMY = (9, 10)
+
+
+def has_room(device: torch.device) -> bool:
+    """Whether a multiprocessor there has the shared memory that these kernels ask for: up to 180
+    KiB. Hopper and Blackwell have 227; Ada has 99, and so have the Blackwell chips on desks."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in _ROOMY
+
 
 @opaque(
     "mla_decode(Tensor q, Tensor seen, Tensor reach, float scale, int latent) -> Tensor",
