@@ -80,7 +80,7 @@ def norm_quant_keep(
     """The same, and the norm itself."""
     from dsv3.kernels import norm_quant
 
-    data, scale, y, _ = norm_quant.norm_quant(x, weight, eps, scale_format, keeps=True)
+    data, scale, y = norm_quant.norm_quant(x, weight, eps, scale_format, keeps=True)
     assert y is not None
     return data, scale, y
 
