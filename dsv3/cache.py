@@ -7,7 +7,7 @@ positions are new, and which of them may see which.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -310,12 +310,12 @@ def check_is_cache(cache: object, name: str = "cache") -> None:
         )
 
 
-def rows_without(ended: Sequence[bool]) -> list[int]:
-    """The rows that have not ended, the last of them in the places of those that have: so every
-    row that leaves moves one other row at most."""
-    staying = ended.count(False)
-    late = [row for row in range(staying, len(ended)) if not ended[row]]
-    return [late.pop() if ended[place] else place for place in range(staying)]
+def rows_without(leaving: Collection[int], count: int) -> list[int]:
+    """Of ``count`` rows those that stay, the last of them in the places of those that leave: so
+    every row that leaves moves one other row at most."""
+    places = range(count - len(leaving))
+    last = [row for row in range(len(places), count) if row not in leaving]
+    return [last.pop() if place in leaving else place for place in places]
 
 
 def numbers(values: list[int], device: torch.device) -> Int[Tensor, " n"]:

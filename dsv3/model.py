@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dsv3 import placement
 from dsv3.block import Block
 from dsv3.cache import LatentCache, Step, check_is_cache, numbers
-from dsv3.compiling import KEYS, CompiledLayers, check_can_compile
+from dsv3.compiling import KEYS, CompiledLayers, can_capture, check_can_compile
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.layers import Embedding, Head, RMSNorm, RowParallelLinear
@@ -98,6 +98,8 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.head.weight = self.embed.weight  # still one, where it had to be made anew
         placement.follow(self, target)
+        if self._compiled:  # captured passes read weights where these were
+            self.compile(self._compiled.backend)
         return self
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
@@ -150,7 +152,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.remember(tokens, step)
             compiled = self._compiled_for(cache, tokens.shape[1])
-            if compiled and tokens.is_cuda:
+            if compiled and compiled.captured:
                 return compiled.captured(self._states, tokens, step, cache)
         return self._states(tokens, step, cache)
 
@@ -183,8 +185,13 @@ class Transformer(nn.Module):
         the others less time than before. backend: of torch.compile. Raises DSV3Error for a model
         on several ranks."""
         check_can_compile(self.group.everyone.size)
-        self._compiled = CompiledLayers(backend)
+        self._compiled = CompiledLayers(backend, can_capture(self, self.device))
         return self
+
+    def fitting_rows(self, texts: int) -> int:
+        """How many rows a batch of so many texts had better have, when others leave it: as many,
+        or some more where passes are captured (``dsv3.compiling``)."""
+        return self._compiled.fitting_rows(texts) if self._compiled else texts
 
     def _compiled_for(self, cache: LatentCache | None, width: int) -> CompiledLayers | None:
         """What runs the layers in a pass over so many tokens a row; None: they run themselves."""

@@ -43,6 +43,8 @@ from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
 from dsv3.fp8 import QuantizedTensor, fused_experts
+from dsv3.fp8.experts import can_fuse
+from dsv3.grouped import can_group
 from dsv3.kernels.operations import combine, router
 from dsv3.layers import SwiGLU
 from dsv3.parallel.experts import Holding, experts_of
@@ -238,6 +240,17 @@ class Experts(nn.Module):
             return fused
         gate, up = p.each(x, w13, ends).chunk(2, dim=-1)
         return p.each_wide(F.silu(gate) * up, w2, ends)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a pass has to know on the host how many rows each expert has."""
+        p = self.precision
+        if p.quantized:
+            return not can_fuse(
+                p.matrix(self.w13, self.w13_scale), p.matrix(self.w2, self.w2_scale)
+            )
+        row = torch.empty(1, 0, dtype=p.dtype, device=self.w13.device)
+        return not all(can_group(row, stack) for stack in (self.w13.flatten(1, 2), self.w2))
 
     def places(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Of each matrix of an expert: its name, its stack, its place there."""

@@ -42,7 +42,7 @@ from dsv3.errors import DSV3Error
 from dsv3.fp8 import Fp8Recipe, QuantizedTensor, fp8_linear
 from dsv3.fp8.quantize import pick_backend
 from dsv3.grouped import fp8_experts, one_by_one, plain_experts
-from dsv3.kernels.operations import norm_quant
+from dsv3.kernels.operations import has_room, norm_quant
 
 # Rows of a bfloat16 weight that are widened at a time: small enough to stay in a core's cache.
 _WIDEN_ROWS = 1024
@@ -114,13 +114,18 @@ class Precision:
 
     def in_kernels(self, *inputs: Tensor) -> bool:
         """Whether Triton kernels compute what stands between the products there: attention, norms,
-        the router, sums over experts. On a GPU that multiplies E4M3 itself, in use and not in
-        training, for activations in bfloat16; float32 is the oracle mode and stays plain torch."""
+        the router, sums over experts. On a Hopper GPU or a large Blackwell one, in use and not in
+        training, for activations in bfloat16; float32 is the oracle mode and stays plain torch.
+
+        Inputs that ask for a gradient stay with torch too, since no kernel has a backward pass. So
+        a model in bf16 on such a GPU computes by kernels under ``no_grad`` and by torch without it;
+        how far the two differ is in ``dsv3.mla`` and ``dsv3.kernels``."""
         return (
             self.dtype == torch.bfloat16
             and not self.trains
             and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
             and pick_backend(inputs[0].device) == "triton"
+            and has_room(inputs[0].device)
         )
 
     @property

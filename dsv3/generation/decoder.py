@@ -28,12 +28,18 @@ class Decoder:
         self.nbytes = sum(cache.nbytes for cache in caches)
 
     def drop_ended(self, left: Sequence[int]) -> list[int] | None:
-        """Take the rows that may take no more tokens out of the batch. Returns which places of it
-        stay, in their new order, None for all. left: how many tokens each text may still take."""
-        ended = [not left[row] for row in self.rows]
-        if not self._owned or not any(ended):
+        """Take the rows that may take no more tokens out of the batch: all, but for those that fill
+        it up to a fitting size (``Transformer.fitting_rows``) and are fed nothing. Returns which
+        places stay, in their new order, None for all. left: how many tokens each text may still
+        take."""
+        ended = [place for place, row in enumerate(self.rows) if not left[row]]
+        if not self._owned or not ended:
             return None
-        staying = rows_without(ended)
+        going_on = len(self.rows) - len(ended)
+        leaving = ended[self.model.fitting_rows(going_on) - going_on :]
+        if not leaving:
+            return None
+        staying = rows_without(leaving, len(self.rows))
         for cache in self._caches:
             cache.keep(staying)
         self.rows = [self.rows[place] for place in staying]

@@ -12,6 +12,15 @@ from torch import Tensor
 from dsv3.fields import BLOCK
 from dsv3.opaque import opaque
 
+# Compute capabilities, to the point: Hopper, and the Blackwell chips of data centres.
+_ROOMY = (9, 10)
+
+
+def has_room(device: torch.device) -> bool:
+    """Whether a multiprocessor there has the shared memory that these kernels ask for: up to 180
+    KiB. Hopper and Blackwell have 227; Ada has 99, and so have the Blackwell chips on desks."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in _ROOMY
+
 
 @opaque(
     "mla_decode(Tensor q, Tensor seen, Tensor reach, float scale, int latent) -> Tensor",
@@ -59,7 +68,7 @@ def norm_quant(
     """Codes and scales of the norm, and the norm itself (``kernels.norm_quant``)."""
     from dsv3.kernels import norm_quant
 
-    data, scale, y, _ = norm_quant.norm_quant(x, weight, eps, scale_format, keeps=True)
+    data, scale, y = norm_quant.norm_quant(x, weight, eps, scale_format, keeps=True)
     assert y is not None
     return data, scale, y
 
