@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from dsv3 import load_model
 from dsv3.book import held_out
-from dsv3.cache import LatentCache
+from dsv3.cache import LatentCache, OneLayer
 from dsv3.data import DOMAINS
 from dsv3.fp8.quantize import ACTIVATION_BLOCK, quantized_values
 from dsv3.generation.tokenizer import load_tokenizer
@@ -40,8 +40,14 @@ class Rounded(LatentCache):
 
     rounded: Callable[[torch.Tensor], torch.Tensor]
 
-    def append(self, layer, new, step):
-        return super().append(layer, self.rounded(new), step)
+    def one(self, layer):
+        part, rounded = super().one(layer), self.rounded
+
+        class Part(OneLayer):
+            def append(self, new, step):
+                return super().append(rounded(new), step)
+
+        return Part(part.store, part.format)
 
 
 def in_e4m3(x: torch.Tensor, scales: str) -> torch.Tensor:
@@ -128,7 +134,7 @@ def main() -> None:
         model = load_model(MODEL, precision)
         layers = model.config.num_hidden_layers
         found["bytes_a_token_and_layer"][precision] = {
-            name: make(1, 1).nbytes // layers for name, make in list(forms(model).items())[:2]
+            name: make(1, 1).data.nbytes // layers for name, make in list(forms(model).items())[:2]
         }
         rows = {domain: compare(model, some) for domain, some in ids.items()}
         rows["all"] = [row for some in rows.values() for row in some]

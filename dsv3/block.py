@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv3.cache import LatentCache, OneLayer, Step
+from dsv3.cache import OneLayer, Step
 from dsv3.config import ModelConfig
 from dsv3.layers import RMSNorm, SwiGLU
 from dsv3.mla import MLA
@@ -30,7 +30,7 @@ class Block(nn.Module):
         self, config: ModelConfig, layer: int, precision: Precision, group: TensorGroup, device=None
     ):
         super().__init__()
-        self.precision, self.recompute = precision, precision.recompute
+        self.precision = precision
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
         self.attn = MLA(config, precision, group, device)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
@@ -47,27 +47,21 @@ class Block(nn.Module):
             )
 
     def forward(
-        self,
-        x: Float[Tensor, "b s d"],
-        step: Step,
-        cache: LatentCache | OneLayer | None = None,
-        slot: int = 0,
+        self, x: Float[Tensor, "b s d"], step: Step, kept: OneLayer | None = None
     ) -> Float[Tensor, "b s d"]:
-        """slot: this layer's place in the cache."""
-        if self.recompute and torch.is_grad_enabled():
-            u = x + recomputed(ATTENTION, self.attend, x, step, cache, slot)
+        """kept: what this layer's cache keeps of earlier tokens; those of x join them."""
+        if self.precision.recompute and torch.is_grad_enabled():
+            u = x + recomputed(ATTENTION, self.attend, x, step, kept)
             return u + recomputed(PRODUCTS, self.feed_forward, u)
-        u = x + self.attend(x, step, cache, slot)
+        u = x + self.attend(x, step, kept)
         return u + self.feed_forward(u)  # eq. 12
 
     def attend(
-        self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | OneLayer | None, slot: int
+        self, x: Float[Tensor, "b s d"], step: Step, kept: OneLayer | None = None
     ) -> Float[Tensor, "b s d"]:
         """What attention adds to the stream."""
-        return self.attn(self.attn_norm.operand(x, self.precision), step, cache, slot)
+        return self.attn(self.precision.normed(self.attn_norm, x), step, kept)
 
     def feed_forward(self, u: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
         """What the feed-forward adds to the stream."""
-        if isinstance(self.ffn, MoE):
-            return self.ffn(*self.ffn_norm.twice(u, self.precision))
-        return self.ffn(self.ffn_norm.operand(u, self.precision))
+        return self.ffn(self.precision.normed(self.ffn_norm, u))

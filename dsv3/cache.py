@@ -7,7 +7,7 @@ positions are new, and which of them may see which.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -99,16 +99,16 @@ class Step:
 
 @dataclass(frozen=True)
 class OneLayer:
-    """A cache's part for one layer. Compiled code gets this one, since a layer's number would make
-    a program of its own for each layer."""
+    """A cache's part for one layer, which is all that the layer gets to see. (With the whole cache
+    and a number, each layer would be a program of its own to a compiler.)"""
 
     store: Shaped[Tensor, "b room width"]
     format: LatentFormat | None = None
 
     def append(
-        self, layer: int, new: Float[Tensor, "b s latent"], step: Step
+        self, new: Float[Tensor, "b s latent"], step: Step
     ) -> Float[Tensor, "b t latent"] | PackedLatents:
-        """As that of the whole cache; it is the only layer."""
+        """Write what is new after each row's tokens; return that of all keys."""
         store = self.store
         if self.format is not None:
             step.write(store, self.format.pack(new.detach()))
@@ -185,14 +185,9 @@ class LatentCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all latents."""
-        return self.data.nbytes
-
-    def append(
-        self, layer: int, new: Float[Tensor, "b s latent"], step: Step
-    ) -> Float[Tensor, "b t latent"] | PackedLatents:
-        """Write what is new after each row's tokens; return that of all keys."""
-        return self.one(layer).append(0, new, step)
+        """Bytes in memory: of the latents (``data.nbytes``, nearly all), of the ids, of the turns,
+        and of the place for padding."""
+        return self._latents.nbytes + self._ids.nbytes + self.turns.nbytes
 
     def one(self, layer: int) -> OneLayer:
         """A layer's part."""
@@ -225,11 +220,16 @@ class LatentCache:
         return other
 
     def keep(self, rows: list[int]) -> None:
-        """Forget all rows but these, in ascending order, which move up; no memory is taken."""
-        count, longest = len(rows), max(self.lengths)
-        for store in (*self._latents, self._ids):
-            store[:count, :longest] = store[rows, :longest]
-        self._latents, self._ids = self._latents[:, :count], self._ids[:count]
+        """Forget all rows but these, which from now on stand in this order. Only rows that change
+        their place are copied (``rows_without`` gives an order in which few do), layer by layer:
+        the cache stays where it is."""
+        moves = [(old, new) for new, old in enumerate(rows) if old != new]
+        if moves:
+            old, new = (list(places) for places in zip(*moves))
+            longest = max(self.lengths[row] for row in old)
+            for store in (*self._latents, self._ids):
+                store[new, :longest] = store[old, :longest]
+        self._latents, self._ids = self._latents[:, : len(rows)], self._ids[: len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
 
     def advance(self, counts: list[int]) -> None:
@@ -308,6 +308,14 @@ def check_is_cache(cache: object, name: str = "cache") -> None:
             expected="LatentCache",
             fix="Make it with new_cache, or new_draft_cache for an MTP module",
         )
+
+
+def rows_without(leaving: Collection[int], count: int) -> list[int]:
+    """Of ``count`` rows those that stay, the last of them in the places of those that leave: so
+    every row that leaves moves one other row at most."""
+    places = range(count - len(leaving))
+    last = [row for row in range(len(places), count) if row not in leaving]
+    return [last.pop() if place in leaving else place for place in places]
 
 
 def numbers(values: list[int], device: torch.device) -> Int[Tensor, " n"]:

@@ -9,12 +9,14 @@ instead. This keeps it cheap:
 * *Few shapes.* Rows of the batch and keys are variables of the program; one row, or one token a
   row, are programs of their own. Keys are rounded up to a multiple of 256, masked where there are
   none, so that a graph captured on a GPU serves 256 steps.
-* *One launch a pass.* On a GPU a whole pass is captured as a CUDA graph, and launched in one call.
+* *One launch a pass.* On a GPU a whole pass is captured as a CUDA graph, and launched in one call;
+  not where something in it waits for the GPU (experts one by one, where no kernel serves them).
 * *Decoding alone.* Prefill is limited by arithmetic, which nobody computes faster, and each length
   would be another shape.
 
 It is the same text: what rounds, rounds at the same points. In bf16 and fp32, sums may be taken in
-another order.
+another order. Several ranks are refused: a compiler would have to take their sums over all ranks
+for operations too, and no test holds that to anything.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from dsv3.block import Block
 from dsv3.cache import LatentCache, OneLayer, Step
 from dsv3.errors import DSV3Error
+from dsv3.moe import Experts
 from dsv3.mtp import MTPModule
 
 Run = Callable[[Tensor, Step, LatentCache], Tensor]
@@ -39,6 +42,8 @@ Run = Callable[[Tensor, Step, LatentCache], Tensor]
 MOST_TOKENS = 8
 # Keys that a pass sees are rounded up to a multiple of this.
 KEYS = 256
+# Programs of one function: for each kind of layer and each form of a pass. torch expects 8.
+_MOST_PROGRAMS = 32
 
 
 def check_can_compile(ranks: int) -> None:
@@ -53,15 +58,26 @@ def check_can_compile(ranks: int) -> None:
         )
 
 
-class CompiledLayers:
-    """Runs layers as compiled code. backend: torch.compile's."""
+def can_capture(model: nn.Module, device: torch.device) -> bool:
+    """Whether a pass of decoding can be captured: on a GPU, where it waits for nothing."""
+    experts = (module for module in model.modules() if isinstance(module, Experts))
+    return device.type == "cuda" and not any(each.waits for each in experts)
 
-    def __init__(self, backend: str = "inductor"):
-        # A program for each kind of layer and each form of a pass: more than torch expects.
-        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+
+class CompiledLayers:
+    """Runs layers as compiled code. backend: torch.compile's. captures: whether whole passes are
+    captured, too (``can_capture``)."""
+
+    def __init__(self, backend: str, captures: bool):
+        self.backend = backend
         self._block = _program(Block.forward, backend)
         self._module = _program(MTPModule.forward, backend)
-        self.captured = CapturedPasses()
+        self.captured = CapturedPasses() if captures else None
+
+    def fitting_rows(self, texts: int) -> int:
+        """How many rows a batch of so many texts had better have. Each number of rows is a pass to
+        be captured, so these are few: powers of two."""
+        return texts if self.captured is None else 1 << (texts - 1).bit_length()
 
     @staticmethod
     def serves(cache: LatentCache | None, width: int) -> bool:
@@ -73,25 +89,13 @@ class CompiledLayers:
             and not torch.is_grad_enabled()
         )
 
-    def layer(
-        self, layer: nn.Module, x: Float[Tensor, "b s d"], step: Step, kept: OneLayer
+    def __call__(
+        self, layer: nn.Module, *states: Float[Tensor, "b s d"], step: Step, kept: OneLayer
     ) -> Float[Tensor, "b s d"]:
-        return self._run(self._block, layer, x, _without_complex(step), kept)
-
-    def module(
-        self,
-        module: nn.Module,
-        hidden: Float[Tensor, "b s d"],
-        embedded: Float[Tensor, "b s d"],
-        step: Step,
-        kept: OneLayer,
-    ) -> Float[Tensor, "b s d"]:
-        return self._run(self._module, module, hidden, embedded, _without_complex(step), kept)
-
-    @staticmethod
-    def _run(program, *arguments):
+        """layer(*states, step, kept)."""
+        program = self._module if isinstance(layer, MTPModule) else self._block
         try:
-            return program(*arguments)
+            return program(layer, *states, _without_complex(step), kept)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise DSV3Error(
                 "the model cannot be compiled here",
@@ -105,7 +109,14 @@ def _program(function: Callable[..., Tensor], backend: str) -> Callable[..., Ten
     options: dict[str, str | int | bool | Callable] = {}
     if backend == "inductor":  # what is rounded between two operations is, too, where they are one
         options["emulate_precision_casts"] = True
-    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend, options=options)
+    return torch.compile(
+        function,
+        fullgraph=True,
+        dynamic=True,
+        backend=backend,
+        options=options,
+        recompile_limit=_MOST_PROGRAMS,
+    )
 
 
 def _without_complex(step: Step) -> Step:
@@ -116,20 +127,26 @@ class CapturedPasses:
     """Passes over a model as CUDA graphs: one for a cache, a number of rows, of tokens and of keys.
 
     A captured pass reads and writes where it did when it was captured. So tokens and step are
-    copied there, and a cache stays where it is. (No GPU has run this yet; a test replays passes on
-    a CPU.)
+    copied there, and a cache stays where it is. What comes once is not captured. All captured
+    passes share the memory of what lies between their operations: one runs at a time, and its
+    result is copied before the next. (No GPU has run this yet; a test replays passes on a CPU.)
     """
 
     def __init__(self):
         self._made: WeakKeyDictionary[LatentCache, dict] = WeakKeyDictionary()
+        self._pool: tuple[int, int] | None = None
 
     def __call__(
         self, run: Run, tokens: Int[Tensor, "b s"], step: Step, cache: LatentCache
     ) -> Float[Tensor, "b s d"]:
         """run(tokens, step, cache), of which nothing asks a tensor for a number."""
         made, key = self._made.setdefault(cache, {}), (tuple(tokens.shape), step.total)
-        if key not in made:
-            inputs = [value.clone() for value in _tensors(tokens, step)]
+        if key not in made:  # once: compiled here, if it has to be
+            made[key] = None
+            return run(tokens, step, cache)
+        if made[key] is None:
+            with torch.inference_mode(False):  # whoever comes next can write to them
+                inputs = [value.clone() for value in _tensors(tokens, step)]
             there = Step(step.total, *inputs[1:])
             made[key] = inputs, *self._capture(partial(run, inputs[0], there, cache))
         inputs, replay, result = made[key]
@@ -138,19 +155,25 @@ class CapturedPasses:
         replay()
         return result.clone()
 
-    @staticmethod
-    def _capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def _capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """What repeats a call, and where its result will lie. Called before, on a stream of its
-        own: what is done once (compiling, choosing kernels) must not be captured."""
-        own = torch.cuda.Stream()
+        own: what is done once (choosing kernels) must not be captured."""
+        own, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         own.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(own):
-            for _ in range(2):
-                run()
+            run()
         torch.cuda.current_stream().wait_stream(own)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = run()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = run()
+        except RuntimeError as error:
+            raise DSV3Error(
+                "a pass of decoding cannot be captured as a CUDA graph",
+                where="compile",
+                found=str(error).strip().splitlines()[0],
+                fix="Leave --compile out",
+            ) from None
         return graph.replay, result
 
 

@@ -22,10 +22,9 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
 from dsv3.fp8 import QuantizedTensor
-from dsv3.kernels.operations import norm_quant, norm_quant_keep
 from dsv3.opaque import opaque
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.precision import Fp8, Precision
+from dsv3.precision import Normed, Precision
 
 
 class RMSNorm(nn.Module):
@@ -42,25 +41,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
         return _normalised(x, self.weight, self.eps)
-
-    def operand(
-        self, x: Float[Tensor, "*lead d"], precision: Precision
-    ) -> Float[Tensor, "*lead d"] | QuantizedTensor:
-        """The norm for products alone: in codes already, where one kernel makes both."""
-        return self.twice(x, precision, keeps=False)[1]
-
-    def twice(
-        self, x: Float[Tensor, "*lead d"], precision: Precision, keeps: bool = True
-    ) -> tuple[Float[Tensor, "*lead d"] | None, Float[Tensor, "*lead d"] | QuantizedTensor]:
-        """The norm for who reads its numbers (left out unless ``keeps``), and for products."""
-        if isinstance(precision, Fp8) and precision.in_kernels(x, self.weight):
-            inputs = (x, self.weight, self.eps, precision.scale_format)
-            if not keeps:
-                return None, precision.of_parts(*norm_quant(*inputs))
-            data, scale, y = norm_quant_keep(*inputs)
-            return y, precision.of_parts(data, scale)
-        y = self(x)
-        return y, y
 
 
 # A compiler would take the sum in another order, and in FP8 the text would not be the same.
@@ -93,9 +73,11 @@ class Linear(nn.Module):
         """The weight as the precision's products take it."""
         return self.precision.matrix(self.weight, self.scale)
 
-    def forward(self, x: Float[Tensor, "*lead in"] | QuantizedTensor) -> Float[Tensor, "*lead out"]:
+    def forward(
+        self, x: Float[Tensor, "*lead in"] | QuantizedTensor | Normed
+    ) -> Float[Tensor, "*lead out"]:
         """x may be plain or already an operand of the precision."""
-        return self.precision.rounded(x, self.matrix)
+        return self.precision.rounded(self.precision.operand(x), self.matrix)
 
     def wide(self, x: Float[Tensor, "*lead in"] | QuantizedTensor) -> Float[Tensor, "*lead out"]:
         """The same product, not rounded: for sums that go on, and for logits."""
@@ -217,12 +199,14 @@ class SwiGLU(nn.Module):
         self.w3 = ColumnParallelLinear(dim, inner, precision, group, **options)
         self.w2 = RowParallelLinear(inner, dim, precision, group, **options)
 
-    def inner(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> Float[Tensor, "*lead inner"]:
+    def inner(
+        self, x: Float[Tensor, "*lead d"] | QuantizedTensor | Normed
+    ) -> Float[Tensor, "*lead inner"]:
         """silu(w1 x) * w3 x, this rank's channels."""
         operand = self.precision.operand(x)  # both products read the same values
         return F.silu(self.w1(operand)) * self.w3(operand)
 
-    def forward(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> Float[Tensor, "*lead d"]:
+    def forward(self, x: Float[Tensor, "*lead d"] | Normed) -> Float[Tensor, "*lead d"]:
         return self.w2(self.inner(x))
 
     def partial_sum(

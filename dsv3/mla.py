@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv3.cache import LatentCache, OneLayer, Step, dot_keys, mix_values
+from dsv3.cache import OneLayer, Step, dot_keys, mix_values
 from dsv3.config import ModelConfig
 from dsv3.costs import break_even_queries
 from dsv3.fp8 import QuantizedTensor
@@ -43,7 +43,7 @@ from dsv3.fp8.latent import PackedLatents
 from dsv3.kernels.operations import mla_decode, mla_prefill
 from dsv3.layers import ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear, take_stored
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.precision import Precision
+from dsv3.precision import Normed, Precision
 from dsv3.rope import rotate, softmax_scale
 
 # The two latent norms keep this epsilon whatever rms_norm_eps says, in the released code too.
@@ -116,17 +116,13 @@ class MLA(nn.Module):
         self.scale = softmax_scale(config)
 
     def forward(
-        self,
-        h: Float[Tensor, "b s d"] | QuantizedTensor,
-        step: Step,
-        cache: LatentCache | OneLayer | None = None,
-        layer: int = 0,
+        self, h: Float[Tensor, "b s d"] | Normed, step: Step, kept: OneLayer | None = None
     ) -> Float[Tensor, "b s d"]:
-        """h of the new tokens -> u; their latents go to the cache."""
+        """h of the new tokens -> u; their latents join those that are kept."""
         operand = self.precision.operand(h)  # queries and latents read the same values
         q_nope, q_rope = self.queries(operand, step)
         new = self.latents(operand, step)
-        seen = new if cache is None else cache.append(layer, new, step)
+        seen = new if kept is None else kept.append(new, step)
         o = self.core(q_nope)(q_nope, q_rope, seen, step)
         return self.wo(o.flatten(2).to(self.precision.dtype))  # eq. 11
 
@@ -137,7 +133,7 @@ class MLA(nn.Module):
         if self.config.q_lora_rank is None:
             q = self.wq(h)
         else:
-            q = self.wq_b(self.q_norm.operand(self.wq_a(h), self.precision))  # eq. 6, 7
+            q = self.wq_b(self.precision.normed(self.q_norm, self.wq_a(h)))  # eq. 6, 7
         q = q.unflatten(-1, (self.heads, -1))
         q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
         return q_nope, rotate(q_rope, step.rotation[:, :, None])  # eq. 8

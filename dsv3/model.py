@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from dsv3 import placement
 from dsv3.block import Block
 from dsv3.cache import LatentCache, Step, check_is_cache, numbers
-from dsv3.compiling import KEYS, CompiledLayers, check_can_compile
+from dsv3.compiling import KEYS, CompiledLayers, can_capture, check_can_compile
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.layers import Embedding, Head, RMSNorm, RowParallelLinear
 from dsv3.moe import Experts, Router
 from dsv3.mtp import MTPModule
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.precision import Precision
+from dsv3.precision import Precision, check_cache_kind
 
 Logits = Float32[Tensor, "b s v"] | Float32[Tensor, "b v"]  # the second with last_only
 
@@ -38,8 +38,7 @@ class Transformer(nn.Module):
     ``dsv3.checkpoint.load_model``. They ask for gradients, unless they are stored in FP8 or cut
     over ranks, which cannot be trained (``TensorGroup.trains``).
 
-    eos_ids: tokens that end a text, of the config or of a ``generation_config.json``. cache_dtype:
-    of the caches that are made for it, "fp8" or None (its own dtype).
+    eos_ids: tokens that end a text, of the config or of a ``generation_config.json``.
 
     ``to(device)`` and its kin move the whole model. Its dtypes are those of its precision, and
     changing them is refused. Raises DSV3Error for a device that is not there or not the group's.
@@ -54,7 +53,6 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.config, self.eos_ids = config, config.eos_ids
-        self.cache_dtype: str | None = None
         self.group, device = placement.agree(group, device)
         self.precision = (
             precision if isinstance(precision, Precision) else Precision.of(precision, config)
@@ -100,6 +98,8 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.head.weight = self.embed.weight  # still one, where it had to be made anew
         placement.follow(self, target)
+        if self._compiled:  # captured passes read weights where these were
+            self.compile(self._compiled.backend)
         return self
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
@@ -149,35 +149,49 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "b s d"]:
         """The pass itself, behind all checks: nothing in it asks a tensor for a number, and so
         nothing in it waits for a GPU."""
-        compiled = self._compiled_for(cache, tokens.shape[1])
         if cache is not None:
             cache.remember(tokens, step)
-            if compiled and tokens.is_cuda:
-                return compiled.captured(self._decode, tokens, step, cache)
-            if compiled:
-                return self._decode(tokens, step, cache)
+            compiled = self._compiled_for(cache, tokens.shape[1])
+            if compiled and compiled.captured:
+                return compiled.captured(self._states, tokens, step, cache)
+        return self._states(tokens, step, cache)
+
+    def _states(
+        self, tokens: Int[Tensor, "b s"], step: Step, cache: LatentCache | None
+    ) -> Float[Tensor, "b s d"]:
+        """From the embedding through all layers to the final norm."""
         x = self.embed(tokens)
         for slot, layer in enumerate(self.layers):
-            x = layer(x, step, cache, slot)
+            x = self._run(layer, x, step=step, cache=cache, slot=slot)
         return self.norm(x)
 
-    def _decode(
-        self, tokens: Int[Tensor, "b s"], step: Step, cache: LatentCache
+    def _run(
+        self,
+        layer: nn.Module,
+        *states: Float[Tensor, "b s d"],
+        step: Step,
+        cache: LatentCache | None,
+        slot: int = 0,
     ) -> Float[Tensor, "b s d"]:
-        """The same by compiled code."""
-        assert self._compiled is not None
-        x = self.embed(tokens)
-        for slot, layer in enumerate(self.layers):
-            x = self._compiled.layer(layer, x, step, cache.one(slot))
-        return self.norm(x)
+        """A layer, as compiled code where there is some. slot: its place in the cache."""
+        kept = None if cache is None else cache.one(slot)
+        compiled = self._compiled_for(cache, states[0].shape[1])
+        if compiled and kept is not None:
+            return compiled(layer, *states, step=step, kept=kept)
+        return layer(*states, step, kept)
 
     def compile(self, backend: str = "inductor") -> Transformer:  # type: ignore[override]
         """Decode by compiled code from now on (``dsv3.compiling``): the first steps take seconds,
         the others less time than before. backend: of torch.compile. Raises DSV3Error for a model
         on several ranks."""
         check_can_compile(self.group.everyone.size)
-        self._compiled = CompiledLayers(backend)
+        self._compiled = CompiledLayers(backend, can_capture(self, self.device))
         return self
+
+    def fitting_rows(self, texts: int) -> int:
+        """How many rows a batch of so many texts had better have, when others leave it: as many,
+        or some more where passes are captured (``dsv3.compiling``)."""
+        return self._compiled.fitting_rows(texts) if self._compiled else texts
 
     def _compiled_for(self, cache: LatentCache | None, width: int) -> CompiledLayers | None:
         """What runs the layers in a pass over so many tokens a row; None: they run themselves."""
@@ -208,11 +222,8 @@ class Transformer(nn.Module):
         step, counts = self._step(tokens, cache, lengths, layers=1)
         tokens = tokens.to(self.device, non_blocking=True)
         with _no_autocast(self.device):
-            embedded, compiled = self.embed(tokens), self._compiled_for(cache, tokens.shape[1])
-            if compiled and cache is not None:
-                hidden = compiled.module(self.mtp[depth], hidden, embedded, step, cache.one(0))
-            else:
-                hidden = self.mtp[depth](hidden, embedded, step, cache)
+            module, embedded = self.mtp[depth], self.embed(tokens)
+            hidden = self._run(module, hidden, embedded, step=step, cache=cache)
             if cache is not None:
                 cache.remember(tokens, step)
                 cache.advance(counts)
@@ -315,8 +326,8 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int, max_seq_len: int, dtype: str | None = None) -> LatentCache:
         """An empty cache for ``batch_size`` texts of at most ``max_seq_len`` tokens.
 
-        dtype: "fp8" packs what it keeps (``dsv3.fp8.latent``: 656 bytes a token and layer at the
-        released sizes), None is ``cache_dtype``, which is the model's own dtype unless set.
+        dtype: "plain" keeps latents in the model's own dtype; "fp8" packs them, 656 bytes a token
+        and layer at the released sizes (``dsv3.fp8.latent``); None is what the precision says.
         """
         return self._cache(self.config.num_hidden_layers, batch_size, max_seq_len, dtype)
 
@@ -329,11 +340,8 @@ class Transformer(nn.Module):
     def _cache(
         self, layers: int, batch_size: int, max_seq_len: int, dtype: str | None
     ) -> LatentCache:
-        own, kind = self.precision.dtype, self.cache_dtype if dtype is None else dtype
-        if kind not in (None, "fp8"):
-            raise DSV3Error(
-                "unknown cache dtype", where="dtype", found=kind, expected="fp8 or None"
-            )
+        own, kind = self.precision.dtype, self.precision.cache if dtype is None else dtype
+        check_cache_kind("dtype", kind)
         return LatentCache(
             self.config, layers, batch_size, max_seq_len, own, self.device, kind == "fp8"
         )

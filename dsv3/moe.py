@@ -43,11 +43,13 @@ from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
 from dsv3.fp8 import QuantizedTensor, fused_experts
+from dsv3.fp8.experts import can_fuse
+from dsv3.grouped import can_group
 from dsv3.kernels.operations import combine, router
 from dsv3.layers import SwiGLU
 from dsv3.parallel.experts import Holding, experts_of
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.precision import Precision
+from dsv3.precision import Normed, Precision, readable
 
 
 class Router(nn.Module):
@@ -239,6 +241,17 @@ class Experts(nn.Module):
         gate, up = p.each(x, w13, ends).chunk(2, dim=-1)
         return p.each_wide(F.silu(gate) * up, w2, ends)
 
+    @property
+    def waits(self) -> bool:
+        """Whether a pass has to know on the host how many rows each expert has."""
+        p = self.precision
+        if p.quantized:
+            return not can_fuse(
+                p.matrix(self.w13, self.w13_scale), p.matrix(self.w2, self.w2_scale)
+            )
+        row = torch.empty(1, 0, dtype=p.dtype, device=self.w13.device)
+        return not all(can_group(row, stack) for stack in (self.w13.flatten(1, 2), self.w2))
+
     def places(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Of each matrix of an expert: its name, its stack, its place there."""
         for index, expert in enumerate(self.held):
@@ -274,17 +287,11 @@ class MoE(nn.Module):
             device=device,
         )
 
-    def forward(
-        self,
-        u: Float[Tensor, "b s d"],
-        operand: Float[Tensor, "b s d"] | QuantizedTensor | None = None,
-    ) -> Float[Tensor, "b s d"]:
-        """Both sums share one rounding, and one all-reduce unless tokens travel to experts.
-
-        operand: u as products take it, where that is there already.
-        """
+    def forward(self, u: Float[Tensor, "b s d"] | Normed) -> Float[Tensor, "b s d"]:
+        """Both sums share one rounding, and one all-reduce unless tokens travel to experts."""
+        flat = self.precision.operand(u).flatten(0, 1)  # all experts read the same values
+        u = readable(u)
         weights, chosen, _ = self.gate(u)  # training hears the balance loss by a hook
-        flat = (u if operand is None else operand).flatten(0, 1)
         weights, chosen = weights.flatten(0, 1), chosen.flatten(0, 1)
         shared = self.shared_experts.partial_sum(flat)
         if self.group.experts is None:

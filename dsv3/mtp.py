@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsv3.block import Block
-from dsv3.cache import LatentCache, OneLayer, Step
+from dsv3.cache import OneLayer, Step
 from dsv3.config import ModelConfig
 from dsv3.layers import Linear, RMSNorm
 from dsv3.parallel.tensor import TensorGroup
@@ -52,9 +52,8 @@ class MTPModule(Block):
         hidden: Float[Tensor, "b s d"],
         embedded: Float[Tensor, "b s d"],
         step: Step,
-        cache: LatentCache | OneLayer | None = None,
-        slot: int = 0,
+        kept: OneLayer | None = None,
     ) -> Float[Tensor, "b s d"]:
         """hidden h^{k-1}_i and embedded Emb(t_{i+k}) -> normed h^k_i."""
         joined = self.join(hidden, embedded)
-        return self.norm(super().forward(joined, step, cache, slot))  # eq. 22
+        return self.norm(super().forward(joined, step, kept))  # eq. 22

@@ -29,7 +29,7 @@ with about 14 bits, and only what they hand over every 128 products is float32.)
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +42,21 @@ from dsv3.errors import DSV3Error
 from dsv3.fp8 import Fp8Recipe, QuantizedTensor, fp8_linear
 from dsv3.fp8.quantize import pick_backend
 from dsv3.grouped import fp8_experts, one_by_one, plain_experts
+from dsv3.kernels.operations import has_room, norm_quant
 
 # Rows of a bfloat16 weight that are widened at a time: small enough to stay in a core's cache.
 _WIDEN_ROWS = 1024
 _PLAIN = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+class Normed(NamedTuple):
+    """A norm in both of its forms, where one kernel made them together.
+
+    plain: its numbers, for who reads them; operand: the same, as products take it.
+    """
+
+    plain: Float[Tensor, "*lead d"]
+    operand: QuantizedTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +64,9 @@ class Precision:
     """Plain numbers, in use: "fp32" and "bf16", and what fp8 does not keep in FP8.
 
     name: "fp32", "bf16" or "fp8"; dtype: of activations; weights: of matrices in memory; exact:
-    whether sums are float64 on a CPU; recompute: whether training computes cheap results again in
-    the backward pass instead of keeping them (``dsv3.recompute``).
+    whether sums are float64 on a CPU; cache: how caches keep latents, "plain" (in dtype) or "fp8"
+    (``dsv3.fp8.latent``); recompute: whether training computes cheap results again in the backward
+    pass instead of keeping them (``dsv3.recompute``).
 
     ``matrix`` below is what ``matrix()`` gives: here the weight, in fp8 codes with their scales.
     """
@@ -63,27 +75,23 @@ class Precision:
     dtype: torch.dtype
     weights: torch.dtype
     exact: bool = False
+    cache: str = "plain"
     recompute: bool = False
 
     quantized: ClassVar[bool] = False  # weights lie in memory as codes and scales
     trains: ClassVar[bool] = False
 
     @staticmethod
-    def of(name: str, config: ModelConfig) -> Precision:
+    def of(name: str, config: ModelConfig, cache: str = "plain") -> Precision:
         """The precision called ``name`` for using a model of this config."""
-        if name == "fp32":
-            return Precision(name=name, dtype=torch.float32, weights=torch.float32)
-        if name == "bf16":
-            return Precision(name=name, dtype=torch.bfloat16, weights=torch.bfloat16)
+        check_cache_kind("cache", cache)
+        if name not in ("fp32", "bf16", "fp8"):
+            raise _unknown(name)
+        dtype = torch.float32 if name == "fp32" else torch.bfloat16
+        options = dict(name=name, dtype=dtype, weights=dtype, cache=cache)
         if name == "fp8":
-            return Fp8(
-                name=name,
-                dtype=torch.bfloat16,
-                weights=torch.bfloat16,
-                exact=True,
-                scale_format=config.scale_fmt,
-            )
-        raise _unknown(name)
+            return Fp8(**options, exact=True, scale_format=config.scale_fmt)
+        return Precision(**options)
 
     @staticmethod
     def training(name: str, recipe: Fp8Recipe = Fp8Recipe(), recompute: bool = False) -> Training:
@@ -106,13 +114,18 @@ class Precision:
 
     def in_kernels(self, *inputs: Tensor) -> bool:
         """Whether Triton kernels compute what stands between the products there: attention, norms,
-        the router, sums over experts. On a GPU that multiplies E4M3 itself, in use and not in
-        training, for activations in bfloat16; float32 is the oracle mode and stays plain torch."""
+        the router, sums over experts. On a Hopper GPU or a large Blackwell one, in use and not in
+        training, for activations in bfloat16; float32 is the oracle mode and stays plain torch.
+
+        Inputs that ask for a gradient stay with torch too, since no kernel has a backward pass. So
+        a model in bf16 on such a GPU computes by kernels under ``no_grad`` and by torch without it;
+        how far the two differ is in ``dsv3.mla`` and ``dsv3.kernels``."""
         return (
             self.dtype == torch.bfloat16
             and not self.trains
             and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
             and pick_backend(inputs[0].device) == "triton"
+            and has_room(inputs[0].device)
         )
 
     @property
@@ -148,11 +161,17 @@ class Precision:
 
     # Products -----------------------------------------------------------------------------------
 
+    def normed(
+        self, norm: nn.Module, x: Float[Tensor, "*lead d"]
+    ) -> Float[Tensor, "*lead d"] | Normed:
+        """norm(x) for what follows, in both forms where one kernel makes them."""
+        return norm(x)
+
     def operand(
-        self, x: Float[Tensor, "*lead d"] | QuantizedTensor
+        self, x: Float[Tensor, "*lead d"] | QuantizedTensor | Normed
     ) -> Float[Tensor, "*lead d"] | QuantizedTensor:
         """x as products take it, made once where several read the same x."""
-        return x
+        return x.operand if isinstance(x, Normed) else x
 
     def parts(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> tuple[Tensor, ...]:
         """The tensors that an operand is made of, to be sent to another rank."""
@@ -253,7 +272,16 @@ class Fp8(Precision):
         blocks.check_scales(name)  # here, so that no product has to ask
         return blocks.data, blocks.scale
 
-    def operand(self, x: Float[Tensor, "*lead d"] | QuantizedTensor) -> QuantizedTensor:
+    def normed(
+        self, norm: nn.Module, x: Float[Tensor, "*lead d"]
+    ) -> Float[Tensor, "*lead d"] | Normed:
+        if not self.in_kernels(x, norm.weight):
+            return norm(x)
+        data, scale, plain = norm_quant(x, norm.weight, norm.eps, self.scale_format)
+        return Normed(plain, self.of_parts(data, scale))
+
+    def operand(self, x: Float[Tensor, "*lead d"] | QuantizedTensor | Normed) -> QuantizedTensor:
+        x = super().operand(x)
         if isinstance(x, QuantizedTensor):
             return x
         return fp8.quantize_activation(x, self.scale_format)
@@ -362,6 +390,17 @@ def _unknown(name: str) -> DSV3Error:
     return DSV3Error(
         "unknown precision", where="precision", found=name, expected="fp32, bf16 or fp8"
     )
+
+
+def readable(x: Float[Tensor, "*lead d"] | Normed) -> Float[Tensor, "*lead d"]:
+    """x for who reads its numbers."""
+    return x.plain if isinstance(x, Normed) else x
+
+
+def check_cache_kind(name: str, kind: str) -> None:
+    """Raise DSV3Error for what is no way to keep latents."""
+    if kind not in ("plain", "fp8"):
+        raise DSV3Error("unknown kind of cache", where=name, found=kind, expected="plain or fp8")
 
 
 def is_plain(name: str, weight: Tensor, scale: Tensor | None) -> bool:

@@ -33,7 +33,7 @@ def test_cache_of_one_token_as_the_paper_prints_it():
 def test_an_actual_cache_holds_as_many_bytes():
     # fact 7
     cache = LatentCache(LARGE, LARGE.num_hidden_layers, 1, 10, torch.bfloat16, META)
-    assert cache.nbytes == 10 * costs.latent_bytes_per_token(LARGE)
+    assert cache.data.nbytes == 10 * costs.latent_bytes_per_token(LARGE)
 
 
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])

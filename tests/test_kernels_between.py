@@ -62,22 +62,22 @@ def decode(q, seen, lengths, latent, **options):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    "latent, rope, heads, queries, lengths, splits",
+    "latent, rope, heads, queries, lengths",
     [
-        (128, 32, 16, 1, [130], 3),  # the shipped model's; the last part has two keys
-        (128, 32, 16, 1, [1, 70], None),
-        (96, 16, 5, 1, [64, 1, 65], 2),  # fewer heads than a tile has rows, no power of two
-        (96, 16, 5, 3, [3, 40, 66], 2),  # drafts, of which the first sees one key
-        (64, 16, 16, 3, [50, 0], 1),  # rows of two tiles; a text without tokens
-        (512, 64, 16, 1, [40], 1),  # the released sizes
+        (128, 32, 16, 1, [258]),  # the shipped model's; the last part has two keys
+        (128, 32, 16, 1, [1, 70]),
+        (96, 16, 5, 1, [64, 1, 65]),  # fewer heads than a tile has rows, no power of two
+        (50, 16, 5, 3, [3, 40, 66]),  # drafts, of which the first sees one key; odd bytes of codes
+        (64, 16, 16, 3, [50, 0]),  # rows of two tiles; a text without tokens
+        (512, 64, 16, 1, [40]),  # the released sizes
     ],
 )
-def test_decode(latent, rope, heads, queries, lengths, splits, packed):
+def test_decode(latent, rope, heads, queries, lengths, packed):
     # eq. 10
     shape = (len(lengths), max(lengths), latent + rope)
     q, seen = draw(heads, (len(lengths), queries, heads, latent + rope), shape)
     seen = LatentFormat(latent, rope).pack(seen) if packed else seen.bfloat16()
-    found, exact = decode(q, seen, lengths, latent, splits=splits)
+    found, exact = decode(q, seen, lengths, latent)
     assert gap(found, exact) < 2e-5
     assert not found[torch.tensor(lengths) == 0].any()
 
@@ -92,24 +92,37 @@ def test_decode_keeps_what_bfloat16_would_lose():
 
 def test_decode_reads_a_cache_where_it_lies():
     """A run of a longer store, with NaN where no query looks; large scores do not overflow."""
-    q, store = draw(2, (2, 1, 16, 80), (2, 90, 80))
-    _, exact = decode(400 * q, store.bfloat16()[:, :70], [60, 33], 64)
-    store[:, 60:], store[1, 33:] = torch.nan, torch.nan
-    found, _ = decode(400 * q, store.bfloat16()[:, :70], [60, 33], 64, splits=2)
+    q, store = draw(2, (2, 1, 16, 80), (2, 290, 80))
+    _, exact = decode(400 * q, store.bfloat16()[:, :270], [260, 33], 64)
+    store[:, 260:], store[1, 33:] = torch.nan, torch.nan
+    found, _ = decode(400 * q, store.bfloat16()[:, :270], [260, 33], 64)
     assert gap(found, exact) < 1e-4
 
 
-def test_decode_gives_the_same_bits_every_time():
-    q, seen = draw(3, (1, 2, 16, 80), (1, 150, 80))
-    runs = [decode(q, seen.bfloat16(), [150], 64, splits=3)[0] for _ in range(2)]
-    assert torch.equal(*runs)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("heads", [3, 16])
+def test_decode_gives_the_same_bits_whoever_is_beside(heads, packed):
+    """A text alone; beside a longer one, with keys behind it that are masked; and among drafts."""
+    q, seen = draw(3, (2, 3, heads, 80), (2, 600, 80))
+    seen = LatentFormat(64, 16).pack(seen) if packed else seen.bfloat16()
+    alone = decode(q[:1, 1:2], seen[:1, :257], [257], 64)[0]
+    beside = decode(q[:, 1:2], seen, [257, 600], 64)[0]
+    drafted = decode(q[:1], seen[:1, :512], [258], 64)[0]
+    assert same_bits(alone[0], beside[0]) and same_bits(alone[0, 0], drafted[0, 1])
+    assert same_bits(alone, decode(q[:1, 1:2], seen[:1, :257], [257], 64)[0])  # every time
 
 
-def test_parts_of_a_text_follow_the_device():
-    assert splits_of(tiles=1, keys=100_000, processors=132) == 132
-    assert splits_of(tiles=66, keys=100_000, processors=132) == 2
-    assert splits_of(tiles=300, keys=100_000, processors=132) == 1
-    assert splits_of(tiles=1, keys=257, processors=132) == 2  # none is too short
+def test_a_text_is_cut_at_fixed_places(monkeypatch):
+    """At the released lengths some dozen parts, and the last of them ends where the text does."""
+    for keys, parts in ((1, 1), (256, 1), (257, 2), (4096, 16), (4097, 17), (12289, 33)):
+        assert splits_of(keys) == parts
+    assert splits_of(128_000) == 81
+    monkeypatch.setattr("dsv3.kernels.mla_decode.PART", 64)
+    monkeypatch.setattr("dsv3.kernels.mla_decode.ALIKE", 2)
+    q, seen = draw(4, (1, 1, 4, 48), (1, 700, 48))
+    for keys, parts in ((130, 3), (385, 5), (700, 6)):  # cut at 64, 128, 256, 384, 640
+        assert splits_of(keys) == parts
+        assert gap(*decode(q, seen[:, :keys].bfloat16(), [keys], 32)) < 2e-5
 
 
 # Expanded prefill ---------------------------------------------------------------------------
@@ -148,22 +161,20 @@ def test_prefill(d_h, d_r, d_v, heads, queries, lengths, dtype, bound):
 @pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
 @pytest.mark.parametrize("shape", [(3, 192), (2, 2, 300), (1, 7168), (1, 1)])
 def test_norm_quant(shape, scale_format):
-    x, added, weight = draw(shape[-1], shape, shape, shape[-1:])
-    x, added, weight = (5 * x).bfloat16(), added.bfloat16(), weight.abs() + 0.1
-    for more in (None, added):
-        spec = norm_quant_spec(x, weight, 1e-6, scale_format, more)
-        pieces = (x.to(DEVICE), weight.to(DEVICE), 1e-6, scale_format)
-        found = norm_quant(*pieces, None if more is None else more.to(DEVICE), keeps=True)
-        assert all(same_bits(a.cpu(), b) for a, b in zip(found, spec, strict=True))
-        codes = quantize_activation(spec[2], scale_format, backend="torch")
-        assert same_bits(codes.data, spec[0]) and same_bits(codes.scale, spec[1])
-        # torch's own norm, but for a last bit that float32 sums may cost
-        norm = F.rms_norm(spec[3].float(), weight.shape, weight, 1e-6).bfloat16()
-        assert (norm != spec[2]).sum() <= norm.numel() / 1000
-    alone = norm_quant(*pieces)
-    assert alone[2] is None and alone[3].shape == x.shape
+    x, weight = draw(shape[-1], shape, shape[-1:])
+    x, weight = (5 * x).bfloat16(), weight.abs() + 0.1
+    spec = norm_quant_spec(x, weight, 1e-6, scale_format)
+    pieces = (x.to(DEVICE), weight.to(DEVICE), 1e-6, scale_format)
+    found = norm_quant(*pieces, keeps=True)
+    assert all(same_bits(a.cpu(), b) for a, b in zip(found, spec, strict=True))
+    codes = quantize_activation(spec[2], scale_format, backend="torch")
+    assert same_bits(codes.data, spec[0]) and same_bits(codes.scale, spec[1])
+    # torch's own norm, but for a last bit that float32 sums may cost
+    norm = F.rms_norm(x.float(), weight.shape, weight, 1e-6).bfloat16()
+    assert (norm != spec[2]).sum() <= norm.numel() / 1000
+    data, scale, nothing = norm_quant(*pieces)
+    assert nothing is None and same_bits(data.cpu(), spec[0]) and same_bits(scale.cpu(), spec[1])
     assert norm_quant(x[:0].to(DEVICE), *pieces[1:])[0].shape == (0, *shape[1:])
-    assert same_bits(alone[0].cpu(), norm_quant_spec(x, weight, 1e-6, scale_format)[0])
 
 
 @pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
@@ -188,24 +199,40 @@ def routed(u, weight, bias, choice, **options):
 
 
 @pytest.mark.parametrize(
-    "n, experts, width, biased, choice, splits",
+    "n, experts, width, biased, choice, split",
     [
         (1, 16, 192, True, Choice(4, 2, 2, "sigmoid", True, 2.5), None),  # the shipped model's
-        (17, 256, 100, True, Choice(8, 4, 8, "sigmoid", True, 2.5), 1),  # the released sizes
-        (3, 60, 130, False, Choice(3, 1, 6, "softmax", False, 16.0), 2),  # V2's: no bias
-        (3, 10, 64, False, Choice(1, 1, 3, "softmax", False, 1.0), 1),  # one group
-        (3, 8, 64, True, Choice(8, 3, 3, "sigmoid", True, 1.0), 1),  # groups of one
+        (17, 256, 100, True, Choice(8, 4, 8, "sigmoid", True, 2.5), False),  # the released sizes
+        (3, 60, 330, False, Choice(3, 1, 6, "softmax", False, 16.0), True),  # V2's: no bias
+        (3, 10, 64, False, Choice(1, 1, 3, "softmax", False, 1.0), None),  # one group
+        (3, 8, 64, True, Choice(8, 3, 3, "sigmoid", True, 1.0), None),  # groups of one
     ],
 )
-def test_router(n, experts, width, biased, choice, splits):
+def test_router(n, experts, width, biased, choice, split):
     # eq. 13, 15, 16
     u, weight, bias = draw(n, (n, width), (experts, width), (experts,))
     u, weight = u.bfloat16(), weight * width**-0.5
     bias = 0.3 * bias if biased else None
-    weights, chosen = routed(u, weight, bias, choice, splits=splits)
+    weights, chosen = routed(u, weight, bias, choice, split=split)
     expected, experts_of_each = router_spec(u, weight, bias, choice)
     assert torch.equal(chosen, experts_of_each)
     assert torch.allclose(weights, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [320, 512])
+def test_a_router_gives_a_token_the_same_bits_among_many(width):
+    """Programs that share out the depth and one that takes all of it add up the same parts."""
+    u, weight, bias = draw(width, (40, width), (16, width), (16,))
+    choice = Choice(4, 2, 2, "sigmoid", True, 2.5)
+    given = u.bfloat16(), weight * width**-0.5, 0.1 * bias, choice
+    apart, whole = (routed(*given, split=split) for split in (True, False))
+    alone = [routed(u[row : row + 1].bfloat16(), *given[1:]) for row in range(3)]
+    for number in (0, 1):
+        assert same_bits(apart[number], whole[number])
+        assert same_bits(torch.cat([each[number] for each in alone]), whole[number][:3])
+    # In one go, which another order of the sum is, some weight differs.
+    in_one_go = router_spec(*given)[0]
+    assert not same_bits(in_one_go, whole[0]) and torch.allclose(in_one_go, whole[0], rtol=1e-5)
 
 
 def test_router_takes_the_lower_number_of_equals():
@@ -263,7 +290,7 @@ def test_the_specification_is_the_models_router():
 @pytest.mark.parametrize("n, k, width, experts, kept", [(9, 3, 200, 8, 20), (1, 1, 7, 1, 1)])
 def test_combine_gives_the_bits_of_index_add(n, k, width, experts, kept):
     # eq. 12
-    y, weights, shared, scores = draw(n, (n * k, width), (n, k), (n, width), (n, experts))
+    y, weights, scores = draw(n, (n * k, width), (n, k), (n, experts))
     chosen = scores.topk(k).indices
     order = chosen.flatten().sort(stable=True).indices
     counted = (y * weights.flatten()[order, None]).index_fill(0, torch.arange(kept, n * k), 0.0)
@@ -271,10 +298,9 @@ def test_combine_gives_the_bits_of_index_add(n, k, width, experts, kept):
     y[kept:] = torch.nan  # rows of experts that others hold
     places = where_stands(order, n * k).view(n, k)
     pieces = [x.to(DEVICE) for x in (y, weights, places, torch.tensor([kept]))]
-    for more, expected in ((None, plain), (shared, plain + shared)):
-        found = combine(*pieces, None if more is None else more.to(DEVICE)).cpu()
-        assert torch.equal(found, combine_spec(y, weights, places, kept, more))
-        assert torch.equal(found, expected)
+    found = combine(*pieces).cpu()
+    assert torch.equal(found, combine_spec(y, weights, places, kept))
+    assert torch.equal(found, plain)
 
 
 def test_choices_without_a_row_count_for_nothing():

@@ -118,14 +118,16 @@ def test_a_text_in_a_packed_cache_does_not_depend_on_how_it_was_cut(model, monke
 
 
 @torch.inference_mode()
-def test_a_packed_cache_is_a_cache(model):
+def test_a_packed_cache_is_a_cache(model, monkeypatch):
     """Memory, cutting back, copies, rows that end, and drafts."""
-    model.cache_dtype = "fp8"
+    plain = model.precision
+    monkeypatch.setattr(model, "precision", replace(plain, cache="fp8"))
     cache, drafts = model.new_cache(2, 10), model.new_draft_cache(2, 10)
-    model.cache_dtype = None
+    assert model.new_cache(2, 10, dtype="plain").format is None
+    monkeypatch.setattr(model, "precision", plain)
     layout = LatentFormat(model.config.kv_lora_rank, model.config.qk_rope_head_dim)
-    assert cache.nbytes == 2 * 2 * 10 * layout.bytes and drafts.nbytes == cache.nbytes // 2
-    assert model.new_cache(2, 10).nbytes == 2 * 2 * 10 * 2 * model.config.latent_dim
+    assert cache.data.nbytes == 2 * 2 * 10 * layout.bytes == 2 * drafts.data.nbytes
+    assert model.new_cache(2, 10).data.nbytes == 2 * 2 * 10 * 2 * model.config.latent_dim
     text = torch.arange(16).view(2, 8)
     whole = model(text, cache=cache)[:, -1]
     cache.truncate([6, 7])
@@ -136,7 +138,7 @@ def test_a_packed_cache_is_a_cache(model):
 
 
 def test_what_a_packed_cache_cannot_do(model):
-    with pytest.raises(DSV3Error, match="dtype: unknown cache dtype.*int4.*fp8 or None"):
+    with pytest.raises(DSV3Error, match="dtype: unknown kind of cache.*int4.*plain or fp8"):
         model.new_cache(1, 4, dtype="int4")
     trained = Transformer(model.config).init_weights(0)
     cache = trained.new_cache(1, 4, dtype="fp8")

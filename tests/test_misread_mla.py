@@ -81,11 +81,11 @@ def random_pair(config: ModelConfig = CONFIG) -> tuple[torch.nn.Module, MLA]:
 
 def read(ours: MLA, h: torch.Tensor) -> torch.Tensor:
     """Ours, chunk by chunk with a cache."""
-    cache, out, start = LatentCache(ours.config, 1, 2, 80, torch.float32, CPU), [], 0
+    kept, out, start = LatentCache(ours.config, 1, 2, 80, torch.float32, CPU).one(0), [], 0
     for piece in h.split(CUTS, 1):
         count = piece.shape[1]
         step = Step.make(ours.config, [start] * 2, [count] * 2, count, CPU)
-        out.append(ours(piece, step, cache))
+        out.append(ours(piece, step, kept))
         start += count
     return torch.cat(out, 1)
 
@@ -151,7 +151,7 @@ def test_misread_query_compression(oracle):
     assert len(calls) == len(CUTS)
     with mutated(
         MLA.queries,
-        "self.wq_b(self.q_norm(self.wq_a(h)))",
+        "self.wq_b(self.precision.normed(self.q_norm, self.wq_a(h)))",
         "F.linear(h, self.wq_b.weight @ self.wq_a.weight)",
     ):
         assert oracle() > SEEN
@@ -159,7 +159,7 @@ def test_misread_query_compression(oracle):
 
 def test_misread_cache_contents(oracle):
     large = ModelConfig.deepseek_v3()
-    assert LatentCache(large, 61, 1, 1, torch.bfloat16, "meta").nbytes == 70_272  # fact 7
+    assert LatentCache(large, 61, 1, 1, torch.bfloat16, "meta").data.nbytes == 70_272  # fact 7
     assert 2 * 61 * 512 == 62_464 and 2 * 61 * (512 + 128 * 64) == 1_061_888  # often read
     assert oracle() < BOUND
     with mutated(
@@ -220,9 +220,9 @@ def test_misread_decompress_for_use(oracle):
     @torch.no_grad()
     def flops_of_decoding() -> int:
         step = Step.make(ours.config, [seen - 1], [1], 1, CPU)
-        cache = LatentCache(ours.config, 1, 1, seen, torch.float32, CPU)
+        kept = LatentCache(ours.config, 1, 1, seen, torch.float32, CPU).one(0)
         with FlopCounterMode(display=False) as counter:
-            ours(oracle.h[:1, :1], step, cache)
+            ours(oracle.h[:1, :1], step, kept)
         c = ours.config
         inputs = c.hidden_size * 4 * 24 if c.q_lora_rank is None else (64 + 4 * 24) * 24
         outside = 2 * (inputs + c.hidden_size * c.latent_dim + 4 * c.v_head_dim * c.hidden_size)
@@ -242,7 +242,9 @@ def test_misread_latent_norms(oracle):
     with mutated(MLA.latents, "rotate(k_rope,", "rotate(F.rms_norm(k_rope, k_rope.shape[-1:]),"):
         assert oracle() > SEEN  # the rotated key is not normalised
     if oracle.ours.config.q_lora_rank is not None:
-        with mutated(MLA.queries, "self.q_norm(self.wq_a(h))", "self.wq_a(h)"):
+        with mutated(
+            MLA.queries, "self.precision.normed(self.q_norm, self.wq_a(h))", "self.wq_a(h)"
+        ):
             assert oracle() > SEEN
 
 

@@ -228,7 +228,7 @@ def test_cache_of_the_released_model_takes_70272_bytes_a_token():
     # fact 7
     # fact 7
     cache = LatentCache(ModelConfig.deepseek_v3(), 61, 1, 1, torch.bfloat16, "cpu")
-    assert cache.nbytes == 70272
+    assert cache.data.nbytes == 70272
 
 
 def test_scores_depend_on_the_distance_alone():

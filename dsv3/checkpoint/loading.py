@@ -32,6 +32,7 @@ from dsv3.model import Transformer
 from dsv3.parallel.experts import experts_of
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.placement import agree
+from dsv3.precision import Precision
 from dsv3.shipped import model_folder
 
 
@@ -51,6 +52,7 @@ def load_model(
     precision: str = "fp8",
     device: torch.device | str | None = None,
     group: TensorGroup | None = None,
+    cache: str = "plain",
 ) -> Transformer:
     """Load this rank's part of a model, ready to use: its weights ask for no gradient.
 
@@ -59,9 +61,10 @@ def load_model(
     precision: "fp8", "bf16" or "fp32"; any of them loads from FP8 and from plain checkpoints, and
     from those that are both: in fp8, a weight that is stored in plain numbers is quantised here.
     device: where the weights go; default: the group's device, or the CPU. group: the ranks that
-    share the model, on the same device, each of which reads only what it holds. The end tokens of
-    a ``generation_config.json`` become the model's ``eos_ids``. Raises DSV3Error, naming the file
-    or tensor, for anything that does not fit.
+    share the model, on the same device, each of which reads only what it holds. cache: how its
+    caches keep latents, "plain" (in the model's own dtype) or "fp8". The end tokens of a
+    ``generation_config.json`` become the model's ``eos_ids``. Raises DSV3Error, naming the file or
+    tensor, for anything that does not fit.
     """
     folder = model_folder(folder)
     group, device = agree(group, device)
@@ -73,7 +76,7 @@ def load_model(
         blocks = precision == "fp8" or config.quantization_config is not None
         check_sharding(config, group.size, blocks=blocks)
         own = GenerationConfig.beside(folder, config.vocab_size).eos_ids
-        model = Transformer(config, precision, group, device)
+        model = Transformer(config, Precision.of(precision, config, cache), group, device)
         model.eos_ids = config.eos_ids if own is None else own
         pieces = (
             [Piece(spec.name, spec.name) for spec in specs]

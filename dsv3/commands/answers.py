@@ -40,8 +40,7 @@ def answer(request: Request) -> None:
     )
     with group.everyone as everyone:
         torch.set_num_threads(machine.threads())
-        model = load_model(args.model, precision=args.precision, group=group)
-        model.cache_dtype = None if args.cache == "plain" else args.cache
+        model = load_model(args.model, args.precision, group=group, cache=args.cache)
         if args.compile:
             model.compile()
         sampling = request.sampling_for(model)

@@ -29,20 +29,28 @@ def fused_experts(
     x (choices, d), w13 (experts, 2, inner, d), w2 (experts, d, inner). ends: where each expert's
     rows end; what follows the last is junk. A gradient through it is refused.
     """
-    operands = [each for each in (x, w13, w2) if isinstance(each, QuantizedTensor)]
-    if len(operands) < 3 or pick_backend(operands[0].device, backend) != "triton":
+    if not isinstance(x, QuantizedTensor) or not can_fuse(w13, w2, backend) or len(x) == 0:
         return None
-    from dsv3.kernels.experts import serves
-
-    if not serves(*(each.data for each in operands)):
-        return None
-    tokens, up, down = operands
 
     def product(data: Tensor, scale: Tensor) -> Tensor:
-        kind = down.scale_format
-        return _fused(data, scale, up.data, up.scale, down.data, down.scale, ends, kind)
+        kind = w2.scale_format
+        return _fused(data, scale, w13.data, w13.scale, w2.data, w2.scale, ends, kind)
 
-    return without_backward(product, tokens.data, tokens.scale, **NO_GRADIENT)
+    return without_backward(product, x.data.contiguous(), x.scale, **NO_GRADIENT)
+
+
+def can_fuse(
+    w13: Tensor | QuantizedTensor, w2: Tensor | QuantizedTensor, backend: str | None = None
+) -> bool:
+    """Whether kernels serve these experts, whatever rows come: then nothing has to know on the host
+    where each one's rows end."""
+    if not isinstance(w13, QuantizedTensor) or not isinstance(w2, QuantizedTensor):
+        return False
+    if pick_backend(w13.device, backend) != "triton":
+        return False
+    from dsv3.kernels.experts import serves
+
+    return serves(w13.data, w2.data)
 
 
 @opaque(

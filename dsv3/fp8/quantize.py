@@ -229,6 +229,7 @@ _WHERE = {"triton": "Linux with an NVIDIA GPU", "numba": "pip install numba"}
 
 
 @cache
+@torch.compiler.assume_constant_result
 def _is_installed(name: str) -> bool:
     try:
         import_module(name)

@@ -1,7 +1,7 @@
 """What plain and speculative decoding share: caches, and which rows are still in the batch.
 
-A row that has ended leaves the batch: its place in the caches goes to the rows behind it, and a
-pass computes only what somebody waits for. A cache that the caller gave keeps all its rows, since
+A row that has ended leaves the batch: the last row takes its place in the caches, and a pass
+computes only what somebody waits for. A cache that the caller gave keeps all its rows, since
 he will go on with it; there a row that has ended stays and is fed nothing.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsv3.cache import rows_without
 from dsv3.generation.sampling import Chooser
 
 
@@ -27,11 +28,18 @@ class Decoder:
         self.nbytes = sum(cache.nbytes for cache in caches)
 
     def drop_ended(self, left: Sequence[int]) -> list[int] | None:
-        """Take the rows that may take no more tokens out of the batch. Returns which places of it
-        stay, None for all. left: how many tokens each text may still take."""
-        staying = [place for place, row in enumerate(self.rows) if left[row]]
-        if not self._owned or len(staying) == len(self.rows):
+        """Take the rows that may take no more tokens out of the batch: all, but for those that fill
+        it up to a fitting size (``Transformer.fitting_rows``) and are fed nothing. Returns which
+        places stay, in their new order, None for all. left: how many tokens each text may still
+        take."""
+        ended = [place for place, row in enumerate(self.rows) if not left[row]]
+        if not self._owned or not ended:
             return None
+        going_on = len(self.rows) - len(ended)
+        leaving = ended[self.model.fitting_rows(going_on) - going_on :]
+        if not leaving:
+            return None
+        staying = rows_without(leaving, len(self.rows))
         for cache in self._caches:
             cache.keep(staying)
         self.rows = [self.rows[place] for place in staying]

@@ -5,7 +5,7 @@ would be summed in the order in which the programs happen to come, and two runs 
 each program has its own tokens and fetches what belongs to them: ``where_stands`` turns the sorting
 around and says in which row each choice came to lie.
 
-    out = (sum over the token's rows, from the first to the last, of weight * y[row]) + shared
+    out = sum over the token's rows, from the first to the last, of weight * y[row]
 
 From the first row to the last is from the lowest expert to the highest: the order in which
 ``index_add`` on a CPU meets them, so both give the same bits.
@@ -33,17 +33,16 @@ def combine_spec(
     weights: torch.Tensor,
     places: torch.Tensor,
     used: torch.Tensor | int,
-    shared: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the kernel computes, in plain torch. y: (rows, d); weights, places: (n, k); used: rows
-    of y that count, the first ones; shared: (n, d), added last."""
+    of y that count, the first ones."""
     out = torch.zeros(len(weights), y.shape[1], device=y.device)
     for row, order in enumerate(places.argsort(-1)):
         for pick in order.tolist():
             place = int(places[row, pick])
             if 0 <= place < int(used):
                 out[row] += y[place].float() * weights[row, pick]
-    return out if shared is None else out + shared.float()
+    return out
 
 
 @triton.jit
@@ -52,13 +51,11 @@ def combine_kernel(
     weight_ptr,
     place_ptr,
     used_ptr,
-    shared_ptr,
     out_ptr,
     width,
     K: tl.constexpr,
     K_WIDE: tl.constexpr,
     COLS: tl.constexpr,
-    SHARED: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -78,9 +75,6 @@ def combine_kernel(
         y = tl.load(y_at + col, mask=(col < width) & is_there, other=0.0)
         acc += y.to(tl.float32) * weight
         left = tl.where(is_here, FAR, left)
-    if SHARED:
-        shared = tl.load(shared_ptr + token * width + col, mask=col < width, other=0.0)
-        acc += shared.to(tl.float32)
     tl.store(out_ptr + token * width + col, acc, mask=col < width)
 
 
@@ -89,24 +83,21 @@ def combine(
     weights: torch.Tensor,
     places: torch.Tensor,
     used: torch.Tensor,
-    shared: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each token's weighted sum, (n, d) float32.
 
     y: (rows, d) sorted by expert, float32 or bfloat16; weights: (n, k) float32; places: (n, k)
-    int64, the row of y of each choice or -1; used: one integer on the device, rows of y that count;
-    shared: (n, d) float32 or bfloat16, added last.
+    int64, the row of y of each choice or -1; used: one integer on the device, rows of y that count.
     """
-    kinds = (torch.float32, torch.bfloat16)
-    check_input(y, "combine", kinds)
+    check_input(y, "combine", (torch.float32, torch.bfloat16))
     check_input(weights, "combine", (torch.float32,))
     (n, k), width = weights.shape, y.shape[1]
-    if places.shape != weights.shape or (shared is not None and tuple(shared.shape) != (n, width)):
+    if places.shape != weights.shape:
         raise DSV3Error(
             "shapes do not fit",
             where="combine",
-            found=[tuple(t.shape) for t in (y, weights, places, shared) if t is not None],
-            expected=[("rows", width), (n, k), (n, k), (n, width)],
+            found=[tuple(t.shape) for t in (y, weights, places)],
+            expected=[("rows", width), (n, k), (n, k)],
         )
     out = torch.empty(n, width, dtype=torch.float32, device=y.device)
     if out.numel() == 0:
@@ -117,13 +108,11 @@ def combine(
         weights.contiguous(),
         places.contiguous(),
         used,
-        y if shared is None else shared.contiguous(),
         out,
         width,
         K=k,
         K_WIDE=power_of_two(k),
         COLS=cols,
-        SHARED=shared is not None,
         # A product and a sum in one instruction would round once where the plain form rounds twice.
         **({} if INTERPRETING else {"enable_fp_fusion": False}),
     )

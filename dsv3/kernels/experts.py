@@ -206,9 +206,9 @@ def expert_out_kernel(
         store_sums(out_ptr, acc, row, col_tile * COLS + tl.arange(0, COLS), stop, n, SWAP)
 
 
-def serves(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> bool:
-    """Whether the kernels can take these: on a Hopper chip, and aligned."""
-    return is_hopper(x.device) and fits_descriptor(x, w13, w2)
+def serves(w13: torch.Tensor, w2: torch.Tensor) -> bool:
+    """Whether the kernels can take these, and with them any rows: on a Hopper chip, and aligned."""
+    return is_hopper(w13.device) and fits_descriptor(w13, w2)
 
 
 def experts(

@@ -8,16 +8,22 @@ a run of keys serves the scores and the sum:
 
 One program goes over a part of the keys for a tile of rows (16 heads or more, of one query or of
 several drafted ones, each of which sees as many keys as ``reach`` says). A text is cut into parts
-because one program for each text would leave most multiprocessors idle. How many parts there are
-follows from the number of multiprocessors; how long they are, each program reads from ``reach``,
-on the device. Each part leaves its own softmax average o_j and the logarithm of its sum of
-exponentials L_j, and a second kernel adds them up in their order, so every run gives the same bits:
+because one program for each text would leave most multiprocessors idle. Each part leaves its own
+softmax average o_j and the logarithm of its sum of exponentials L_j, and a second kernel adds them
+up in their order:
 
     o = sum_j 2^(L_j - max L) o_j / sum_j 2^(L_j - max L)
 
-Queries and weights are float32 numbers in two bfloat16 parts (``bf16_parts``); sums are float32. A
-tile has 32 rows at most: with 64, the sums of 512 channels no longer fit into registers beside the
-two parts of the queries.
+**A text is cut at fixed places**: parts of 256 keys, after sixteen of them sixteen of 512, and so
+on, so that 128,000 keys are 81 parts. Neither the other rows of the batch nor the number of keys
+nor the chip moves a cut, and a tile always has 32 rows and runs of as many keys. So a query's
+numbers are the same, bit for bit, alone and beside others, in a pass of one token and in one that
+verifies drafts (as far as the compiler adds up each row of a tile in one order). The price: many
+texts at once are cut although they would fill the chip uncut, and what the parts leave (with 128
+heads as many bytes as 256 keys have) is written and read again. With 64 rows a tile, the sums of
+512 channels would no longer fit into registers beside the two parts of the queries.
+
+Queries and weights are float32 numbers in two bfloat16 parts (``bf16_parts``); sums are float32.
 
 The cache may be packed (``dsv3.fp8.latent``): E4M3 codes and scales that are powers of two, so
 code times scale is a bfloat16 number, and no bit is lost on the way.
@@ -32,10 +38,12 @@ import triton.language as tl
 from dsv3.errors import DSV3Error
 from dsv3.fields import BLOCK
 from dsv3.kernels.bf16_parts import operand, rest_of, to_bf16
-from dsv3.kernels.launch import INTERPRETING, cdiv, check_input, multiprocessors, power_of_two
+from dsv3.kernels.launch import INTERPRETING, cdiv, check_input, power_of_two
 
-# A part shorter than this costs more in the second kernel than it saves in the first.
-_LEAST_KEYS = 256
+# Keys of the first parts, and how many parts are of one length.
+PART, ALIKE = 256, 16
+# Rows of a tile. 16 would do for few heads, but sums would be taken in another order.
+_ROWS = 32
 
 
 def mla_decode_spec(
@@ -65,6 +73,8 @@ def mla_decode_kernel(
     row_stride,
     key_stride,
     softmax_scale,
+    FIRST_PART: tl.constexpr,
+    PARTS_ALIKE: tl.constexpr,
     LATENT: tl.constexpr,
     ROPE: tl.constexpr,
     LATENT_WIDE: tl.constexpr,
@@ -73,12 +83,14 @@ def mla_decode_kernel(
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
     PACKED: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     split, text = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel, pair = tl.arange(0, LATENT_WIDE), tl.arange(0, ROPE_WIDE)
+    tile = tl.arange(0, TILES)
     has_channel, has_pair = channel < LATENT, pair < ROPE
     q_at = q_ptr + (text * rows + row[:, None]) * (LATENT + ROPE)
     is_row = (row < rows)[:, None]
@@ -91,8 +103,9 @@ def mla_decode_kernel(
     reach = tl.load(reach_ptr + text * queries + row // heads, mask=row < rows, other=0)
     reach = reach.to(tl.int32)
     longest = tl.max(reach, axis=0)
-    part = tl.cdiv(tl.cdiv(longest, KEYS), splits) * KEYS
-    begin = split * part
+    double = split // PARTS_ALIKE
+    part = FIRST_PART << double
+    begin = (((PARTS_ALIKE << double) - PARTS_ALIKE) * FIRST_PART) + split % PARTS_ALIKE * part
     end = tl.minimum(begin + part, longest)
 
     best = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -104,13 +117,15 @@ def mla_decode_kernel(
         key_at = text * row_stride + key.to(tl.int64)[:, None] * key_stride
         c = tl.load(seen_ptr + key_at + channel, mask=is_key & has_channel, other=0)
         if PACKED:  # a code's bits, seven places to the left, are a float16 that is 2^8 too small
-            code = c.to(tl.int32)
-            half = (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.int16)
+            code = c.to(tl.int16)
+            half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+            value = half.to(tl.float16, bitcast=True).to(tl.float32)
             scale = tl.load(
-                scale_ptr + key_at // 4 + (channel // BLOCK), mask=is_key & has_channel, other=0.0
+                scale_ptr + key_at // 4 + tile, mask=is_key & (tile * BLOCK < LATENT), other=0.0
             )
-            value = half.to(tl.float16, bitcast=True).to(tl.float32) * (scale * 256.0)
-            c = to_bf16(value, INTERPRETED)
+            value = tl.reshape(value, (KEYS, TILES, LATENT_WIDE // TILES))
+            value = value * (scale * 256.0)[:, :, None]
+            c = to_bf16(tl.reshape(value, (KEYS, LATENT_WIDE)), INTERPRETED)
             r = tl.load(rope_ptr + key_at // 2 + pair, mask=is_key & has_pair, other=0.0)
         else:
             c = operand(c, INTERPRETED)
@@ -168,9 +183,12 @@ def mla_combine_kernel(
     tl.store(out_ptr + (text * rows + row) * LATENT + channel, acc, mask=channel < LATENT)
 
 
-def splits_of(tiles: int, keys: int, processors: int) -> int:
-    """Into how many parts keys are cut: enough for all multiprocessors, none too short."""
-    return max(1, min(processors // tiles, cdiv(keys, _LEAST_KEYS)))
+def splits_of(keys: int) -> int:
+    """Into how many parts so many keys are cut."""
+    splits, part = 0, PART
+    while keys > part * ALIKE:
+        splits, keys, part = splits + ALIKE, keys - part * ALIKE, 2 * part
+    return splits + cdiv(keys, part)
 
 
 def mla_decode(
@@ -181,21 +199,21 @@ def mla_decode(
     latent: int,
     *,
     parts: int = 2,
-    splits: int | None = None,
 ) -> torch.Tensor:
     """Averages of the latents by each head's softmax: (b, s, heads, latent) float32.
 
     q: (b, s, heads, latent + rope) float32, queries carried into the latent space. seen: (b, t,
     latent + rope) bfloat16, or (b, t, bytes) uint8 as ``dsv3.fp8.latent`` packs them. reach: (b, s)
     integers on the device, how many keys each query sees, 0 to t. parts: bfloat16 parts of a
-    float32 number, 1 or 2. splits: parts of a text (default: as many as the device can use).
+    float32 number, 1 or 2.
     """
     check_input(q, "mla_decode", (torch.float32,))
     check_input(seen, "mla_decode", (torch.bfloat16, torch.uint8))
     (b, s, heads, width), t = q.shape, seen.shape[1]
     rope, packed = width - latent, seen.dtype == torch.uint8
-    scales_at = latent + 4 * cdiv(latent, BLOCK)
-    expected = (b, t, scales_at + 2 * rope if packed else width)
+    scales_at = cdiv(latent, 4) * 4
+    rope_at = scales_at + 4 * cdiv(latent, BLOCK)
+    expected = (b, t, rope_at + 2 * rope if packed else width)
     if tuple(seen.shape) != expected or tuple(reach.shape) != (b, s):
         raise DSV3Error(
             "shapes do not fit",
@@ -209,19 +227,16 @@ def mla_decode(
     if seen.stride(2) != 1:
         seen = seen.contiguous()
     rows = s * heads
-    tile_rows = 16 if rows <= 16 else 32
-    tiles = cdiv(rows, tile_rows)
-    if splits is None:
-        splits = splits_of(b * tiles, t, multiprocessors(q.device))
+    splits = splits_of(t)
     parts_out = out if splits == 1 else q.new_empty(b, splits, rows, latent)
     totals = q.new_empty(b, splits, rows)
     if packed:
-        scales = seen[..., latent:scales_at].view(torch.float32)
-        rotated = seen[..., scales_at:].view(torch.bfloat16)
+        scales = seen[..., scales_at:rope_at].view(torch.float32)
+        rotated = seen[..., rope_at:].view(torch.bfloat16)
     else:
         scales, rotated = seen, seen[..., latent:]
     wide = dict(LATENT=latent, LATENT_WIDE=max(16, power_of_two(latent)))
-    mla_decode_kernel[(tiles, splits, b)](
+    mla_decode_kernel[(cdiv(rows, _ROWS), splits, b)](
         q.contiguous(),
         seen,
         scales,
@@ -235,16 +250,19 @@ def mla_decode(
         seen.stride(0),
         seen.stride(1),
         scale,
+        FIRST_PART=PART,
+        PARTS_ALIKE=ALIKE,
         **wide,
         ROPE=rope,
         ROPE_WIDE=max(16, power_of_two(rope)),
-        ROWS=tile_rows,
-        KEYS=64 if INTERPRETING or (tile_rows == 32 and not packed) else 32,
+        ROWS=_ROWS,
+        KEYS=32 if packed else 64,
         PARTS=parts,
         PACKED=packed,
+        TILES=cdiv(wide["LATENT_WIDE"], BLOCK),
         BLOCK=BLOCK,
         INTERPRETED=INTERPRETING,
-        num_warps=8 if tile_rows == 32 or packed else 4,
+        num_warps=8,
         num_stages=2,
     )
     if splits > 1:

@@ -77,9 +77,9 @@ def mla_prefill_kernel(
     PARTS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    text, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    # The last tiles have the most keys to see: they start first.
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    text, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    # The last tiles have the most keys to see: they start first, those of all heads and texts.
+    row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS + tl.arange(0, ROWS)
     is_row = (row < queries)[:, None]
     nope, rope, value = tl.arange(0, NOPE_WIDE), tl.arange(0, ROPE_WIDE), tl.arange(0, VALUE_WIDE)
     place = (text * queries + row[:, None]) * heads + head
@@ -154,7 +154,8 @@ def mla_prefill(
     if k_rope.stride(2) != 1:
         k_rope = k_rope.contiguous()
     rows = 64 if INTERPRETING else 128
-    mla_prefill_kernel[(cdiv(s, rows), b * heads)](
+    # The second number of a grid ends at 65,535: with 128 heads, 512 texts are more.
+    mla_prefill_kernel[(b * heads, cdiv(s, rows))](
         q_nope.contiguous(),
         q_rope.contiguous(),
         kv.contiguous(),

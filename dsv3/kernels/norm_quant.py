@@ -1,10 +1,10 @@
-"""RMSNorm, its residual sum and the 1x128 quantisation behind it, in one pass over the rows.
+"""RMSNorm and the 1x128 quantisation behind it, in one pass over the rows.
 
-Apart, they read and write a row of 7,168 numbers four times between two products. Together it is
-read once (twice with a residual) and leaves as codes and scales, and as bfloat16 only for who asks
-(the router reads unquantised values, the residual stream goes on):
+Apart, they read a row of 7,168 numbers twice and write it twice between two products. Together it
+is read once and leaves as codes and scales, and as bfloat16 only for who asks (the router reads
+unquantised values):
 
-    x' = bf16(x + added);   y = bf16(x' / sqrt(mean(x'^2) + eps) * weight);   codes, scales of y
+    y = bf16(x / sqrt(mean(x^2) + eps) * weight);   codes, scales of y
 
 The codes are those that ``act_quant`` makes of y, byte for byte. y itself has to be the same bits
 everywhere for that, so the mean is summed in float64, where no order of the terms shows once it is
@@ -26,33 +26,24 @@ from dsv3.kernels.rounding import bf16_bits, round_to_bf16, sign_as_read, tile_c
 
 
 def norm_quant_spec(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    scale_format: str = "float32",
-    added: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor, eps: float, scale_format: str = "float32"
 ):
-    """What the kernel computes, in plain torch: codes and scales of y, y, and x'."""
-    if added is not None:
-        x = x + added
+    """What the kernel computes, in plain torch: codes and scales of y, and y."""
     wide = x.float()
     mean = (wide.double().square().sum(-1, keepdim=True) / x.shape[-1]).float()
     y = (wide * (1.0 / (mean + eps).sqrt()) * weight).to(x.dtype)
-    return (*act_quant_spec(y, scale_format), y, x)
+    return (*act_quant_spec(y, scale_format), y)
 
 
 @triton.jit
 def norm_quant_kernel(
     x_ptr,
-    added_ptr,
     weight_ptr,
-    sum_ptr,
     y_ptr,
     code_ptr,
     scale_ptr,
     cols,
     eps,
-    ADDED: tl.constexpr,
     KEEPS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     TILES: tl.constexpr,
@@ -65,9 +56,6 @@ def norm_quant_kernel(
     inside = col < cols
     at = row * cols + col
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if ADDED:
-        x = round_to_bf16(x + tl.load(added_ptr + at, mask=inside, other=0.0).to(tl.float32))
-        tl.store(sum_ptr + at, bf16_bits(x), mask=inside)
     wide = x.to(tl.float64)
     mean = (tl.sum(tl.sum(wide * wide, axis=1), axis=0) / cols).to(tl.float32)
     one = tl.full((TILES_WIDE, BLOCK), 1.0, tl.float32)
@@ -88,42 +76,34 @@ def norm_quant(
     weight: torch.Tensor,
     eps: float,
     scale_format: str = "float32",
-    added: torch.Tensor | None = None,
     keeps: bool = False,
 ):
-    """x (..., d) bfloat16 to codes (..., d) E4M3 and float32 scales of its norm; the norm itself in
-    bfloat16 if ``keeps``, else None; and x + added, which is x where nothing is added."""
+    """x (..., d) bfloat16 to codes (..., d) E4M3 and float32 scales of its norm, and the norm itself
+    in bfloat16 if ``keeps``, else None."""
     check_input(x, "norm_quant", (torch.bfloat16,))
     check_input(weight, "norm_quant", (torch.float32,))
     cols = x.shape[-1]
-    if tuple(weight.shape) != (cols,) or (added is not None and added.shape != x.shape):
+    if tuple(weight.shape) != (cols,):
         raise DSV3Error(
             "shapes do not fit",
             where="norm_quant",
-            found=[tuple(t.shape) for t in (x, weight, added) if t is not None],
-            expected="rows of one width, a weight of that width, and as much to add",
+            found=[tuple(x.shape), tuple(weight.shape)],
+            expected="rows of one width, and a weight of that width",
         )
-    if added is not None:
-        check_input(added, "norm_quant", (torch.bfloat16,))
-        added = added.contiguous()
     x = x.contiguous()
     tiles = cdiv(cols, BLOCK)
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((*x.shape[:-1], tiles), dtype=torch.float32, device=x.device)
     y = torch.empty_like(x) if keeps else None
-    total = x if added is None else torch.empty_like(x)
     if x.numel():
         norm_quant_kernel[(x.numel() // cols,)](
             x,
-            x if added is None else added,
             weight.contiguous(),
-            total.view(torch.int16),
             (x if y is None else y).view(torch.int16),
             codes.view(torch.uint8),
             scale,
             cols,
             eps,
-            ADDED=added is not None,
             KEEPS=keeps,
             POWER_OF_TWO=scale_format == "ue8m0",
             TILES=tiles,
@@ -132,4 +112,4 @@ def norm_quant(
             num_warps=8 if tiles > 16 else 4,
             **({} if INTERPRETING else {"enable_fp_fusion": False}),
         )
-    return codes, scale, y, total
+    return codes, scale, y

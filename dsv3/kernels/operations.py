@@ -12,6 +12,15 @@ from torch import Tensor
 from dsv3.fields import BLOCK
 from dsv3.opaque import opaque
 
+# Compute capabilities, to the point: Hopper, and the Blackwell chips of data centres.
+_ROOMY = (9, 10)
+
+
+def has_room(device: torch.device) -> bool:
+    """Whether a multiprocessor there has the shared memory that these kernels ask for: up to 180
+    KiB. Hopper and Blackwell have 227; Ada has 99, and so have the Blackwell chips on desks."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in _ROOMY
+
 
 @opaque(
     "mla_decode(Tensor q, Tensor seen, Tensor reach, float scale, int latent) -> Tensor",
@@ -50,28 +59,16 @@ def _like_norm(x, weight, eps, scale_format):
 
 
 @opaque(
-    "norm_quant(Tensor x, Tensor weight, float eps, str scale_format) -> (Tensor, Tensor)",
-    like=lambda *arguments: _like_norm(*arguments)[:2],
-)
-def norm_quant(x: Tensor, weight: Tensor, eps: float, scale_format: str) -> tuple[Tensor, Tensor]:
-    """Codes and scales of the norm (``kernels.norm_quant``)."""
-    from dsv3.kernels import norm_quant
-
-    return norm_quant.norm_quant(x, weight, eps, scale_format)[:2]
-
-
-@opaque(
-    "norm_quant_keep(Tensor x, Tensor weight, float eps, str scale_format)"
-    " -> (Tensor, Tensor, Tensor)",
+    "norm_quant(Tensor x, Tensor weight, float eps, str scale_format) -> (Tensor, Tensor, Tensor)",
     like=_like_norm,
 )
-def norm_quant_keep(
+def norm_quant(
     x: Tensor, weight: Tensor, eps: float, scale_format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and the norm itself."""
+    """Codes and scales of the norm, and the norm itself (``kernels.norm_quant``)."""
     from dsv3.kernels import norm_quant
 
-    data, scale, y, _ = norm_quant.norm_quant(x, weight, eps, scale_format, keeps=True)
+    data, scale, y = norm_quant.norm_quant(x, weight, eps, scale_format, keeps=True)
     assert y is not None
     return data, scale, y
 

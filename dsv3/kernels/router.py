@@ -15,7 +15,9 @@ taken of integers with the order of the floats: one comparison is then right for
 u is bfloat16 and W float32: W is cut into three bfloat16 parts, which are all of it
 (``bf16_parts``), so every product on the tensor cores is exact and sums are float32. For few tokens
 one multiprocessor would read all of W alone; then programs share out the depth, and a second kernel
-adds their parts in a fixed order and chooses.
+adds their parts in their order and chooses. Where each part begins is decided by the depth alone:
+for many tokens one program adds up the same parts in the same order, and a token's experts and
+weights are the same, bit for bit, alone and in a batch of thousands.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from dsv3.errors import DSV3Error
 from dsv3.kernels.bf16_parts import operand, to_bf16
 from dsv3.kernels.launch import INTERPRETING, cdiv, check_input, multiprocessors, power_of_two
 
-_DEPTH = 512 if INTERPRETING else 32
+_DEPTH = 64 if INTERPRETING else 32
+# Of the depth, what is added up in one go: a 28th of 7,168.
+_PART = 256
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,7 @@ def router_kernel(
     NORMALIZED: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
+    PART: tl.constexpr,
     SPLIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -193,10 +198,12 @@ def router_kernel(
     column, depth = tl.arange(0, GROUPS_WIDE * EACH_WIDE), tl.arange(0, DEPTH)
     is_expert = (column // EACH_WIDE < GROUPS) & (column % EACH_WIDE < EACH)
     expert = (column // EACH_WIDE) * EACH + column % EACH_WIDE
-    part = tl.cdiv(tl.cdiv(width, DEPTH), tl.num_programs(1)) * DEPTH
-    begin = tl.program_id(1) * part
-    end = tl.minimum(begin + part, width)
-    logits = tl.zeros((ROWS, GROUPS_WIDE * EACH_WIDE), dtype=tl.float32)
+    begin, end = 0, width
+    if SPLIT:
+        begin = tl.program_id(1) * PART
+        end = tl.minimum(begin + PART, width)
+    whole = tl.zeros((ROWS, GROUPS_WIDE * EACH_WIDE), dtype=tl.float32)
+    logits = tl.zeros_like(whole)
     for start in range(begin, end, DEPTH):
         here = start + depth
         u = tl.load(
@@ -217,12 +224,16 @@ def router_kernel(
         logits = tl.dot(u, high, logits)
         logits = tl.dot(u, middle, logits)
         logits = tl.dot(u, low, logits)
+        if not SPLIT:  # noqa: SIM102 - a constant, then a question
+            if (start + DEPTH) % PART == 0:
+                whole += logits
+                logits = tl.zeros_like(whole)
     if SPLIT:
         at = (tl.program_id(1).to(tl.int64) * rows + row[:, None]) * column.shape[0] + column
         tl.store(part_ptr + at, logits, mask=(row < rows)[:, None])
     else:
         choose(
-            logits,
+            whole + logits,
             row,
             rows,
             bias_ptr,
@@ -298,12 +309,12 @@ def router(
     bias: torch.Tensor | None,
     choice: Choice,
     *,
-    splits: int | None = None,
+    split: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (..., k) float32 and experts (..., k) int64 of each token.
 
-    u: (..., d) bfloat16; weight: (experts, d) and bias: (experts,) or None, float32. splits: runs
-    of the depth that programs share out (default: as many as the device can use).
+    u: (..., d) bfloat16; weight: (experts, d) and bias: (experts,) or None, float32. split: whether
+    programs share out the depth (default: where tiles of tokens leave most of the device idle).
     """
     check_input(u, "router", (torch.bfloat16,))
     check_input(weight, "router", (torch.float32,))
@@ -339,9 +350,9 @@ def router(
         ROWS=16,
     )
     tiles = cdiv(rows, 16)
-    if splits is None:
-        most = cdiv(width, 8 * _DEPTH)
-        splits = max(1, min(multiprocessors(u.device) // tiles, most))
+    if split is None:
+        split = 4 * tiles <= multiprocessors(u.device)
+    splits = cdiv(width, _PART) if split else 1
     parts = torch.empty(
         (splits, rows, groups_wide * each_wide) if splits > 1 else 0,
         dtype=torch.float32,
@@ -360,6 +371,7 @@ def router(
         choice.scaling,
         **rule,
         DEPTH=_DEPTH,
+        PART=_PART,
         SPLIT=splits > 1,
         INTERPRETED=INTERPRETING,
     )

@@ -130,6 +130,8 @@ KERNELS = {
             softmax_scale="fp32",
         ),
         dict(
+            FIRST_PART=256,
+            PARTS_ALIKE=16,
             LATENT=512,
             ROPE=64,
             LATENT_WIDE=512,
@@ -141,6 +143,12 @@ KERNELS = {
             BLOCK=BLOCK,
             INTERPRETED=False,
         ),
+    ),
+    "mla_combine": (
+        "mla_decode",
+        dict.fromkeys(("part_ptr", "total_ptr", "out_ptr"), "*fp32")
+        | dict(rows="i32", splits="i32"),
+        dict(LATENT=512, LATENT_WIDE=512),
     ),
     "mla_prefill": (
         "mla_prefill",
@@ -156,19 +164,26 @@ KERNELS = {
         | dict(weight_out_ptr="*fp32", chosen_ptr="*i64", rows="i32", width="i32", scaling="fp32"),
         dict(GROUPS=8, EACH=32, GROUPS_WIDE=8, EACH_WIDE=32, OPEN=4, K=8, K_WIDE=8)
         | dict(SIGMOID=True, BIASED=True, NORMALIZED=True)
-        | dict(ROWS=16, DEPTH=32, SPLIT=False, INTERPRETED=False),
+        | dict(ROWS=16, DEPTH=32, PART=256, SPLIT=True, INTERPRETED=False),
+    ),
+    "router_choose": (
+        "router",
+        dict(part_ptr="*fp32", bias_ptr="*fp32", weight_out_ptr="*fp32", chosen_ptr="*i64")
+        | dict(rows="i32", splits="i32", scaling="fp32"),
+        dict(GROUPS=8, EACH=32, GROUPS_WIDE=8, EACH_WIDE=32, OPEN=4, K=8, K_WIDE=8)
+        | dict(SIGMOID=True, BIASED=True, NORMALIZED=True, ROWS=16),
     ),
     "norm_quant": (
         "norm_quant",
-        dict(x_ptr="*bf16", added_ptr="*bf16", weight_ptr="*fp32", sum_ptr="*i16", y_ptr="*i16")
+        dict(x_ptr="*bf16", weight_ptr="*fp32", y_ptr="*i16")
         | dict(code_ptr="*u8", scale_ptr="*fp32", cols="i32", eps="fp32"),
-        dict(ADDED=True, KEEPS=True, POWER_OF_TWO=False, TILES=56, TILES_WIDE=64, BLOCK=BLOCK),
+        dict(KEEPS=True, POWER_OF_TWO=False, TILES=56, TILES_WIDE=64, BLOCK=BLOCK),
     ),
     "combine": (
         "combine",
         dict(y_ptr="*fp32", weight_ptr="*fp32", place_ptr="*i64", used_ptr="*i64")
-        | dict(shared_ptr="*fp32", out_ptr="*fp32", width="i32"),
-        dict(K=8, K_WIDE=8, COLS=1024, SHARED=True),
+        | dict(out_ptr="*fp32", width="i32"),
+        dict(K=8, K_WIDE=8, COLS=1024),
     ),
 }
 # Pointers whose type follows a constant: the cache holds codes where it is packed.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsv3.attention import Attention
 from dsv3.block import Block
-from dsv3.cache import LatentCache, Step
+from dsv3.cache import OneLayer, Step
 from dsv3.model import Transformer
 from dsv3.moe import MoE
 from dsv3.precision import Precision
@@ -26,9 +26,9 @@ class PlainAttention(nn.Module):
         self.attention = attention
 
     def forward(
-        self, x: Float[Tensor, "b s d"], step: Step, cache: LatentCache | None = None, slot: int = 0
+        self, x: Float[Tensor, "b s d"], step: Step, kept: OneLayer | None = None
     ) -> Float[Tensor, "b s d"]:
-        assert cache is None, "this one is for training"
+        assert kept is None, "this one is for training"
         return self.attention(x)
 
 

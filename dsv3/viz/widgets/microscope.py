@@ -21,6 +21,7 @@ from dsv3.mla import MLA
 from dsv3.model import Transformer
 from dsv3.moe import MoE
 from dsv3.parallel.tensor import TensorGroup
+from dsv3.precision import readable
 from dsv3.shipped import model_folder
 from dsv3.viz.microscope_scene import SHOWS, microscope_scene
 from dsv3.viz.scene import Scene
@@ -84,7 +85,7 @@ def activations(model: Transformer, ids: list[int]) -> dict[str, Float[Tensor, "
 
     def watch(name: str):
         def hook(_, inputs):
-            kept[name] = inputs[0].flatten(0, -2).cpu()
+            kept[name] = readable(inputs[0]).flatten(0, -2).cpu()
 
         return hook
 
