@@ -40,7 +40,7 @@ from dsv3.config import ModelConfig
 from dsv3.costs import break_even_queries
 from dsv3.fp8 import QuantizedTensor
 from dsv3.fp8.latent import PackedLatents
-from dsv3.kernels.operations import mla_decode, mla_prefill
+from dsv3.kernels.operations import mla_decode, mla_loops, mla_prefill
 from dsv3.layers import ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear, take_stored
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Normed, Precision
@@ -48,22 +48,24 @@ from dsv3.rope import rotate, softmax_scale
 
 # The two latent norms keep this epsilon whatever rms_norm_eps says, in the released code too.
 _LATENT_EPS = 1e-6
+# On a CPU, loops serve up to so many queries of a text; beyond, the library's products are faster.
+_QUERIES_IN_LOOPS = 4
 
 
 class LatentUpProjection(nn.Module):
     """W^UK and W^UV of this rank's heads, (heads, d_h + d_v, d_c): ``wkv_b`` in checkpoints.
 
-    Held in the dtype of the attention core, dequantised once at loading (in training: as a
-    float32 master). Both forms of the core read it: expanded as a product with the latent,
-    absorbed as two products around the core.
+    Held in float32, dequantised once at loading: the core reads it, and its latent comes
+    unquantised in every form, since absorption could not quantise it. Expanded reads it as a
+    product with the latent, absorbed as two products around the core.
     """
 
     def __init__(self, config: ModelConfig, heads: int, precision: Precision, device=None):
         super().__init__()
         self.config, self.precision, self.heads = config, precision, heads
         rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
-        weight = torch.empty(rows, config.kv_lora_rank, device=device)
-        self.weight = nn.Parameter(weight.to(precision.latent_weights(weight.device)))
+        shape = (rows, config.kv_lora_rank)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
         self.register_load_state_dict_pre_hook(partial(take_stored, precision.plain))
 
     def forward(
@@ -152,6 +154,8 @@ class MLA(nn.Module):
         expanded = self.prefers_expanded(q.shape[1])
         if self.precision.in_kernels(q, self.wkv_b.weight):
             return self.expanded_in_kernel if expanded else self.absorbed_in_kernel
+        if q.shape[1] <= _QUERIES_IN_LOOPS and self.precision.in_loops(q, self.wkv_b.weight):
+            return self.absorbed_in_loops
         return self.expanded if expanded else self.absorbed
 
     def prefers_expanded(self, queries: int) -> bool:
@@ -205,6 +209,20 @@ class MLA(nn.Module):
         weights = scores.softmax(-1).flatten(1, 2)  # eq. 10
         o_latent = mix_values(weights, seen[..., : self.config.kv_lora_rank])
         return torch.einsum("bshc,hdc->bshd", o_latent.unflatten(1, q.shape[1:3]), w_uv)
+
+    def absorbed_in_loops(
+        self,
+        q_nope: Float[Tensor, "b s heads d_h"],
+        q_rope: Float[Tensor, "b s heads d_r"],
+        seen: Float[Tensor, "b t latent"] | PackedLatents,
+        step: Step,
+    ) -> Float[Tensor, "b s heads d_v"]:
+        """``absorbed`` on a CPU, for few queries."""
+        if isinstance(seen, PackedLatents):
+            seen = seen.to(self.precision.dtype)
+        weight = self.wkv_b.weight.view(self.heads, -1, self.config.kv_lora_rank)
+        sums = self.precision.core(seen.device)
+        return mla_loops(q_nope, q_rope, seen, step.reach, weight, self.scale, sums)
 
     # The same two on a GPU, each around a kernel. --------------------------------------------
 

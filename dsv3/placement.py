@@ -19,7 +19,6 @@ from collections.abc import Callable
 import torch
 
 from dsv3.errors import DSV3Error
-from dsv3.mla import LatentUpProjection
 from dsv3.parallel.tensor import TensorGroup
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -113,9 +112,6 @@ def follow(model, device: torch.device) -> None:
     for module in model.modules():
         if hasattr(module, "group"):
             module.group = group
-        if isinstance(module, LatentUpProjection):
-            wanted = module.precision.latent_weights(device)
-            module.weight.data = module.weight.data.to(wanted)
 
 
 def _first(error: Exception) -> str:

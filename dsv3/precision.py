@@ -42,10 +42,12 @@ from dsv3.errors import DSV3Error
 from dsv3.fp8 import Fp8Recipe, QuantizedTensor, fp8_linear
 from dsv3.fp8.quantize import pick_backend
 from dsv3.grouped import fp8_experts, one_by_one, plain_experts
-from dsv3.kernels.operations import has_room, norm_quant
+from dsv3.kernels.operations import has_room, norm_quant, wide_product
 
 # Rows of a bfloat16 weight that are widened at a time: small enough to stay in a core's cache.
 _WIDEN_ROWS = 1024
+# On a CPU, loops serve up to so many rows of x; beyond, the library's products are faster.
+_ROWS_IN_LOOPS = 4
 _PLAIN = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
@@ -126,6 +128,15 @@ class Precision:
             and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
             and pick_backend(inputs[0].device) == "triton"
             and has_room(inputs[0].device)
+        )
+
+    def in_loops(self, *inputs: Tensor) -> bool:
+        """Whether compiled loops compute attention of few queries there: on a CPU, where Numba is
+        installed, in use and not in training."""
+        return (
+            not self.trains
+            and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+            and pick_backend(inputs[0].device) == "numba"
         )
 
     @property
@@ -222,12 +233,6 @@ class Precision:
         return self.each(x, stack, ends).float()
 
     # The latent's way up (wkv_b) ----------------------------------------------------------------
-
-    def latent_weights(self, device: torch.device) -> torch.dtype:
-        """Of wkv_b in memory. The core reads it, so it is kept as wide as the core computes; its
-        latent comes unquantised in every form of the core, since absorption could not quantise it.
-        """
-        return self.core(device)
 
     def from_latent(
         self, latent: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"]
@@ -331,9 +336,6 @@ class Training(Precision):
 
     def core(self, device: torch.device) -> torch.dtype:
         return self.dtype
-
-    def latent_weights(self, device: torch.device) -> torch.dtype:
-        return self.weights
 
     def wide(self, x: Float[Tensor, "*lead in"], matrix: Tensor) -> Float[Tensor, "*lead out"]:
         return self.rounded(x, matrix)
@@ -440,6 +442,9 @@ def wide_linear(
     if x.is_cuda:
         flat = torch.mm(x.flatten(0, -2), weight.t(), out_dtype=sums)
         return flat.view(*x.shape[:-1], -1)
+    few = sums == torch.float64 and x.numel() <= _ROWS_IN_LOOPS * x.shape[-1]
+    if few and pick_backend(x.device) == "numba":
+        return wide_product(x, weight)
     wide = x.to(sums)
     parts = [F.linear(wide, rows.to(sums)) for rows in weight.split(_WIDEN_ROWS)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

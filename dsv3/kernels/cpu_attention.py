@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 from numba import njit
 from torch import Tensor
 
@@ -32,9 +32,9 @@ def _widen(keys, first, count, run):
 
 
 @njit(cache=True, nogil=True, fastmath=_ANY_ORDER)
-def _scores(q, q_rope, keys, reach, w_uk, scale, first, last, scores):
+def _scores(q, q_rope, keys, reach, w, scale, first, last, scores):
     """Of heads ``first`` to ``last``; keys that a query does not reach get -inf."""
-    latent = w_uk.shape[2]
+    latent = w.shape[2]
     per_text = q.shape[0] // keys.shape[0]
     absorbed = np.empty((last - first, keys.shape[2]), scores.dtype)
     run = np.empty((4, keys.shape[2]), scores.dtype)
@@ -43,10 +43,10 @@ def _scores(q, q_rope, keys, reach, w_uk, scale, first, last, scores):
         for head in range(first, last):
             into = absorbed[head - first]
             into[:] = 0.0
-            for d in range(w_uk.shape[1]):
+            for d in range(q.shape[2]):
                 value = number(q[row, head, d]) * scale
                 for c in range(latent):
-                    into[c] += value * w_uk[head, d, c]
+                    into[c] += value * w[head, d, c]
             for r in range(q_rope.shape[2]):
                 into[latent + r] = number(q_rope[row, head, r]) * scale
         for j in range(0, reach[row], 4):
@@ -66,10 +66,11 @@ def _scores(q, q_rope, keys, reach, w_uk, scale, first, last, scores):
 
 
 @njit(cache=True, nogil=True, fastmath=_ANY_ORDER)
-def _values(weights, keys, reach, w_uv, first, last, out):
+def _values(weights, keys, reach, w, first, last, out):
     """Of heads ``first`` to ``last``."""
-    latent = w_uv.shape[2]
+    latent = w.shape[2]
     per_text = weights.shape[0] // keys.shape[0]
+    above = w.shape[1] - out.shape[2]  # rows of W^UK, which stand above those of W^UV
     mixed = np.empty((last - first, latent), out.dtype)
     run = np.empty((4, latent), out.dtype)
     for row in range(weights.shape[0]):
@@ -87,10 +88,10 @@ def _values(weights, keys, reach, w_uv, first, last, out):
                     into[k] += a * run[0, k] + b * run[1, k] + c * run[2, k] + d * run[3, k]
         for head in range(first, last):
             into = mixed[head - first]
-            for v in range(w_uv.shape[1]):
+            for v in range(out.shape[2]):
                 total = out.dtype.type(0.0)
                 for k in range(latent):
-                    total += into[k] * w_uv[head, v, k]
+                    total += into[k] * w[head, above + v, k]
                 out[row, head, v] = total
 
 
@@ -99,14 +100,14 @@ def attention(
     q_rope: Float[Tensor, "b s heads d_r"],
     seen: Float[Tensor, "b t latent"],
     reach: Int[Tensor, "b s"],
-    w_uk: Float[Tensor, "heads d_h d_c"],
-    w_uv: Float[Tensor, "heads d_v d_c"],
+    w: Float32[Tensor, "heads d_h+d_v d_c"],
     scale: float,
     sums: torch.dtype,
 ) -> Float[Tensor, "b s heads d_v"]:
     """Each head's average of its values, in ``sums``.
 
-    reach: how many keys each query sees; what comes out for one that sees none means nothing.
+    w: W^UK and W^UV of each head. reach: how many keys each query sees; what comes out for one that
+    sees none means nothing.
     """
     b, s, heads = q_nope.shape[:3]
     keys, reach = array(_whole(seen)), array(reach.view(-1))
@@ -114,10 +115,10 @@ def attention(
     work = b * s * heads * seen.shape[1] * seen.shape[2]
     scores = torch.empty(*rows, seen.shape[1], dtype=sums)
     queries = [array(each.reshape(*rows, -1)) for each in (q_nope, q_rope)]
-    in_threads(_scores, [*queries, keys, reach, w_uk.numpy(), scale], scores, heads, work, 1)
+    in_threads(_scores, [*queries, keys, reach, w.numpy(), scale], scores, heads, work, 1)
     weights = scores.softmax(-1)  # eq. 10
-    out = torch.empty(*rows, w_uv.shape[1], dtype=sums)
-    in_threads(_values, [weights.numpy(), keys, reach, w_uv.numpy()], out, heads, work, 1)
+    out = torch.empty(*rows, w.shape[1] - q_nope.shape[3], dtype=sums)
+    in_threads(_values, [weights.numpy(), keys, reach, w.numpy()], out, heads, work, 1)
     return out.view(b, s, heads, -1)
 
 

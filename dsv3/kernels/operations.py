@@ -1,7 +1,7 @@
-"""What stands between the products, as operations: on a GPU, each is a kernel.
+"""What stands between the products, as operations: each is a kernel on a GPU, or a loop on a CPU.
 
-Whoever wants one names it here. Triton is loaded when the first is called, and a compiler takes
-each for one operation (``dsv3.opaque``).
+Whoever wants one names it here. Triton, or Numba, is loaded when the first is called, and a
+compiler takes each for one operation (``dsv3.opaque``).
 """
 
 from __future__ import annotations
@@ -112,3 +112,36 @@ def combine(y: Tensor, weights: Tensor, order: Tensor, used: Tensor) -> Tensor:
 
     places = combine.where_stands(order, weights.numel()).view(weights.shape)
     return combine.combine(y, weights, places, used)
+
+
+@opaque(
+    "mla_loops(Tensor q_nope, Tensor q_rope, Tensor seen, Tensor reach, Tensor w, float scale,"
+    " ScalarType sums) -> Tensor",
+    like=lambda q_nope, q_rope, seen, reach, w, scale, sums: q_nope.new_empty(
+        (*q_nope.shape[:-1], w.shape[1] - q_nope.shape[-1]), dtype=sums
+    ),
+)
+def mla_loops(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    seen: Tensor,
+    reach: Tensor,
+    w: Tensor,
+    scale: float,
+    sums: torch.dtype,
+) -> Tensor:
+    """Each head's average of its values, on a CPU (``kernels.cpu_attention``)."""
+    from dsv3.kernels import cpu_attention
+
+    return cpu_attention.attention(q_nope, q_rope, seen, reach, w, scale, sums)
+
+
+@opaque(
+    "wide_product(Tensor x, Tensor w) -> Tensor",
+    like=lambda x, w: x.new_empty((*x.shape[:-1], len(w)), dtype=torch.float64),
+)
+def wide_product(x: Tensor, w: Tensor) -> Tensor:
+    """x W^T in float64, on a CPU (``kernels.cpu_linear``)."""
+    from dsv3.kernels import cpu_linear
+
+    return cpu_linear.product(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], -1)
