@@ -29,7 +29,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -229,10 +228,13 @@ _WHERE = {"triton": "Linux with an NVIDIA GPU", "numba": "pip install numba"}
 
 
 @cache
-@torch.compiler.assume_constant_result
 def _is_installed(name: str) -> bool:
+    # Import statements, for a compiler follows them, and a call of import_module it does not.
     try:
-        import_module(name)
+        if name == "triton":
+            import triton  # noqa: F401
+        else:
+            import numba  # noqa: F401
     except ImportError:
         return False
     return True
