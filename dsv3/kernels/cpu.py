@@ -35,6 +35,7 @@ def _moved_bits(result, argument) -> Callable:
 
 
 float_of_bits = _moved_bits(types.float32, types.int32)
+double_of_bits = _moved_bits(types.float64, types.int64)
 bits_of_float = _moved_bits(types.int32, types.float32)
 
 
