@@ -5,7 +5,6 @@ of them against one that uses none.
 """
 
 import itertools
-import sys
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from dsv3.fp8.latent import LatentFormat
 pytest.importorskip("triton", reason="Triton is not installed (there is none for this platform)")
 
 from dsv3.kernels.combine import combine, combine_spec, where_stands
-from dsv3.kernels.compiled import compile_for
 from dsv3.kernels.mla_decode import mla_decode, mla_decode_spec, splits_of
 from dsv3.kernels.mla_prefill import mla_prefill, mla_prefill_spec
 from dsv3.kernels.norm_quant import norm_quant, norm_quant_spec
@@ -379,27 +377,3 @@ def test_wrong_shapes_are_refused():
         router(half, torch.ones(6, 80, device=DEVICE), None, Choice(4, 1, 1, "softmax", True, 1.0))
     with pytest.raises(DSV3Error, match="combine: shapes do not fit"):
         combine(q[0, 0], q[0, 0], one, one)
-
-
-# What they become on Hopper -----------------------------------------------------------------
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler needs Linux")
-@pytest.mark.parametrize(
-    "kernel, product, options",
-    [
-        ("mla_decode", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", dict(num_warps=8)),
-        ("mla_decode", "mma.sync", dict(num_warps=8, ROWS=16, KEYS=32, PACKED=True)),
-        ("mla_prefill", "wgmma.mma_async.sync.aligned.m64n", dict(num_warps=8)),
-        ("router", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", {}),
-        ("norm_quant", "", dict(num_warps=8)),
-        ("combine", "", {}),
-    ],
-)
-def test_they_compile_for_hopper(kernel, product, options, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    found = compile_for(kernel, "sm_90", num_stages=2, **options)
-    assert bool(found.products) == bool(product)
-    assert all(name.startswith(product) for name in found.products)
-    assert found.shared <= 227 * 1024
-    assert "atom" not in found.ptx and ("div.full" not in found.ptx or kernel != "norm_quant")

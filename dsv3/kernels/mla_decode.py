@@ -83,12 +83,14 @@ def mla_decode_kernel(
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
     PACKED: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     split, text = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel, pair = tl.arange(0, LATENT_WIDE), tl.arange(0, ROPE_WIDE)
+    tile = tl.arange(0, TILES)
     has_channel, has_pair = channel < LATENT, pair < ROPE
     q_at = q_ptr + (text * rows + row[:, None]) * (LATENT + ROPE)
     is_row = (row < rows)[:, None]
@@ -115,13 +117,15 @@ def mla_decode_kernel(
         key_at = text * row_stride + key.to(tl.int64)[:, None] * key_stride
         c = tl.load(seen_ptr + key_at + channel, mask=is_key & has_channel, other=0)
         if PACKED:  # a code's bits, seven places to the left, are a float16 that is 2^8 too small
-            code = c.to(tl.int32)
-            half = (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.int16)
+            code = c.to(tl.int16)
+            half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+            value = half.to(tl.float16, bitcast=True).to(tl.float32)
             scale = tl.load(
-                scale_ptr + key_at // 4 + (channel // BLOCK), mask=is_key & has_channel, other=0.0
+                scale_ptr + key_at // 4 + tile, mask=is_key & (tile * BLOCK < LATENT), other=0.0
             )
-            value = half.to(tl.float16, bitcast=True).to(tl.float32) * (scale * 256.0)
-            c = to_bf16(value, INTERPRETED)
+            value = tl.reshape(value, (KEYS, TILES, LATENT_WIDE // TILES))
+            value = value * (scale * 256.0)[:, :, None]
+            c = to_bf16(tl.reshape(value, (KEYS, LATENT_WIDE)), INTERPRETED)
             r = tl.load(rope_ptr + key_at // 2 + pair, mask=is_key & has_pair, other=0.0)
         else:
             c = operand(c, INTERPRETED)
@@ -255,6 +259,7 @@ def mla_decode(
         KEYS=32 if packed else 64,
         PARTS=parts,
         PACKED=packed,
+        TILES=cdiv(wide["LATENT_WIDE"], BLOCK),
         BLOCK=BLOCK,
         INTERPRETED=INTERPRETING,
         num_warps=8,
