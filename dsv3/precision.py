@@ -55,7 +55,8 @@ class Precision:
 
     name: "fp32", "bf16" or "fp8"; dtype: of activations; weights: of matrices in memory; exact:
     whether sums are float64 on a CPU; recompute: whether training computes cheap results again in
-    the backward pass instead of keeping them (``dsv3.recompute``).
+    the backward pass instead of keeping them (``dsv3.recompute``); kernels: whether kernels may
+    compute what stands between the products (``in_kernels``).
 
     ``matrix`` below is what ``matrix()`` gives: here the weight, in fp8 codes with their scales.
     """
@@ -65,6 +66,7 @@ class Precision:
     weights: torch.dtype
     exact: bool = False
     recompute: bool = False
+    kernels: bool = True
 
     quantized: ClassVar[bool] = False  # weights lie in memory as codes and scales
     trains: ClassVar[bool] = False
@@ -114,7 +116,8 @@ class Precision:
         a model in bf16 on such a GPU computes by kernels under ``no_grad`` and by torch without it;
         how far the two differ is in ``dsv3.mla`` and ``dsv3.kernels``."""
         return (
-            self.dtype == torch.bfloat16
+            self.kernels
+            and self.dtype == torch.bfloat16
             and not self.trains
             and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
             and pick_backend(inputs[0].device) == "triton"

@@ -13,7 +13,7 @@ from fp8_cases import adversarial_rows, same_bits
 
 from dsv3 import ModelConfig, Transformer
 from dsv3.errors import DSV3Error
-from dsv3.fp8 import quantize_activation
+from dsv3.fp8 import QuantizedTensor, quantize_activation
 from dsv3.fp8.latent import LatentFormat
 
 pytest.importorskip("triton", reason="Triton is not installed (there is none for this platform)")
@@ -22,7 +22,10 @@ from dsv3.kernels.combine import combine, combine_spec, where_stands
 from dsv3.kernels.mla_decode import mla_decode, mla_decode_spec, splits_of
 from dsv3.kernels.mla_prefill import mla_prefill, mla_prefill_spec
 from dsv3.kernels.norm_quant import norm_quant, norm_quant_spec
+from dsv3.kernels.operations import has_room
 from dsv3.kernels.router import Choice, router, router_spec
+from dsv3.precision import Precision
+from dsv3.viz.widgets.microscope import activations
 
 pytestmark = pytest.mark.slow
 
@@ -359,6 +362,40 @@ def test_a_gradient_or_float32_stays_with_torch(monkeypatch):
     assert not half.precision.in_kernels(x, half.head.weight)
     with torch.no_grad():
         assert half.precision.in_kernels(x, half.head.weight)
+
+
+def test_who_listens_is_given_numbers(monkeypatch):
+    """In kernels a norm hands on codes; a widget's hooks read what is to be quantised."""
+    config = ModelConfig.mini().but(num_hidden_layers=2, first_k_dense_replace=1, vocab_size=64)
+    model = Transformer(config, "fp8")
+    model.load_state_dict(Transformer(config).init_weights(0, by_width=True).state_dict())
+    plain = activations(model, [1, 2, 3])
+    use_kernels(monkeypatch, True)
+    given = []
+    ear = model.layers[0].attn.register_forward_pre_hook(lambda _, x: given.append(x[0]))
+    heard = activations(model, [1, 2, 3])
+    with torch.inference_mode():
+        model(torch.tensor([[1, 2, 3]]))
+    ear.remove()
+    assert isinstance(given[0], torch.Tensor) and isinstance(given[-1], QuantizedTensor)
+    assert heard.keys() == plain.keys() and len(heard) > 10
+    for name, x in heard.items():
+        torch.testing.assert_close(x, plain[name], rtol=0.1, atol=0.1 * float(x.abs().max()))
+    assert all(part.precision.kernels for part in model.modules() if hasattr(part, "precision"))
+
+
+@pytest.mark.parametrize(
+    "capability, there",
+    [((8, 9), False), ((9, 0), True), ((10, 0), True), ((10, 3), True), ((12, 0), False)],
+)
+def test_chips_with_little_shared_memory_compute_in_torch(capability, there, monkeypatch):
+    """Ada, and Blackwell on desks: ``test_kernels_compiled`` says what is asked for."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_room(torch.device("cuda")) == there and has_room(torch.device("cpu"))
+    use_kernels(monkeypatch, True)
+    monkeypatch.setattr("dsv3.precision.has_room", lambda device: there)
+    x = torch.ones(1, dtype=torch.bfloat16)
+    assert Precision.of("bf16", ModelConfig.mini()).in_kernels(x) == there
 
 
 def test_wrong_shapes_are_refused():
