@@ -20,11 +20,12 @@ from dsv3.cache import LatentCache, Step, check_is_cache, numbers
 from dsv3.compiling import KEYS, CompiledLayers, can_capture, check_can_compile
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
+from dsv3.fp8.latent import check_kind
 from dsv3.layers import Embedding, Head, RMSNorm, RowParallelLinear
 from dsv3.moe import Experts, Router
 from dsv3.mtp import MTPModule
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.precision import Precision, check_cache_kind
+from dsv3.precision import Precision
 
 Logits = Float32[Tensor, "b s v"] | Float32[Tensor, "b v"]  # the second with last_only
 
@@ -341,7 +342,7 @@ class Transformer(nn.Module):
         self, layers: int, batch_size: int, max_seq_len: int, dtype: str | None
     ) -> LatentCache:
         own, kind = self.precision.dtype, self.precision.cache if dtype is None else dtype
-        check_cache_kind("dtype", kind)
+        check_kind("dtype", kind)
         return LatentCache(
             self.config, layers, batch_size, max_seq_len, own, self.device, kind == "fp8"
         )

@@ -24,14 +24,20 @@ def opaque(schema: str, like: Callable) -> Callable[[Callable[P, R]], Callable[P
     gradient.
 
     schema: in torch's notation, "name(Tensor x, int n) -> Tensor"; like: given the same arguments,
-    gives empty tensors of the shape and dtype of the results.
+    gives empty tensors of the shape and dtype of the results. A name that is there already gets
+    another function, as when a notebook loads an edited module again.
     """
     name, brace, rest = schema.partition("(")
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        torch.library.define(f"dsv3::{name}", brace + rest)
-        torch.library.impl(f"dsv3::{name}", ("cpu", "cuda"), function)
-        torch.library.register_fake(f"dsv3::{name}", like)
+        known = torch.library.custom_op(
+            f"dsv3::{name}",
+            function,
+            mutates_args=(),
+            device_types=("cpu", "cuda"),
+            schema=brace + rest,
+        )
+        known.register_fake(like)
         operation = getattr(torch.ops.dsv3, name).default
 
         @wraps(function)

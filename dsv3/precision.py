@@ -40,7 +40,9 @@ from dsv3 import fp8
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import Fp8Recipe, QuantizedTensor, fp8_linear
+from dsv3.fp8.latent import check_kind
 from dsv3.fp8.quantize import pick_backend
+from dsv3.fp8.stored import is_plain, stored_blocks
 from dsv3.grouped import fp8_experts, one_by_one, plain_experts
 from dsv3.kernels.operations import has_room, norm_quant, wide_product
 
@@ -48,7 +50,6 @@ from dsv3.kernels.operations import has_room, norm_quant, wide_product
 _WIDEN_ROWS = 1024
 # On a CPU, loops serve up to so many rows of x; beyond, the library's products are faster.
 _ROWS_IN_LOOPS = 4
-_PLAIN = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
 class Normed(NamedTuple):
@@ -68,7 +69,8 @@ class Precision:
     name: "fp32", "bf16" or "fp8"; dtype: of activations; weights: of matrices in memory; exact:
     whether sums are float64 on a CPU; cache: how caches keep latents, "plain" (in dtype) or "fp8"
     (``dsv3.fp8.latent``); recompute: whether training computes cheap results again in the backward
-    pass instead of keeping them (``dsv3.recompute``).
+    pass instead of keeping them (``dsv3.recompute``); kernels: whether kernels may compute what
+    stands between the products (``in_kernels``).
 
     ``matrix`` below is what ``matrix()`` gives: here the weight, in fp8 codes with their scales.
     """
@@ -79,6 +81,7 @@ class Precision:
     exact: bool = False
     cache: str = "plain"
     recompute: bool = False
+    kernels: bool = True
 
     quantized: ClassVar[bool] = False  # weights lie in memory as codes and scales
     trains: ClassVar[bool] = False
@@ -86,7 +89,7 @@ class Precision:
     @staticmethod
     def of(name: str, config: ModelConfig, cache: str = "plain") -> Precision:
         """The precision called ``name`` for using a model of this config."""
-        check_cache_kind("cache", cache)
+        check_kind("cache", cache)
         if name not in ("fp32", "bf16", "fp8"):
             raise _unknown(name)
         dtype = torch.float32 if name == "fp32" else torch.bfloat16
@@ -123,7 +126,8 @@ class Precision:
         a model in bf16 on such a GPU computes by kernels under ``no_grad`` and by torch without it;
         how far the two differ is in ``dsv3.mla`` and ``dsv3.kernels``."""
         return (
-            self.dtype == torch.bfloat16
+            self.kernels
+            and self.dtype == torch.bfloat16
             and not self.trains
             and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
             and pick_backend(inputs[0].device) == "triton"
@@ -392,42 +396,6 @@ def _unknown(name: str) -> DSV3Error:
     return DSV3Error(
         "unknown precision", where="precision", found=name, expected="fp32, bf16 or fp8"
     )
-
-
-def readable(x: Float[Tensor, "*lead d"] | Normed) -> Float[Tensor, "*lead d"]:
-    """x for who reads its numbers."""
-    return x.plain if isinstance(x, Normed) else x
-
-
-def check_cache_kind(name: str, kind: str) -> None:
-    """Raise DSV3Error for what is no way to keep latents."""
-    if kind not in ("plain", "fp8"):
-        raise DSV3Error("unknown kind of cache", where=name, found=kind, expected="plain or fp8")
-
-
-def is_plain(name: str, weight: Tensor, scale: Tensor | None) -> bool:
-    """Whether a weight of a file is in plain numbers; False for FP8 codes. DSV3Error for all else:
-    bytes that may be codes, for one, would be taken for the numbers 0 to 255."""
-    kind = getattr(weight, "dtype", type(weight).__name__)
-    if kind == torch.float8_e4m3fn:
-        return False
-    if kind not in _PLAIN or scale is not None:
-        raise DSV3Error(
-            "not a weight that can be read",
-            where=name,
-            found=f"{kind} with scales" if scale is not None else kind,
-            expected="float32, bfloat16, float16 or float64, or float8_e4m3fn with its scales",
-        )
-    return True
-
-
-def stored_blocks(name: str, weight: Tensor, scale: Tensor | None) -> QuantizedTensor:
-    """An FP8 weight of a file with its grid of scales; DSV3Error when that is not there."""
-    if scale is None:
-        raise DSV3Error(
-            "FP8 weight without its scale", where=name, expected="its grid of scales beside it"
-        )
-    return QuantizedTensor(weight, fp8.decode_scale(scale))
 
 
 def wide_linear(

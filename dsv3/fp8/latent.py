@@ -22,9 +22,16 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from dsv3.errors import DSV3Error
 from dsv3.fields import BLOCK
 from dsv3.fp8.formats import E4M3
 from dsv3.fp8.quantize import ACTIVATION_BLOCK, dequantize_rows, quantize_activation, row_chunks
+
+
+def check_kind(name: str, kind: str) -> None:
+    """Raise DSV3Error for what is no kind of cache."""
+    if kind not in ("plain", "fp8"):
+        raise DSV3Error("unknown kind of cache", where=name, found=kind, expected="plain or fp8")
 
 
 @dataclass(frozen=True)

@@ -48,14 +48,15 @@ class Compiled:
     """A kernel for one kind of GPU.
 
     ptx: the program. registers: 32-bit registers of each thread, of which a multiprocessor of
-    Hopper has 65,536. shared: bytes of shared memory of each program, of which it has 228 KiB.
-    threads: of each program.
+    Hopper has 65,536. spilled: bytes of each thread that found no room in them. shared: bytes of
+    shared memory of each program, of which it has 228 KiB. threads: of each program.
     """
 
     kernel: str
     gpu: str
     ptx: str
     registers: int
+    spilled: int
     shared: int
     threads: int
 
@@ -153,21 +154,22 @@ def _compile(kernel: str, arch: int, constants: dict, options: dict) -> dict:
     found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return dict(
         ptx=found.asm["ptx"],
-        registers=_registers(knobs.nvidia.cuobjdump.path, found.asm["cubin"]),
+        **_resources(knobs.nvidia.cuobjdump.path, found.asm["cubin"]),
         shared=found.metadata.shared,
         threads=32 * found.metadata.num_warps,
     )
 
 
-def _registers(cuobjdump: str, cubin: bytes) -> int:
-    """Registers of each thread, as the assembler noted them beside the machine code."""
+def _resources(cuobjdump: str, cubin: bytes) -> dict[str, int]:
+    """Of each thread, as the assembler noted it beside the machine code."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         told = subprocess.run(
             [cuobjdump, "--dump-resource-usage", path], capture_output=True, text=True, check=True
         )
-    return int(re.findall(r"REG:(\d+)", told.stdout)[0])
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", told.stdout)[0]
+    return dict(registers=int(registers), spilled=int(stack))
 
 
 if __name__ == "__main__":

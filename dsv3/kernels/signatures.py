@@ -117,7 +117,7 @@ KERNELS = {
         dict(
             q_ptr="*fp32",
             seen_ptr="*bf16",
-            scale_ptr="*fp32",
+            scale_ptr="*bf16",
             rope_ptr="*bf16",
             reach_ptr="*i64",
             out_ptr="*fp32",
@@ -140,6 +140,7 @@ KERNELS = {
             KEYS=64,
             PARTS=2,
             PACKED=False,
+            TILES=4,
             BLOCK=BLOCK,
             INTERPRETED=False,
         ),
@@ -188,7 +189,7 @@ KERNELS = {
 }
 # Pointers whose type follows a constant: the cache holds codes where it is packed.
 BY_CONSTANT = {
-    ("mla_decode", "PACKED", True): dict(seen_ptr="*u8"),
+    ("mla_decode", "PACKED", True): dict(seen_ptr="*u8", scale_ptr="*fp32"),
     ("mla_prefill", "PARTS", 1): dict.fromkeys(("qn_ptr", "qr_ptr", "kv_ptr", "kr_ptr"), "*bf16"),
 }
 # Sizes that a launch may take for multiples of 16, so that memory is read 16 bytes at a time.
