@@ -92,7 +92,7 @@ class QuantizedTensor:
                 "unknown scale format", found=self.scale_format, expected="float32 or ue8m0"
             )
         expected = scale_shape(self.data.shape, self.block)
-        if tuple(self.scale.shape) != expected:
+        if self.scale.shape != expected:
             raise DSV3Error(
                 "scales do not match the quantised data",
                 found=f"scale {tuple(self.scale.shape)}",
@@ -195,10 +195,10 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ..
             found=tuple(shape),
             expected=f"rows and columns for blocks of {block[0]}x{block[1]}",
         )
-    *lead, cols = shape
-    if lead:
-        lead[-1] = -(-lead[-1] // block[0])
-    return (*lead, -(-cols // block[1]))
+    tiles = -(-shape[-1] // block[1])
+    if block[0] == 1:
+        return (*shape[:-1], tiles)
+    return (*shape[:-2], -(-shape[-2] // block[0]), tiles)
 
 
 def pick_backend(device: torch.device, backend: str | None = None) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 from llvmlite import ir
-from numba import types
+from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -50,6 +50,24 @@ def float_of_half(typing_context, bits):
     return types.float32(types.int16), written
 
 
+@intrinsic
+def _pointer(typing_context, place):
+    def written(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), written
+
+
+@njit(inline="always")
+def numbers(place, shape, dtype):
+    """The array that lies at ``place``, where ``Tensor.data_ptr`` says that a tensor begins.
+
+    Loops that a step of decoding calls a hundred times are given places: to wrap a small tensor in
+    an array takes longer than what is then done with it.
+    """
+    return carray(_pointer(place), shape, dtype)
+
+
 def number(x):
     """An element of ``array``: itself, or the float32 of the bits of a bfloat16."""
     raise NotImplementedError("only in compiled loops")
@@ -72,21 +90,18 @@ def array(x: Shaped[Tensor, "..."]) -> np.ndarray:
     return x.numpy()
 
 
-def in_threads(
-    run: Callable, inputs: list, out: Shaped[Tensor, "..."], count: int, work: int, step: int
-) -> None:
-    """run(*inputs, first, last, out) over ``count`` things, ``step`` of which stay together, in as
-    many threads as torch has and the work is worth.
+def in_threads(run: Callable[[int, int], None], count: int, together: int, work: int) -> None:
+    """run(first, last) over ``count`` things, of which ``together`` are never parted, in as many
+    threads as torch has and the work is worth.
 
     work: multiplications in all.
     """
-    result = out.numpy()
     threads = min(torch.get_num_threads(), work // _FOR_A_THREAD)
     if threads <= 1:
-        return run(*inputs, 0, count, result)
-    each = -(-count // threads // step) * step
+        return run(0, count)
+    each = -(-count // threads // together) * together
     running = [
-        threading.Thread(target=run, args=(*inputs, first, min(first + each, count), result))
+        threading.Thread(target=run, args=(first, min(first + each, count)))
         for first in range(0, count, each)
     ]
     for thread in running:

@@ -115,10 +115,12 @@ def attention(
     work = b * s * heads * seen.shape[1] * seen.shape[2]
     scores = torch.empty(*rows, seen.shape[1], dtype=sums)
     queries = [array(each.reshape(*rows, -1)) for each in (q_nope, q_rope)]
-    in_threads(_scores, [*queries, keys, reach, w.numpy(), scale], scores, heads, work, 1)
+    inputs = (*queries, keys, reach, array(w), scale)
+    in_threads(lambda *heads: _scores(*inputs, *heads, array(scores)), heads, 1, work)
     weights = scores.softmax(-1)  # eq. 10
     out = torch.empty(*rows, w.shape[1] - q_nope.shape[3], dtype=sums)
-    in_threads(_values, [weights.numpy(), keys, reach, w.numpy()], out, heads, work, 1)
+    inputs = (array(weights), keys, reach, array(w))
+    in_threads(lambda *heads: _values(*inputs, *heads, array(out)), heads, 1, work)
     return out.view(b, s, heads, -1)
 
 

@@ -42,5 +42,7 @@ def product(
 ) -> Float64[Tensor, "rows out"]:
     """x W^T; w in float32 or bfloat16."""
     out = torch.empty(len(x), len(w), dtype=torch.float64)
-    in_threads(_times, [array(x.double()), array(w)], out, len(w), len(x) * w.numel(), _TOGETHER)
+    inputs = (array(x.double()), array(w))
+    work = x.shape[0] * w.numel()
+    in_threads(lambda *rows: _times(*inputs, *rows, array(out)), w.shape[0], _TOGETHER, work)
     return out
