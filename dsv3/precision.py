@@ -138,7 +138,8 @@ class Precision:
         """Whether compiled loops compute attention of few queries there: on a CPU, where Numba is
         installed, in use and not in training."""
         return (
-            not self.trains
+            self.kernels
+            and not self.trains
             and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
             and pick_backend(inputs[0].device) == "numba"
         )

@@ -17,14 +17,34 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+# What a compiler may do with a loop in which the order of sums does not matter.
+ANY_ORDER = {"reassoc", "contract", "nsz"}
 # Multiplications that are worth a thread of their own.
 _FOR_A_THREAD = 1 << 21
+
+
+def loop(**options) -> Callable[[Callable], Callable]:
+    """Decorator: compiled when it is first called, and kept beside the source or in the user's
+    cache, where one of them can be written."""
+
+    def decorated(function: Callable) -> Callable:
+        try:
+            return njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # Numba found no place to keep it
+            return njit(nogil=True, **options)(function)
+
+    return decorated
+
+
+def _operation(written: Callable) -> Callable:
+    """Decorator for what writes an operation of a loop in the compiler's own terms."""
+    return intrinsic(written)
 
 
 def _moved_bits(result, argument) -> Callable:
     """An operation that reads the bits of a number as another number."""
 
-    @intrinsic
+    @_operation
     def moved(typing_context, value):
         def written(context, builder, signature, arguments):
             return builder.bitcast(arguments[0], context.get_value_type(result))
@@ -39,7 +59,7 @@ double_of_bits = _moved_bits(types.float64, types.int64)
 bits_of_float = _moved_bits(types.int32, types.float32)
 
 
-@intrinsic
+@_operation
 def float_of_half(typing_context, bits):
     """The float32 of these 16 bits as a float16: one instruction on most processors, subnormal
     numbers included."""
@@ -50,7 +70,7 @@ def float_of_half(typing_context, bits):
     return types.float32(types.int16), written
 
 
-@intrinsic
+@_operation
 def _pointer(typing_context, place):
     def written(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())

@@ -17,9 +17,7 @@ from jaxtyping import Float, Float32, Int
 from numba import njit
 from torch import Tensor
 
-from dsv3.kernels.cpu import array, in_threads, number
-
-_ANY_ORDER = {"reassoc", "contract", "nsz"}
+from dsv3.kernels.cpu import ANY_ORDER, array, in_threads, loop, number
 
 
 @njit(inline="always")
@@ -31,7 +29,7 @@ def _widen(keys, first, count, run):
             run[i, c] = number(key[c])
 
 
-@njit(cache=True, nogil=True, fastmath=_ANY_ORDER)
+@loop(fastmath=ANY_ORDER)
 def _scores(q, q_rope, keys, reach, w, scale, first, last, scores):
     """Of heads ``first`` to ``last``; keys that a query does not reach get -inf."""
     latent = w.shape[2]
@@ -65,7 +63,7 @@ def _scores(q, q_rope, keys, reach, w, scale, first, last, scores):
         scores[row, first:last, reach[row] :] = -np.inf
 
 
-@njit(cache=True, nogil=True, fastmath=_ANY_ORDER)
+@loop(fastmath=ANY_ORDER)
 def _values(weights, keys, reach, w, first, last, out):
     """Of heads ``first`` to ``last``."""
     latent = w.shape[2]
@@ -110,16 +108,16 @@ def attention(
     sees none means nothing.
     """
     b, s, heads = q_nope.shape[:3]
-    keys, reach = array(_whole(seen)), array(reach.view(-1))
+    keys, seen_by = array(_whole(seen)), array(reach.view(-1))
     rows = (b * s, heads)
     work = b * s * heads * seen.shape[1] * seen.shape[2]
     scores = torch.empty(*rows, seen.shape[1], dtype=sums)
     queries = [array(each.reshape(*rows, -1)) for each in (q_nope, q_rope)]
-    inputs = (*queries, keys, reach, array(w), scale)
+    inputs = (*queries, keys, seen_by, array(w), scale)
     in_threads(lambda *heads: _scores(*inputs, *heads, array(scores)), heads, 1, work)
     weights = scores.softmax(-1)  # eq. 10
     out = torch.empty(*rows, w.shape[1] - q_nope.shape[3], dtype=sums)
-    inputs = (array(weights), keys, reach, array(w))
+    inputs = (array(weights), keys, seen_by, array(w))
     in_threads(lambda *heads: _values(*inputs, *heads, array(out)), heads, 1, work)
     return out.view(b, s, heads, -1)
 

@@ -21,17 +21,17 @@ from torch import Tensor
 
 from dsv3.fields import BLOCK
 from dsv3.kernels.cpu import (
+    ANY_ORDER,
     array,
     bits_of_float,
     double_of_bits,
     float_of_bits,
     float_of_half,
     in_threads,
+    loop,
     numbers,
 )
 
-# Sums may be taken in any order: they are exact.
-_ANY_ORDER = {"reassoc", "contract", "nsz"}
 # Rows of w that are taken together: x is read once for them.
 _TOGETHER = 4
 _SIGN_AND_SEVEN = np.int64(-(1 << 63) | 0x7F << 49)
@@ -90,7 +90,7 @@ def _quantize(x, power_of_two, codes, scales):
                 codes[row, start + k] = _encode(x[row, start + k] / divisor)
 
 
-@njit(cache=True, nogil=True)
+@loop()
 def _quantize_at(x, codes, scales, rows, cols, power_of_two):
     shape, tiles = (rows, cols), (rows, -(-cols // BLOCK))
     _quantize(
@@ -101,7 +101,7 @@ def _quantize_at(x, codes, scales, rows, cols, power_of_two):
     )
 
 
-@njit(cache=True, nogil=True)
+@loop()
 def _dequantize(codes, scales, block_rows, out):
     """code * scale, in the dtype of ``out``."""
     for row in range(codes.shape[0]):
@@ -112,7 +112,7 @@ def _dequantize(codes, scales, block_rows, out):
                 out[row, start + k] = _decode(codes[row, start + k]) * np.float32(256.0) * scale
 
 
-@njit(cache=True, nogil=True, fastmath=_ANY_ORDER)
+@loop(fastmath=ANY_ORDER)
 def _times(x, x_scale, w, w_scale, first, last, out):
     """x w^T for the rows of w from ``first`` to ``last``, with x as values of codes, times 2^-8."""
     inner = w.shape[1]
@@ -145,7 +145,7 @@ def _times(x, x_scale, w, w_scale, first, last, out):
                 out[m, n + i] = sums[m, i]
 
 
-@njit(cache=True, nogil=True, fastmath=_ANY_ORDER)
+@loop(fastmath=ANY_ORDER)
 def _times_row(x, x_scale, w, w_scale, first, last, out):
     """The same for a single row: each number is decoded where it is multiplied.
 
@@ -196,7 +196,7 @@ def _values(x):
     return values
 
 
-@njit(cache=True, nogil=True)
+@loop()
 def _one(x, x_scale, w, w_scale, out, rows, inner, outer, smallest, first, last):
     """A matrix w (outer, inner)."""
     tiles, blocks = -(-inner // BLOCK), -(-outer // BLOCK)
@@ -212,7 +212,7 @@ def _one(x, x_scale, w, w_scale, out, rows, inner, outer, smallest, first, last)
     )
 
 
-@njit(cache=True, nogil=True)
+@loop()
 def _each(
     x,
     x_scale,

@@ -9,16 +9,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
-from numba import njit
 from torch import Tensor
 
-from dsv3.kernels.cpu import array, in_threads, number
+from dsv3.kernels.cpu import ANY_ORDER, array, in_threads, loop, number
 
 # Rows of w that are taken together: x is read once for them.
 _TOGETHER = 4
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@loop(fastmath=ANY_ORDER)
 def _times(x, w, first, last, out):
     """x w^T for the rows of w from ``first`` to ``last``."""
     for n in range(first, last, _TOGETHER):
