@@ -49,7 +49,7 @@ from dsv3.kernels.operations import combine, router
 from dsv3.layers import SwiGLU
 from dsv3.parallel.experts import Holding, experts_of
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.precision import Normed, Precision
+from dsv3.precision import Normed, Precision, unquantized
 
 
 class Router(nn.Module):
@@ -289,8 +289,8 @@ class MoE(nn.Module):
 
     def forward(self, u: Float[Tensor, "b s d"] | Normed) -> Float[Tensor, "b s d"]:
         """Both sums share one rounding, and one all-reduce unless tokens travel to experts."""
-        flat = self.precision.operand(u).flatten(0, 1)  # all experts read the same values
-        u = u.plain if isinstance(u, Normed) else u  # the gate reads the numbers
+        flat = self.precision.operand(u).flatten(0, 1)  # what all experts multiply
+        u = unquantized(u)
         weights, chosen, _ = self.gate(u)  # training hears the balance loss by a hook
         weights, chosen = weights.flatten(0, 1), chosen.flatten(0, 1)
         shared = self.shared_experts.partial_sum(flat)

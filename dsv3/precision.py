@@ -62,6 +62,11 @@ class Normed(NamedTuple):
     operand: QuantizedTensor
 
 
+def unquantized(x: Float[Tensor, "*lead d"] | Normed) -> Float[Tensor, "*lead d"]:
+    """x for who reads its numbers."""
+    return x.plain if isinstance(x, Normed) else x
+
+
 @dataclass(frozen=True, kw_only=True)
 class Precision:
     """Plain numbers, in use: "fp32" and "bf16", and what fp8 does not keep in FP8.
@@ -69,8 +74,7 @@ class Precision:
     name: "fp32", "bf16" or "fp8"; dtype: of activations; weights: of matrices in memory; exact:
     whether sums are float64 on a CPU; cache: how caches keep latents, "plain" (in dtype) or "fp8"
     (``dsv3.fp8.latent``); recompute: whether training computes cheap results again in the backward
-    pass instead of keeping them (``dsv3.recompute``); kernels: whether kernels may compute what
-    stands between the products (``in_kernels``).
+    pass instead of keeping them (``dsv3.recompute``).
 
     ``matrix`` below is what ``matrix()`` gives: here the weight, in fp8 codes with their scales.
     """
@@ -81,7 +85,6 @@ class Precision:
     exact: bool = False
     cache: str = "plain"
     recompute: bool = False
-    kernels: bool = True
 
     quantized: ClassVar[bool] = False  # weights lie in memory as codes and scales
     trains: ClassVar[bool] = False
@@ -126,8 +129,7 @@ class Precision:
         a model in bf16 on such a GPU computes by kernels under ``no_grad`` and by torch without it;
         how far the two differ is in ``dsv3.mla`` and ``dsv3.kernels``."""
         return (
-            self.kernels
-            and self.dtype == torch.bfloat16
+            self.dtype == torch.bfloat16
             and not self.trains
             and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
             and pick_backend(inputs[0].device) == "triton"

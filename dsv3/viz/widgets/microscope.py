@@ -17,11 +17,11 @@ from dsv3.fp8 import QuantizedTensor, decode_scale, quantize_activation
 from dsv3.fp8.formats import E4M3
 from dsv3.generation.tokenizer import Tokenizer, load_tokenizer
 from dsv3.layers import SwiGLU
-from dsv3.listening import in_plain_torch
 from dsv3.mla import MLA
 from dsv3.model import Transformer
 from dsv3.moe import MoE
 from dsv3.parallel.tensor import TensorGroup
+from dsv3.precision import unquantized
 from dsv3.shipped import model_folder
 from dsv3.viz.microscope_scene import SHOWS, microscope_scene
 from dsv3.viz.scene import Scene
@@ -85,7 +85,7 @@ def activations(model: Transformer, ids: list[int]) -> dict[str, Float[Tensor, "
 
     def watch(name: str):
         def hook(_, inputs):
-            kept[name] = inputs[0].flatten(0, -2).cpu()
+            kept[name] = unquantized(inputs[0]).flatten(0, -2).cpu()
 
         return hook
 
@@ -96,10 +96,9 @@ def activations(model: Transformer, ids: list[int]) -> dict[str, Float[Tensor, "
     ]
     try:
         tokens = torch.tensor([ids], device=model.device)
-        with in_plain_torch(model):
-            hidden = model(tokens, return_hidden=True)[1]
-            if len(model.mtp) and len(ids) > 1:
-                model.mtp_logits(hidden[:, :-1], tokens[:, 1:])
+        hidden = model(tokens, return_hidden=True)[1]
+        if len(model.mtp) and len(ids) > 1:
+            model.mtp_logits(hidden[:, :-1], tokens[:, 1:])
     finally:
         for hook in hooks:
             hook.remove()
