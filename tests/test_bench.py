@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoints import tiny_config
 
-from dsv3 import fp8
+from dsv3 import fp8, mla
 from dsv3.bench import (
     attention,
     chapters,
@@ -29,6 +29,7 @@ from dsv3.bench.row import Check, Goal, Line, Missing, Row, Trial, Workbench
 from dsv3.checkpoint.layout import layout
 from dsv3.cli import main
 from dsv3.model import Transformer
+from dsv3.precision import Precision
 
 CPU = torch.device("cpu")
 SMALL = models.CONFIG.but(
@@ -247,7 +248,8 @@ CASES = {
     "9 fp32": lambda b: attention.prefill(ONE_LAYER, torch.float32, 33, b),
     "9 bf16": lambda b: attention.prefill(ONE_LAYER, torch.bfloat16, 33, b),
     "10": lambda b: decoding.prefill("fp32", 512, b),
-    "11 fp8": lambda b: decoding.decode("fp8", 64, b),
+    "11 fp8": lambda b: decoding.decode("fp8", 64, False, b),
+    "16": lambda b: decoding.batch(3, b),
 }
 
 
@@ -287,6 +289,32 @@ def test_the_rows_of_a_gpu_compute_the_same_on_a_cpu(bench, monkeypatch):
     ):
         found = lines_of(prepare, bench)
         assert {line.state for line in found} <= {"met", "short", "missing"} and len(found) < 3
+
+
+def test_attention_of_a_gpu_is_measured_in_its_kernels(bench, monkeypatch):
+    """Rows 8 and 9 go through the form that the model takes there."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from dsv3.kernels.mla_decode import mla_decode_spec
+    from dsv3.kernels.mla_prefill import mla_prefill_spec
+
+    called = []
+
+    def counted(spec):
+        return lambda *args: called.append(spec.__name__) or spec(*args)
+
+    monkeypatch.setattr(Precision, "in_kernels", lambda self, *_: self.dtype == torch.bfloat16)
+    monkeypatch.setattr(mla, "mla_decode", counted(mla_decode_spec))
+    monkeypatch.setattr(mla, "mla_prefill", counted(mla_prefill_spec))
+    monkeypatch.setattr(attention, "chip", lambda device: GPU_LIKE)
+    for prepare, form in (
+        (lambda b: attention.absorbed(ONE_LAYER, 3, 64, b), "mla_decode_spec"),
+        (lambda b: attention.decode(ONE_LAYER, torch.bfloat16, 9, b), "mla_decode_spec"),
+        (lambda b: attention.prefill(ONE_LAYER, torch.bfloat16, 33, b), "mla_prefill_spec"),
+    ):
+        found = lines_of(prepare, bench)
+        assert "failed" not in {line.state for line in found}, found
+        assert set(called) == {form} and len(called) >= 3  # the check, a first call, a round
+        called.clear()
 
 
 @pytest.mark.parametrize("q_lora_rank", [32, None])

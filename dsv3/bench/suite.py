@@ -14,9 +14,12 @@ from dsv3.bench import (
     decoding,
     drafting,
     experts,
+    footprint,
+    make_run,
     memory,
     products,
     quantization,
+    training,
 )
 from dsv3.bench.models import Models
 from dsv3.bench.peers import Missing
@@ -24,7 +27,8 @@ from dsv3.bench.rounds import Clock
 from dsv3.bench.row import Line, Row, Workbench, brief
 
 _GROUPS = (
-    quantization, products, experts, attention, decoding, memory, drafting, chapters
+    quantization, products, experts, attention, decoding, memory, drafting, chapters, training,
+    footprint, make_run
 )  # fmt: skip
 
 
