@@ -71,8 +71,16 @@ def test_memory_jobs_measure_this_process(monkeypatch):
     from dsv3.bench import memory
 
     monkeypatch.setattr(memory, "CONFIG", SMALL)
-    for job in (("read", "40"), ("write", "40"), ("experts", "8", "5"), ("tokens", "8", "5")):
+    for job in (
+        ("read", "40", "fp8"),
+        ("write", "40", "fp32"),
+        ("experts", "8", "5"),
+        ("tokens", "8", "5"),
+    ):
         assert memory.job(*job)["peak"] >= 0
+    pytest.importorskip("transformers")
+    for kind in ("read", "write"):
+        assert memory.job(kind, "40", "transformers")["peak"] >= 0
 
 
 def test_the_command_writes_the_curves(monkeypatch, capsys, few_points, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -167,7 +167,9 @@ class Line:
 
     def to_dict(self) -> dict:
         """For JSON: what is not there is left out."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, "")}
+        optional = {field.name for field in fields(self) if field.default in (None, "")}
+        told = asdict(self).items()
+        return {name: value for name, value in told if name not in optional or value}
 
     @classmethod
     def of(cls, told: dict) -> Line:
