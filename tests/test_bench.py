@@ -229,6 +229,11 @@ def test_time_left_is_shared_and_what_gets_none_is_left_out(clock, bench):
     assert given == [24, 15, 50, 74]
     assert [line.state for line in found] == ["shown"] * 4 + ["left out"]
     assert "--minutes" in found[-1].note
+    given.clear()
+    list(
+        suite.measure([Row(1, "a", "", takes(0), weight=3), Row(2, "b", "", takes(0))], bench, 2.0)
+    )
+    assert given == [90, 120]
     (line,) = suite.measure([Row(9, "f", "", takes(1), least=300)], bench, 4.0)
     assert line.state == "left out" and "takes 5 or more" in line.note
 

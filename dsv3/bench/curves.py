@@ -58,6 +58,8 @@ class Curve:
         return (
             f"{self.group}, {self.name}: {middle:.3g} {self.quantity} at {size:,.0f} {self.size}; "
             f"slope {overall:.2f}, at the end {last:.2f}"
+            + f"; {self.rounds} rounds a point"
+            * (self.rounds > 1)
         )
 
     def to_dict(self) -> dict:

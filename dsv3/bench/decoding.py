@@ -179,18 +179,18 @@ def _named(dtype: torch.dtype) -> str:
 def rows(suite: str) -> list[Row]:
     reading, writing = "model, prefill", "model, decode"
     return [
-        Row(
-            10, reading, f"{precision}, {length} tokens", timed(partial(prefill, precision, length))
-        )
+        Row(10, reading, f"{precision}, {length} tokens",
+            timed(partial(prefill, precision, length)), weight=length / 256)
         for precision in ("fp32", "bf16")
         for length in PREFILL
     ] + [
         Row(11, writing, f"{precision}, behind {length}",
-            timed(partial(decode, precision, length, suite == "gpu")))
+            timed(partial(decode, precision, length, suite == "gpu")),
+            weight=1 + length / 512 * (precision == "bf16"))
         for precision in ("fp32", "bf16", "fp8")
         for length in DECODE
     ] + [
         Row(16, "model, decode of a batch", f"fp8, {count} text{'s' * (count > 1)}",
-            timed(partial(batch, count)))
+            timed(partial(batch, count)), weight=1 + count / 16)
         for count in BATCHES
     ]  # fmt: skip

@@ -80,4 +80,6 @@ def two_ranks(row: Row, bench: Workbench, allowed: float, start: Callable = run)
 def rows(suite: str) -> list[Row]:
     if suite == "gpu":
         return []
-    return [Row(18, "make run", "dsv3-mini, fp8, 2 ranks, 150 tokens", two_ranks, least=30)]
+    return [
+        Row(18, "make run", "dsv3-mini, fp8, 2 ranks, 150 tokens", two_ranks, least=30, weight=6)
+    ]

@@ -128,7 +128,8 @@ class Workbench:
 class Row:
     """measure: from the bench and the seconds there are to the lines of this row's table.
 
-    number: on the scoreboard. least: seconds below which it is not worth a try.
+    number: on the scoreboard. least: seconds below which it is not worth a try. weight: how many
+    times the usual row's share of the time it is given, since its calls take long.
     """
 
     number: int
@@ -136,6 +137,7 @@ class Row:
     case: str
     measure: Callable[[Row, Workbench, float], Iterator[Line]]
     least: float = 0.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,6 @@ def step(config: ModelConfig, precision: str, windows: int, length: int, bench: 
 def rows(suite: str) -> list[Row]:
     return [
         Row(15, "training step", f"{precision}, {WINDOWS} windows of {LENGTH}",
-            timed(partial(step, CONFIG, precision, WINDOWS, LENGTH), learns=True))
+            timed(partial(step, CONFIG, precision, WINDOWS, LENGTH), learns=True), weight=6)
         for precision in GAPS
     ]  # fmt: skip
