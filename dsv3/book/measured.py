@@ -76,8 +76,8 @@ def slopes(found: Mapping) -> str:
             lines.append(head)
         low, high = (_short(curve["points"][at][2]) for at in (0, -1))
         lines.append(
-            f"   {curve['name']:40}{low:>6} to {high:>6} {curve['quantity']:3}slope "
-            f"{curve['slope']:5.2f}, at the end {curve['slope_at_the_end']:5.2f}"
+            f"  {curve['name']:38}{low:>6} to{high:>7} {curve['quantity']}  slope "
+            f"{curve['slope']:.2f}, end {curve['slope_at_the_end']:.2f}"
         )
         before = head
     return "\n".join(lines)
