@@ -64,7 +64,7 @@ if not torch.cuda.is_available():
 @pytest.fixture
 def without_numba(monkeypatch):
     """FP8 on a CPU by torch's operations, as where Numba is not installed."""
-    monkeypatch.setattr("dsv3.fp8.quantize._is_installed", lambda name: False)
+    monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: False)
 
 
 @pytest.fixture

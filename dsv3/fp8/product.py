@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dsv3.backward import without_backward
 from dsv3.errors import DSV3Error
+from dsv3.fp8.backend import pick_backend
 from dsv3.fp8.quantize import (
     ACTIVATION_BLOCK,
     COLUMN_BLOCK,
@@ -36,7 +37,6 @@ from dsv3.fp8.quantize import (
     WEIGHT_BLOCK,
     QuantizedTensor,
     dequantize_fast,
-    pick_backend,
     quantize_activation,
     row_chunks,
 )

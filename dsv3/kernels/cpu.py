@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
@@ -100,7 +99,7 @@ def _number(x):
     return lambda x: x
 
 
-def array(x: Shaped[Tensor, "..."]) -> np.ndarray:
+def array(x: Tensor) -> np.ndarray:
     """The numbers of a tensor where they lie; codes as bytes with a sign, bfloat16 as its bits."""
     x = x.contiguous()
     if x.dtype == torch.float8_e4m3fn:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
 from numba import njit
 from torch import Tensor
 
@@ -94,18 +93,19 @@ def _values(weights, keys, reach, w, first, last, out):
 
 
 def attention(
-    q_nope: Float[Tensor, "b s heads d_h"],
-    q_rope: Float[Tensor, "b s heads d_r"],
-    seen: Float[Tensor, "b t latent"],
-    reach: Int[Tensor, "b s"],
-    w: Float32[Tensor, "heads d_h+d_v d_c"],
+    q_nope: Tensor,
+    q_rope: Tensor,
+    seen: Tensor,
+    reach: Tensor,
+    w: Tensor,
     scale: float,
     sums: torch.dtype,
-) -> Float[Tensor, "b s heads d_v"]:
-    """Each head's average of its values, in ``sums``.
+) -> Tensor:
+    """Each head's average of its values, (b, s, heads, d_v) in ``sums``.
 
-    w: W^UK and W^UV of each head. reach: how many keys each query sees; what comes out for one that
-    sees none means nothing.
+    q_nope (b, s, heads, d_h), q_rope (b, s, heads, d_r); seen (b, t, d_c + d_r): the cache; reach
+    (b, s): how many keys each query sees, where what comes out for one that sees none means
+    nothing; w (heads, d_h + d_v, d_c) float32: W^UK and W^UV of each head.
     """
     b, s, heads = q_nope.shape[:3]
     keys, seen_by = array(_whole(seen)), array(reach.view(-1))
@@ -122,7 +122,7 @@ def attention(
     return out.view(b, s, heads, -1)
 
 
-def _whole(seen: Float[Tensor, "b t latent"]) -> Float[Tensor, "b room latent"]:
+def _whole(seen: Tensor) -> Tensor:
     """The cache that these keys are the beginning of: it lies in one piece, they may not."""
     width = seen.shape[2]
     if seen.is_contiguous() or seen.stride()[1:] != (width, 1):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float8e4m3fn, Float32, Float64, Int
 from numba import njit
 from torch import Tensor
 
@@ -255,10 +254,8 @@ def _each(
         begin = end
 
 
-def quantize(
-    x: Float[Tensor, "rows cols"], scale_format: str
-) -> tuple[Float8e4m3fn[Tensor, "rows cols"], Float32[Tensor, "rows tiles"]]:
-    """Codes and scales of activations, one scale for each row and 128 columns."""
+def quantize(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
+    """x (rows, cols) to codes (rows, cols) E4M3 and float32 scales (rows, tiles)."""
     rows, cols = x.shape
     x = x.float().contiguous()
     codes = torch.empty(rows, cols, dtype=torch.float8_e4m3fn)
@@ -268,23 +265,15 @@ def quantize(
     return codes, scale
 
 
-def dequantize(
-    codes: Float8e4m3fn[Tensor, "rows cols"],
-    scale: Float32[Tensor, "row_blocks tiles"],
-    block_rows: int,
-    out: Float[Tensor, "rows cols"],
-) -> None:
-    """code * scale into ``out``, float32 or float64. A NaN code is not looked for."""
+def dequantize(codes: Tensor, scale: Tensor, block_rows: int, out: Tensor) -> None:
+    """code * scale of codes (rows, cols) and scales (rows / block_rows, tiles) into ``out``,
+    float32 or float64. A NaN code is not looked for."""
     _dequantize(array(codes), array(scale), block_rows, out.numpy())
 
 
-def product(
-    x: Float8e4m3fn[Tensor, "rows inner"],
-    x_scale: Float32[Tensor, "rows tiles"],
-    w: Float8e4m3fn[Tensor, "out inner"],
-    w_scale: Float32[Tensor, "blocks tiles"],
-) -> Float64[Tensor, "rows out"]:
-    """x W^T."""
+def product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
+    """x W^T (rows, out) in float64 for codes x (rows, inner) with scales (rows, tiles), and w (out,
+    inner) with scales (blocks, tiles)."""
     (rows, inner), outer = x.shape, w.shape[0]
     out = torch.empty(rows, outer, dtype=torch.float64)
     tensors = [each.contiguous() for each in (x, x_scale, w, w_scale, out)]
@@ -294,17 +283,13 @@ def product(
 
 
 def products(
-    x: Float8e4m3fn[Tensor, "rows inner"],
-    x_scale: Float32[Tensor, "rows tiles"],
-    w: Float8e4m3fn[Tensor, "experts parts out inner"],
-    w_scale: Float32[Tensor, "experts parts blocks tiles"],
-    ends: Int[Tensor, " experts"],
-    most: int,
-) -> Float64[Tensor, "rows parts out"]:
-    """Rows sorted by expert, times the matrices of their own expert.
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ends: Tensor, most: int
+) -> Tensor:
+    """Rows sorted by expert, times the matrices of their own expert: (rows, parts, out) in float64.
 
-    ends: where each expert's rows end. Rows that follow the last come out as 0. Those of experts
-    with more than ``most`` of them are not written, and are to be filled in.
+    x (rows, inner) and scales (rows, tiles); w (experts, parts, out, inner) and scales (experts,
+    parts, blocks, tiles); ends (experts): where each expert's rows end. Rows that follow the last
+    come out as 0. Those of experts with more than ``most`` of them are left at 0, to be filled in.
     """
     (rows, inner), (experts, parts, outer, _) = x.shape, w.shape
     out = torch.zeros(rows, parts, outer, dtype=torch.float64)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
 
 from dsv3.kernels.cpu import ANY_ORDER, array, in_threads, loop, number
@@ -36,10 +35,8 @@ def _times(x, w, first, last, out):
                     out[m, n + i] = total
 
 
-def product(
-    x: Float[Tensor, "rows inner"], w: Float[Tensor, "out inner"]
-) -> Float64[Tensor, "rows out"]:
-    """x W^T; w in float32 or bfloat16."""
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x W^T (rows, out) in float64 for x (rows, inner) and w (out, inner), float32 or bfloat16."""
     out = torch.empty(len(x), len(w), dtype=torch.float64)
     inputs = (array(x.double()), array(w))
     work = x.shape[0] * w.numel()
