@@ -11,6 +11,7 @@ from test_bench import SMALL
 
 from dsv3.bench import curves
 from dsv3.bench.curves import Curve
+from dsv3.bench.rounds import ENOUGH
 from dsv3.book import measured
 from dsv3.cli import main
 from dsv3.viz import cost_curves
@@ -146,6 +147,8 @@ def test_what_is_committed_is_whole(told):
 def test_what_the_chapter_says_of_slopes_is_measured(told):
     """Cell costs-answer of chapter 8, sentence by sentence. Measured anew, this says whether the
     words still hold."""
+    if min(curve["rounds"] for curve in told.values() if curve["quantity"] == "ms") < ENOUGH:
+        pytest.skip("the committed curves are a trial: dsv3 bench --curves on quiet cores")
     for curve in of(told, "decoding"):
         (first, _, short, _), (last, _, long, _) = curve["points"][0], curve["points"][-1]
         early = curves.slope([(size, middle) for size, _, middle, _ in curve["points"][:3]])

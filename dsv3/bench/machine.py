@@ -73,7 +73,7 @@ def in_words(told: dict[str, object]) -> str:
     units = ", ".join(told["units"]) or "no wide units"  # type: ignore[arg-type]
     chip = f"{told['gpu']} ({told['gpu_gb']} GB, CUDA {told['cuda']}), " if "gpu" in told else ""
     packages = ", ".join(
-        f"{name} {told[name] or 'missing'}" for name in ("torch", "triton", "transformers")
+        f"{name} {told[name] or 'missing'}" for name in ("torch", "numba", "triton", "transformers")
     )
     return (
         f"{chip}{told['cpu']}, {told['cores']} cores, {told['threads']} threads, "
