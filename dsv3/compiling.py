@@ -89,6 +89,11 @@ class CompiledLayers:
             and not torch.is_grad_enabled()
         )
 
+    @staticmethod
+    def room():
+        """Around a pass: with room for all its programs."""
+        return torch._dynamo.config.patch(recompile_limit=_MOST_PROGRAMS)
+
     def layer(
         self, layer: nn.Module, x: Float[Tensor, "b s d"], step: Step, kept: OneLayer
     ) -> Float[Tensor, "b s d"]:
@@ -121,14 +126,7 @@ def _program(function: Callable[..., Tensor], backend: str) -> Callable[..., Ten
     options: dict[str, str | int | bool | Callable] = {}
     if backend == "inductor":  # what is rounded between two operations is, too, where they are one
         options["emulate_precision_casts"] = True
-    return torch.compile(
-        function,
-        fullgraph=True,
-        dynamic=True,
-        backend=backend,
-        options=options,
-        recompile_limit=_MOST_PROGRAMS,
-    )
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend, options=options)
 
 
 def _without_complex(step: Step) -> Step:
@@ -146,7 +144,7 @@ class CapturedPasses:
 
     def __init__(self):
         self._made: WeakKeyDictionary[LatentCache, dict] = WeakKeyDictionary()
-        self._pool: tuple[int, int] | None = None
+        self._pool = None
 
     def __call__(
         self, run: Run, tokens: Int[Tensor, "b s"], step: Step, cache: LatentCache

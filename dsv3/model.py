@@ -169,8 +169,9 @@ class Transformer(nn.Module):
         """The same by compiled code."""
         assert self._compiled is not None
         x = self.embed(tokens)
-        for slot, layer in enumerate(self.layers):
-            x = self._compiled.layer(layer, x, step, cache.one(slot))
+        with self._compiled.room():
+            for slot, layer in enumerate(self.layers):
+                x = self._compiled.layer(layer, x, step, cache.one(slot))
         return self.norm(x)
 
     def compile(self, backend: str = "inductor") -> Transformer:  # type: ignore[override]
@@ -217,7 +218,8 @@ class Transformer(nn.Module):
         with _no_autocast(self.device):
             embedded, compiled = self.embed(tokens), self._compiled_for(cache, tokens.shape[1])
             if compiled and cache is not None:
-                hidden = compiled.module(self.mtp[depth], hidden, embedded, step, cache.one(0))
+                with compiled.room():
+                    hidden = compiled.module(self.mtp[depth], hidden, embedded, step, cache.one(0))
             else:
                 hidden = self.mtp[depth](hidden, embedded, step, cache)
             if cache is not None:

@@ -332,7 +332,7 @@ def test_a_text_by_captured_passes_is_the_same(tiny_checkpoint):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_a_pass_is_captured_where_nothing_in_it_waits(precision, monkeypatch):
-    """Experts one by one have to know their rows on the host; kernels and grouped products do not."""
+    """Experts one by one have to know their rows on the host; kernels and grouped products not."""
     pytest.importorskip("triton")
     model, gpu = Transformer(SMALL, precision), torch.device("cuda")
     assert not can_capture(model, CPU)

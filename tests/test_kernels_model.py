@@ -73,7 +73,9 @@ class Launches(TorchDispatchMode):
         if "empty" in str(function):
             return True
         stores = {
-            t.untyped_storage().data_ptr() for t in tree_leaves(given) if isinstance(t, torch.Tensor)
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves(given)
+            if isinstance(t, torch.Tensor)
         }
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         return not function._schema.is_mutable and all(

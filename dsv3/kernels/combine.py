@@ -31,10 +31,7 @@ def where_stands(order: torch.Tensor, choices: int) -> torch.Tensor:
 
 
 def combine_spec(
-    y: torch.Tensor,
-    weights: torch.Tensor,
-    places: torch.Tensor,
-    used: torch.Tensor | int,
+    y: torch.Tensor, weights: torch.Tensor, places: torch.Tensor, used: torch.Tensor | int
 ) -> torch.Tensor:
     """What the kernel computes, in plain torch. y: (rows, d); weights, places: (n, k); used: rows
     of y that count, the first ones."""
@@ -81,10 +78,7 @@ def combine_kernel(
 
 
 def combine(
-    y: torch.Tensor,
-    weights: torch.Tensor,
-    places: torch.Tensor,
-    used: torch.Tensor,
+    y: torch.Tensor, weights: torch.Tensor, places: torch.Tensor, used: torch.Tensor
 ) -> torch.Tensor:
     """Each token's weighted sum, (n, d) float32.
 
