@@ -95,7 +95,8 @@ class CompiledLayers:
         """layer(*states, step, kept)."""
         program = self._module if isinstance(layer, MTPModule) else self._block
         try:
-            return program(layer, *states, _without_complex(step), kept)
+            with torch._dynamo.config.patch(recompile_limit=_MOST_PROGRAMS):
+                return program(layer, *states, _without_complex(step), kept)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise DSV3Error(
                 "the model cannot be compiled here",
@@ -109,14 +110,7 @@ def _program(function: Callable[..., Tensor], backend: str) -> Callable[..., Ten
     options: dict[str, str | int | bool | Callable] = {}
     if backend == "inductor":  # what is rounded between two operations is, too, where they are one
         options["emulate_precision_casts"] = True
-    return torch.compile(
-        function,
-        fullgraph=True,
-        dynamic=True,
-        backend=backend,
-        options=options,
-        recompile_limit=_MOST_PROGRAMS,
-    )
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend, options=options)
 
 
 def _without_complex(step: Step) -> Step:
@@ -134,7 +128,7 @@ class CapturedPasses:
 
     def __init__(self):
         self._made: WeakKeyDictionary[LatentCache, dict] = WeakKeyDictionary()
-        self._pool: tuple[int, int] | None = None
+        self._pool = None
 
     def __call__(
         self, run: Run, tokens: Int[Tensor, "b s"], step: Step, cache: LatentCache

@@ -1,6 +1,6 @@
 """What the kernels' wrappers launch on a Hopper GPU, found out without one, and what becomes of it.
 
-    python kernel_launches.py            one JSON object: of each launch what the compiler made of it
+    python kernel_launches.py       one JSON object: of each launch what the compiler made of it
 
 Every wrapper is called on CPU tensors of the sizes that models have, in a process in which Triton
 does not interpret. What would go to a GPU is noted instead: the kernel, its constants, its options

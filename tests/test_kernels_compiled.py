@@ -49,7 +49,7 @@ def compiled(tmp_path_factory) -> dict[str, dict]:
 
 
 def test_every_kernel_of_the_house_is_among_them(compiled):
-    """A kernel that no call reaches is in no test; one without a signature cannot be looked into."""
+    """A kernel that no call reaches is in no test; one without a signature cannot be seen into."""
     defined = {
         line.partition("def ")[2].partition("_kernel(")[0]
         for path in Path(__file__).parents[1].glob("dsv3/kernels/*.py")

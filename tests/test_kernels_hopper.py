@@ -285,7 +285,7 @@ def test_a_layers_experts_take_the_fused_form_where_it_serves(monkeypatch):
         chosen.to(DEVICE),
     )
     monkeypatch.setattr(fp8_experts, "pick_backend", lambda device, backend: "triton")
-    monkeypatch.setattr("dsv3.precision.fp8_experts", one_by_one)
+    monkeypatch.setattr("dsv3.grouped.one_by_one", one_by_one)
     found = layer(u, weights, chosen).cpu()
     assert (found - plain).norm() < 0.01 * plain.norm()
     # A gradient is refused, as in the plain form.

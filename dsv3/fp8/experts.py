@@ -30,12 +30,13 @@ def fused_experts(
     x (choices, d), w13 (experts, 2, inner, d), w2 (experts, d, inner). ends: where each expert's
     rows end; what follows the last is junk. A gradient through it is refused.
     """
-    if not isinstance(x, QuantizedTensor) or not can_fuse(w13, w2, backend) or len(x) == 0:
+    if not isinstance(x, QuantizedTensor) or len(x) == 0 or not can_fuse(w13, w2, backend):
         return None
+    assert isinstance(w13, QuantizedTensor) and isinstance(w2, QuantizedTensor)
+    weights = w13.data, w13.scale, w2.data, w2.scale, ends, w2.scale_format
 
     def product(data: Tensor, scale: Tensor) -> Tensor:
-        kind = w2.scale_format
-        return _fused(data, scale, w13.data, w13.scale, w2.data, w2.scale, ends, kind)
+        return _fused(data, scale, *weights)
 
     return without_backward(product, x.data.contiguous(), x.scale, **NO_GRADIENT)
 

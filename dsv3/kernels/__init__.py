@@ -4,9 +4,9 @@ One source runs on a GPU and, with TRITON_INTERPRET=1 set before the module is i
 in Triton's interpreter, which is how the tests hold every kernel to its specification without a
 GPU. ``kernels.compiled`` shows what becomes of each on a Hopper chip. A GPU (an H200) has run
 ``act_quant``, ``weight_dequant`` and ``fp8_gemm``; **no GPU has run the others yet**: what is said
-here of their bits holds in the interpreter, and ``benchmarks/hopper.py --all`` is the command that
-asks a chip. Nothing is imported here: only who wants a kernel pays for loading Triton, and where
-there is no Triton everything else still works.
+here of their bits holds in the interpreter, and ``python -m benchmarks.hopper --all`` asks a chip.
+Nothing is imported here: only who wants a kernel pays for loading Triton, and where there is no
+Triton everything else still works.
 
 What is the same, bit for bit, as without kernels:
 
@@ -33,9 +33,9 @@ in bf16 all) are cuBLAS's, which picks a kernel by shape, and many queries are c
 expanded form and few in the absorbed one. That no text changes is promised on a CPU.
 
 How many there are. A layer of a decoding pass in FP8 launches 42 kernels with a dense feed-forward
-and 56 with experts, 13 and 17 of them from here (a test counts; at the released sizes seven are two:
-a second one adds up parts). The aim is 12 a layer, and it is not reached: what is left to torch are
-rotations, the latent's norm and its way into the cache, changes of dtype, the sorting of tokens by
-expert, and w1 and w3 as well as wq_a and wkv_a are products of their own. Under ``--compile``
+and 56 with experts, 13 and 17 of them from here (a test counts; at the released sizes some are two,
+of which the second adds up parts). The aim is 12 a layer, and it is not reached: torch still makes
+the rotations, the latent's norm and its way into the cache, changes of dtype and the sorting of
+tokens by expert, and w1 and w3, and wq_a and wkv_a, are products of their own. Under ``--compile``
 neighbours among torch's become one, and all launches of a pass are one call (``dsv3.compiling``).
 """

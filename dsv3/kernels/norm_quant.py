@@ -78,8 +78,8 @@ def norm_quant(
     scale_format: str = "float32",
     keeps: bool = False,
 ):
-    """x (..., d) bfloat16 to codes (..., d) E4M3 and float32 scales of its norm, and the norm itself
-    in bfloat16 if ``keeps``, else None."""
+    """x (..., d) bfloat16 to codes (..., d) E4M3 and float32 scales of its norm, and the norm in
+    bfloat16 if ``keeps``, else None."""
     check_input(x, "norm_quant", (torch.bfloat16,))
     check_input(weight, "norm_quant", (torch.float32,))
     cols = x.shape[-1]
