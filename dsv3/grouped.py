@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dsv3 import fp8
 from dsv3.fp8 import QuantizedTensor
+from dsv3.fp8.backend import pick_backend
 from dsv3.fp8.product import ROWS_IN_LOOPS, product_torch
-from dsv3.fp8.quantize import pick_backend
 from dsv3.opaque import opaque
 
 # A grouped product wants rows that start at multiples of so many bytes.

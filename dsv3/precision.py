@@ -40,8 +40,8 @@ from dsv3 import fp8
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import Fp8Recipe, QuantizedTensor, fp8_linear
+from dsv3.fp8.backend import pick_backend
 from dsv3.fp8.latent import check_kind
-from dsv3.fp8.quantize import pick_backend
 from dsv3.fp8.stored import is_plain, stored_blocks
 from dsv3.grouped import fp8_experts, one_by_one, plain_experts
 from dsv3.kernels.operations import has_room, norm_quant, wide_product

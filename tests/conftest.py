@@ -62,6 +62,12 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture
+def without_numba(monkeypatch):
+    """FP8 on a CPU by torch's operations, as where Numba is not installed."""
+    monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: False)
+
+
+@pytest.fixture
 def as_in_use(monkeypatch) -> None:
     """No checks of annotations: what the package itself says to a wrong tensor is the subject."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

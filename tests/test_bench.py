@@ -1,20 +1,24 @@
 """The scoreboard: what is checked, what is timed, what is told. No speed is asserted here."""
 
 import json
+import re
+import time
 import types
 
 import pytest
 import torch
 from checkpoints import tiny_config
 
-from dsv3 import fp8
+from dsv3 import fp8, mla
 from dsv3.bench import (
     attention,
     chapters,
     decoding,
     drafting,
     experts,
+    footprint,
     machine,
+    make_run,
     memory,
     models,
     plain,
@@ -23,12 +27,14 @@ from dsv3.bench import (
     rounds,
     row,
     suite,
+    training,
 )
 from dsv3.bench.rounds import Clock, Spread
 from dsv3.bench.row import Check, Goal, Line, Missing, Row, Trial, Workbench
 from dsv3.checkpoint.layout import layout
 from dsv3.cli import main
 from dsv3.model import Transformer
+from dsv3.precision import Precision
 
 CPU = torch.device("cpu")
 SMALL = models.CONFIG.but(
@@ -180,10 +186,24 @@ def test_a_limit_is_a_share_of_what_can_be(clock, bench):
 
 def test_the_suites_have_the_rows_of_the_scoreboard():
     cpu, gpu = ({each.number for each in suite.rows(name)} for name in ("cpu", "gpu"))
-    assert cpu == {*range(1, 15)} - {5} and gpu == {*range(1, 15)}
+    assert cpu == {*range(1, 19)} - {5} and gpu == {*range(1, 17)}
     assert [each.number for each in suite.rows("cpu", {8, 3})] == [3, 8, 8, 8]
     cases = [(each.number, each.case) for each in suite.rows("gpu")]
     assert len(set(cases)) == len(cases)
+
+
+def test_what_a_row_prepares_is_in_its_time(clock, bench):
+    """Of 10 seconds the check took 8: what is left holds no second round."""
+
+    def prepare(_):
+        ours = clock.takes(2)
+        slow = clock.takes(8)
+        return Trial(ours, [row.peer("a", lambda: ours)], lambda: slow() or Check("gap", 0, 1))
+
+    (line,) = lines_of(prepare, bench, 10.0)
+    assert line.rounds == 1 and line.hurried
+    (line,) = lines_of(prepare, bench, 1000.0)
+    assert line.rounds == rounds.ENOUGH and not line.hurried
 
 
 def test_time_left_is_shared_and_what_gets_none_is_left_out(clock, bench):
@@ -209,6 +229,11 @@ def test_time_left_is_shared_and_what_gets_none_is_left_out(clock, bench):
     assert given == [24, 15, 50, 74]
     assert [line.state for line in found] == ["shown"] * 4 + ["left out"]
     assert "--minutes" in found[-1].note
+    given.clear()
+    list(
+        suite.measure([Row(1, "a", "", takes(0), weight=3), Row(2, "b", "", takes(0))], bench, 2.0)
+    )
+    assert given == [90, 120]
     (line,) = suite.measure([Row(9, "f", "", takes(1), least=300)], bench, 4.0)
     assert line.state == "left out" and "takes 5 or more" in line.note
 
@@ -247,7 +272,8 @@ CASES = {
     "9 fp32": lambda b: attention.prefill(ONE_LAYER, torch.float32, 33, b),
     "9 bf16": lambda b: attention.prefill(ONE_LAYER, torch.bfloat16, 33, b),
     "10": lambda b: decoding.prefill("fp32", 512, b),
-    "11 fp8": lambda b: decoding.decode("fp8", 64, b),
+    "11 fp8": lambda b: decoding.decode("fp8", 64, False, b),
+    "16": lambda b: decoding.batch(3, b),
 }
 
 
@@ -260,6 +286,59 @@ def test_each_row_is_right_and_gives_ratios(name, bench):
         assert line.check and (
             line.state != "missing" or "install" in line.note or "Hopper" in line.note
         )
+
+
+def test_on_a_gpu_decoding_is_captured(bench, monkeypatch):
+    """By the same weights in a model of its own; it comes once before all that counts."""
+    passes = []
+
+    def compile(model):
+        forward = model.forward
+        monkeypatch.setattr(
+            model, "forward", lambda *args, **options: passes.append(1) or forward(*args, **options)
+        )
+        return model
+
+    monkeypatch.setattr(Transformer, "compile", compile)
+    own = Workbench(CPU, Clock(CPU), models.Models(CPU, SMALL))
+    with torch.inference_mode():
+        found = decoding.decode("fp32", 64, True, own)
+    assert len(passes) == 1 + decoding.STEPS
+    assert [(each.name, each.goal and each.goal.bound) for each in found.peers] == [
+        ("transformers, float32", 10.0), ("dsv3, neither compiled nor captured", None)
+    ]  # fmt: skip
+    with torch.inference_mode():
+        found.peers[1].call()
+        assert len(passes) == 1 + decoding.STEPS, "the other model is not the compiled one"
+        assert found.check().passed and len(passes) > 1 + decoding.STEPS
+
+
+def test_a_batch_in_fp8_is_checked_row_by_row(bench, monkeypatch):
+    assert "bit-equal to those alone" in lines_of(CASES["16"], bench)[0].check
+    forward = Transformer.forward
+
+    def depends_on_others(model, tokens, *args, **options):
+        return forward(model, tokens, *args, **options) + 1e-6 * len(tokens)
+
+    monkeypatch.setattr(Transformer, "forward", depends_on_others)
+    assert [line.state for line in lines_of(CASES["16"], bench)] == ["failed"]
+
+
+@pytest.mark.parametrize("precision", training.GAPS)
+def test_both_learn_the_same(precision, bench, monkeypatch):
+    pytest.importorskip("transformers")
+    small = SMALL.but(quantization_config=None)
+    measure = row.timed(lambda b: training.step(small, precision, 2, 12, b), learns=True)
+    (line,) = measure(Row(15, "name", "case", None), bench, 0.0)
+    assert line.ratio and line.unit == "tokens/s" and str(line.goal) == ">= 1.3"
+    ours, theirs = training.pair(small, precision, CPU)
+    text = torch.arange(26).view(2, 13)
+    first = ours.step(text), theirs.step(text)
+    assert row.gap(first[0], first[1], training.GAPS[precision]).passed
+    for group in ours.optimizer.param_groups:
+        group["lr"] *= 3  # an update that is another one is seen in the losses that follow
+    mine, its = (torch.stack([one.step(text) for _ in range(3)]) for one in (ours, theirs))
+    assert not row.gap(mine, its, training.GAPS[precision]).passed and its[-1] < its[0] < first[1]
 
 
 def test_a_row_fails_where_ours_is_wrong(bench, monkeypatch):
@@ -287,6 +366,32 @@ def test_the_rows_of_a_gpu_compute_the_same_on_a_cpu(bench, monkeypatch):
     ):
         found = lines_of(prepare, bench)
         assert {line.state for line in found} <= {"met", "short", "missing"} and len(found) < 3
+
+
+def test_attention_of_a_gpu_is_measured_in_its_kernels(bench, monkeypatch):
+    """Rows 8 and 9 go through the form that the model takes there."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from dsv3.kernels.mla_decode import mla_decode_spec
+    from dsv3.kernels.mla_prefill import mla_prefill_spec
+
+    called = []
+
+    def counted(spec):
+        return lambda *args: called.append(spec.__name__) or spec(*args)
+
+    monkeypatch.setattr(Precision, "in_kernels", lambda self, *_: self.dtype == torch.bfloat16)
+    monkeypatch.setattr(mla, "mla_decode", counted(mla_decode_spec))
+    monkeypatch.setattr(mla, "mla_prefill", counted(mla_prefill_spec))
+    monkeypatch.setattr(attention, "chip", lambda device: GPU_LIKE)
+    for prepare, form in (
+        (lambda b: attention.absorbed(ONE_LAYER, 3, 64, b), "mla_decode_spec"),
+        (lambda b: attention.decode(ONE_LAYER, torch.bfloat16, 9, b), "mla_decode_spec"),
+        (lambda b: attention.prefill(ONE_LAYER, torch.bfloat16, 33, b), "mla_prefill_spec"),
+    ):
+        found = lines_of(prepare, bench)
+        assert "failed" not in {line.state for line in found}, found
+        assert set(called) == {form} and len(called) >= 3  # the check, a first call, a round
+        called.clear()
 
 
 @pytest.mark.parametrize("q_lora_rank", [32, None])
@@ -344,6 +449,72 @@ def test_memory_of_a_small_checkpoint(bench):
 
     (line,) = memory.checkpoints(small, told, bench, 0.0, spoils)
     assert line.state == "failed" and "other bytes" in line.note
+
+
+@pytest.mark.skipif(not memory._STATUS.exists(), reason="reads /proc")
+def test_memory_of_a_small_model_in_use(bench, monkeypatch):
+    jobs = []
+
+    def here(kind, *told):
+        jobs.append((kind, *map(str, told[-2:])))
+        return memory.job(kind, *map(str, told))
+
+    told = Row(17, "memory", "small", None)
+    found = list(footprint.in_use(SMALL, told, bench, 0.0, here))
+    assert [kind for kind, *_ in jobs] == ["load"] * 2 + ["use"] * 2
+    assert [str(line.goal) for line in found] == ["<= 0.333"] + ["None"] * 3
+    weights = [line.theirs.middle for line in found[2:]]
+    assert 0.2 < weights[0] / weights[1] < 0.6, "small, with a wide embedding"
+    assert all(line.unit == "MB" and not line.rounds for line in found)
+    monkeypatch.setattr(footprint, "bit_equal", lambda *_: Check("", 1.0, 0))
+    (line,) = footprint.in_use(SMALL, told, bench, 0.0, here)
+    assert line.state == "failed" and "differ" in line.check
+
+
+def test_cache_and_workspace_beside_others(bench):
+    pytest.importorskip("transformers")
+    told = Row(17, "memory", "cache", None)
+    packed, own = footprint.caches(told, bench, 0.0)
+    assert (packed.ours.middle, packed.theirs.middle) == (656, 1152)
+    c = SMALL
+    assert own.ours.middle == 4 * c.num_hidden_layers * c.latent_dim <= own.theirs.middle
+    sizes = {"fp32": 2e6, "fp8": 1e6, "transformers": 4e6}
+    found = footprint.workspace(
+        "read", told, bench, 0.0, lambda kind, n, form: {"peak": sizes[form]}
+    )
+    assert [line.ratio.middle for line in found] == [0.5, 0.5]
+
+
+def test_make_run_is_what_make_runs():
+    """The same options, the same prompt, on two ranks; and what is told is understood."""
+    makefile = (chapters.FOLDER.parent / "Makefile").read_text()
+    line = makefile[makefile.index("/bin/dsv3 generate") :].partition("\n\t@echo")[0]
+    ours = make_run.command(2)
+    options = re.sub(r"\$\(TOKENS\)", "150", line.replace("\\\n", " ")).split()[2:-2]
+    assert options[0] == "assets/dsv3-mini" and sorted(options[1:]) == sorted(ours[5:-2])
+    assert "TOKENS ?= 150" in makefile and make_run.PROMPT.strip() in makefile
+    said = "speed       150 new tokens in 5.08 s, prefill included: 29.5 tokens/s"
+    assert make_run._TOLD.search(f"model x\n{said}\n").groups() == ("150", "5.08")
+
+
+def test_make_run_tells_rate_and_start_apart(clock, bench):
+    ranks = []
+
+    def start(count, text="a text"):
+        ranks.append(count)
+        clock.takes(9.0)()
+        return text, 150, 5.0
+
+    told = Row(18, "make run", "two ranks", None)
+    rate, around = make_run.two_ranks(told, bench, 40.0, start)
+    assert ranks == [1, 2, 2, 2] and rate.rounds == 2  # one rank; one run that is not counted
+    assert (rate.ours.middle, rate.theirs.middle, rate.unit) == (30.0, 23, "tokens/s")
+    assert rate.ratio.middle == pytest.approx(30 / 23) and "8 to 23 tokens/s" in rate.peer
+    assert (around.ours.middle, around.theirs.middle, around.unit) == (4.0, 5.0, "s")
+    (line,) = make_run.two_ranks(
+        told, bench, 0.0, lambda count: start(count, text="another" if count > 1 else "a text")
+    )
+    assert line.state == "failed" and "not that of one rank" in line.note
 
 
 def spoil_last_byte(path):
@@ -460,7 +631,7 @@ def test_json_for_machines(capsys, few_rows, tmp_path):
     assert set(told) == {"suite", "minutes", "machine", "rows"}
     assert {"cpu", "threads", "instructions", "torch", "transformers"} <= set(told["machine"])
     second, first, *_ = told["rows"]
-    assert (first["row"], first["state"], first["goal"]) == (3, "met", ">= 1e-09")
+    assert (first["row"], first["state"], first["goal"]["bound"]) == (3, "met", 1e-09)
     assert first["ratio"]["low"] <= first["ratio"]["middle"] <= first["ratio"]["high"]
     assert first["rounds"] >= 1 and first["unit"] == "ms" and first["check"]
     assert second["state"] == "missing" and second["note"] == "pip install other"
@@ -471,6 +642,39 @@ def test_json_for_machines(capsys, few_rows, tmp_path):
     assert [path.name for path in file.parent.iterdir()] == ["found.json"]
 
 
+def test_what_is_told_in_json_is_what_was_found(capsys, few_rows, monkeypatch):
+    """Every kind of line comes back from its JSON as it went in."""
+    found = []
+    measure = suite.measure
+
+    def kept(*given):
+        for line in measure(*given):
+            found.append(line)
+            yield line
+
+    monkeypatch.setattr(suite, "measure", kept)
+    once = Row(12, "bytes", "", lambda row_, *_: [
+        row.quantity(row_, "half", 1.0, 3.0, "MB", Goal(0.5, most=True), "compared")
+    ])  # fmt: skip
+    few_rows.append(once)
+    told = json.loads(run(capsys, "--json").out)
+    assert len(found) == 5 and [Line.of(each) for each in told["rows"]] == found
+    assert told["rows"][-1]["goal"] == {"bound": 0.5, "most": True}
+    table = run(capsys, "--only", "12").out
+    assert "measured once" in table and "fewer rounds" not in table
+
+
+def test_too_few_rounds_are_told(capsys, few_rows):
+    slow = Row(3, "slow", "", row.timed(lambda _: trial(
+        peers=[row.peer("a", lambda: int)], timed=lambda: time.sleep(0.3)
+    )))  # fmt: skip
+    few_rows[:] = [slow]
+    out = run(capsys).out
+    assert "at most 0.01 minutes, 20 rounds a row" in out
+    assert "1 round (its share of the time held no more)" in out
+    assert "1 with fewer rounds than they should have: --minutes" in out.splitlines()[-1]
+
+
 def test_a_failed_check_is_an_exit_code(capsys, monkeypatch, few_rows):
     few_rows[0] = Row(3, "wrong", "", row.timed(lambda _: trial(check=1.0)))
     assert "failed" in run(capsys, "--only", "3", code=1).out
@@ -479,7 +683,7 @@ def test_a_failed_check_is_an_exit_code(capsys, monkeypatch, few_rows):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--only", "15"], "no such row (found 15, expected 1 to 14)"),
+        (["--only", "19"], "no such row (found 19, expected 1 to 18)"),
         (["--only", "5"], "the cpu suite has no such row"),
         (["--only", "one"], "'one' is not a whole number"),
         (["--only"], "expected at least one argument"),

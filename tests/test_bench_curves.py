@@ -2,13 +2,16 @@
 
 import json
 import math
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from test_bench import SMALL
 
 from dsv3.bench import curves
 from dsv3.bench.curves import Curve
+from dsv3.book import measured
 from dsv3.cli import main
 from dsv3.viz import cost_curves
 from dsv3.viz.cost_curves import cost_curves_figure
@@ -71,8 +74,16 @@ def test_memory_jobs_measure_this_process(monkeypatch):
     from dsv3.bench import memory
 
     monkeypatch.setattr(memory, "CONFIG", SMALL)
-    for job in (("read", "40"), ("write", "40"), ("experts", "8", "5"), ("tokens", "8", "5")):
+    for job in (
+        ("read", "40", "fp8"),
+        ("write", "40", "fp32"),
+        ("experts", "8", "5"),
+        ("tokens", "8", "5"),
+    ):
         assert memory.job(*job)["peak"] >= 0
+    pytest.importorskip("transformers")
+    for kind in ("read", "write"):
+        assert memory.job(kind, "40", "transformers")["peak"] >= 0
 
 
 def test_the_command_writes_the_curves(monkeypatch, capsys, few_points, tmp_path):
@@ -99,3 +110,71 @@ def test_the_figure_has_a_panel_for_each_group_and_tells_slopes():
     assert list(measured.get_ydata()) == [y for _, _, y, _ in given[2].points]
     assert list(fitted.get_ydata()) == pytest.approx(list(measured.get_ydata())[-3:])
     assert shown[0].get_xscale() == shown[0].get_yscale() == "log"
+
+
+# What is committed, and what chapter 8 says of it -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told():
+    """Curves of the committed file by group and name."""
+    return {(each["group"], each["name"]): each for each in measured.cost_curves()["curves"]}
+
+
+def of(told, group):
+    """The curves of a panel."""
+    found = [curve for (panel, _), curve in told.items() if panel == group]
+    assert found, group
+    return found
+
+
+def test_what_is_committed_is_whole(told):
+    """All curves, at all sizes, with slopes that are those of their points."""
+    assert "cpu" in measured.cost_curves()["machine"]
+    assert [len(of(told, group)) for group in dict.fromkeys(group for group, _ in told)] == [
+        2, 2, 2, 2, 4
+    ]  # fmt: skip
+    for (group, _), each in told.items():
+        sizes = [size for size, *_ in each["points"]]
+        if group == "decoding":
+            assert tuple(sizes) == curves.CONTEXTS and sizes[-1] == 8192
+        again = Curve(each["group"], each["name"], "", "", tuple(map(tuple, each["points"])))
+        assert again.slopes() == pytest.approx((each["slope"], each["slope_at_the_end"]), abs=0.005)
+        assert all(0 < low <= middle <= high for _, low, middle, high in each["points"])
+
+
+def test_what_the_chapter_says_of_slopes_is_measured(told):
+    """Cell costs-answer of chapter 8, sentence by sentence. Measured anew, this says whether the
+    words still hold."""
+    for curve in of(told, "decoding"):
+        (first, _, short, _), (last, _, long, _) = curve["points"][0], curve["points"][-1]
+        early = curves.slope([(size, middle) for size, _, middle, _ in curve["points"][:3]])
+        assert abs(early) < 0.35 and curve["slope_at_the_end"] > max(early, 0) + 0.05
+        assert curve["slope_at_the_end"] < 1
+        assert last == 128 * first and long < 10 * short
+    for curve in of(told, "prefill"):
+        assert curve["slope_at_the_end"] > max(0.9, curve["slope"])
+    for group in of(told, "MoE layer, 32 experts"), of(told, "MoE layer, 64 tokens"):
+        assert all(curve["slope_at_the_end"] < 1 for curve in group)
+    assert all(0.1 < curve["slope"] < 1 for curve in of(told, "MoE layer, 64 tokens"))
+    for name in ("writing one token, with its cache", "MoE layer, 64 tokens, with its weights"):
+        assert told["memory", name]["slope"] == pytest.approx(1, abs=0.15)
+
+
+def test_slopes_are_told_in_lines_that_fit(told):
+    lines = measured.slopes(measured.cost_curves()).splitlines()
+    assert max(map(len, lines)) <= 85
+    assert sum("slope" in line for line in lines) == len(told)
+    first = next(iter(told.values()))
+    assert lines[0] == "decoding, 64 to 8,192 tokens of context"
+    assert lines[1].split()[0] == "fp32" and f"slope {first['slope']:.2f}" in lines[1]
+
+
+def test_the_chapter_shows_what_was_measured():
+    chapter = Path(__file__).parents[1] / "chapters" / "08_full_model.ipynb"
+    cells = {cell.id: cell for cell in nbformat.read(chapter, as_version=4).cells}
+    found = measured.cost_curves()
+    (printed,) = cells["costs-slopes"].outputs
+    assert printed.text.strip() == measured.slopes(found).strip(), "run the chapter again"
+    (figure,) = cells["costs-figure"].outputs
+    assert cost_curves.in_words(found) in figure.data["text/plain"]

@@ -1,10 +1,8 @@
 """Kernels for what stands between the products: attention, norms, the router, sums over experts.
 
-Each against its torch specification, on a GPU or in Triton's interpreter; and a model that uses all
-of them against one that uses none.
+Each against its torch specification, on a GPU or in Triton's interpreter. A model that uses all of
+them is in ``test_kernels_model``.
 """
-
-import itertools
 
 import pytest
 import torch
@@ -316,42 +314,13 @@ def test_choices_without_a_row_count_for_nothing():
     assert torch.allclose(found.cpu(), expected)
 
 
-# All of them in a model ---------------------------------------------------------------------
+# Who takes them ------------------------------------------------------------------------------
 
 
 def use_kernels(monkeypatch, on: bool) -> None:
     """In float32, which is how a GPU sums."""
     monkeypatch.setattr("dsv3.precision.pick_backend", lambda device: "triton" if on else "torch")
     monkeypatch.setattr("dsv3.precision.Precision.sums", lambda self, device: torch.float32)
-
-
-@pytest.mark.parametrize("precision, cache", [("bf16", None), ("bf16", "fp8"), ("fp8", "fp8")])
-@torch.inference_mode()
-def test_a_model_in_kernels_is_the_model_without(precision, cache, monkeypatch):
-    """Chunks, ragged rows, single tokens; one layer of each kind, absorbed and expanded."""
-    config = ModelConfig.mini().but(
-        num_hidden_layers=2,
-        first_k_dense_replace=1,
-        vocab_size=64,
-        num_nextn_predict_layers=0,
-        num_attention_heads=2,
-    )
-    weights = Transformer(config).init_weights(0, by_width=True).state_dict()
-    model = Transformer(config, precision)
-    model.load_state_dict(weights)
-    text = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0))
-    found = {}
-    for on, form in itertools.product((False, True), (False, True)):
-        use_kernels(monkeypatch, on)
-        monkeypatch.setattr("dsv3.mla.break_even_queries", lambda config, few=form: 100 - 100 * few)
-        kept = model.new_cache(2, 12, dtype=cache)
-        parts = [model(text[:, :6], cache=kept, lengths=[6, 4])[:, :4]]
-        parts += [model(text[:, 6:], cache=kept)]
-        found[on, form] = torch.cat(parts, 1)
-    plain = found.pop((False, False))
-    assert plain.std() > 0.1
-    for other in found.values():
-        assert (other - plain).abs().mean() < 0.02 * plain.std()
 
 
 def test_a_gradient_or_float32_stays_with_torch(monkeypatch):

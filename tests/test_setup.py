@@ -292,7 +292,7 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
-OPTIONAL = "triton matplotlib ipywidgets anywidget IPython jupyterlab transformers".split()
+OPTIONAL = "numba triton matplotlib ipywidgets anywidget IPython jupyterlab transformers".split()
 
 
 def test_import_dsv3_loads_nothing_heavy():

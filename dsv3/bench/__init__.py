@@ -12,7 +12,9 @@ no program to compare with, a limit: the time that the memory or the multipliers
              by the largest gap otherwise. What computes something else is reported, not timed.
 
 A group of rows a module: ``quantization`` (1, 2), ``products`` (3 to 5), ``experts`` (6, 7),
-``attention`` (8, 9), ``decoding`` (10, 11), ``memory`` (12), ``drafting`` (13), ``chapters`` (14).
+``attention`` (8, 9), ``decoding`` (10, 11, 16), ``memory`` (12), ``drafting`` (13), ``chapters``
+(14), ``training`` (15), ``footprint`` (17), ``make_run`` (18). A row has 20
+rounds or more where its share of the time holds them, and says how many it had.
 ``row`` says what a row is and how it is measured, ``suite`` puts them together, ``plain`` has the
 formulas, ``released`` the released code's way to run a model, ``peers`` what others made, and
 ``curves`` how costs grow.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -23,6 +24,8 @@ from dsv3.bench.chips import chip
 from dsv3.bench.models import Models
 from dsv3.bench.row import Peer, Row, Trial, Workbench, gap, limit, peer, timed
 from dsv3.config import ModelConfig
+from dsv3.mla import MLA
+from dsv3.precision import Precision
 
 # One layer with heads of the released width, and next to nothing around it.
 WIDE = ModelConfig.deepseek_v3().but(
@@ -125,31 +128,64 @@ def by_the_formula(models: Models, content: Tensor) -> Tensor:
     return structure.attention(h, "layers.0.attn.", store, length, structure.turns(length, 1))[None]
 
 
-class Given(nn.Module):
-    """Keys and values that are there already, in the place of the way up from the latent."""
+def core_arguments(attention: MLA, run: Callable[[], object]) -> tuple:
+    """What ``run`` calls the core of this attention with, whichever form it takes."""
 
-    def __init__(self, k: Tensor, v: Tensor):
+    def catch(*args):
+        raise Caught(args)
+
+    attention.core = lambda q: catch  # pyrefly: ignore[bad-assignment]
+    try:
+        run()
+    except Caught as caught:
+        return caught.args[0]
+    finally:
+        del attention.core
+    raise AssertionError("the core was not called")
+
+
+class Given(nn.Module):
+    """Keys and values that are there already, in the place of wkv_b's way up from the latent."""
+
+    def __init__(self, up: nn.Module, k: Tensor, v: Tensor):
         super().__init__()
-        self.k, self.v = k, v
+        self.weight, self.k, self.v = up.weight, k, v
 
     def forward(self, _: Tensor) -> tuple[Tensor, Tensor]:
         return self.k, self.v
 
 
-def core(models: Models, precision: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-    """The expanded core of our attention over one whole text: (b, heads, s, d) each."""
+@dataclass(frozen=True, kw_only=True)
+class GivenUp(Precision):
+    """The same for the form in kernels, which takes them as the product with wkv_b leaves them."""
+
+    kv: Tensor
+
+    def from_latent(self, latent: Tensor, weight: Tensor) -> Tensor:
+        return self.kv
+
+
+def core(
+    models: Models, precision: str, q: Tensor, kv: Tensor, k_rope: Tensor, k: Tensor, v: Tensor
+) -> Callable[[], Tensor]:
+    """The core of our attention over one whole text, in the form that the model takes here.
+
+    q, k, v: (b, heads, s, d) each; kv: (b, s, heads (d_h + d_v)) and k_rope: (b, s, d_h^R), of
+    which k and v are made.
+    """
     model, attention = models.ours(precision), models.layer(precision, 0).attn
     b, _, s, _ = q.shape
-    (h, step, *_), _ = arguments(attention, lambda: model(models.text(s, b)))
-    width = attention.precision.core(q.device)
+    c, width = models.config, attention.precision.core(q.device)
+    _, _, seen, step = core_arguments(attention, lambda: model(models.text(s, b)))
     alone = copy.copy(attention)
     alone._modules = dict(attention._modules)
-    alone.wkv_b = Given(k.to(width), v.to(width))
-    q_nope, q_rope = q.transpose(1, 2).split(
-        [models.config.qk_nope_head_dim, models.config.qk_rope_head_dim], -1
-    )
-    seen = h.new_empty(b, s, models.config.latent_dim)
-    return lambda: alone.expanded(q_nope, q_rope, seen, step).transpose(1, 2)
+    alone.wkv_b = Given(attention.wkv_b, k.to(width), v.to(width))
+    own = {field.name: getattr(attention.precision, field.name) for field in fields(Precision)}
+    alone.precision = GivenUp(**own, kv=kv.to(width))
+    q_nope, q_rope = q.transpose(1, 2).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+    seen = torch.cat([seen.new_zeros(b, s, c.kv_lora_rank), k_rope.to(seen.dtype)], -1)
+    form = alone.core(q_nope)
+    return lambda: form(q_nope, q_rope, seen, step).transpose(1, 2)
 
 
 def prefill(config: ModelConfig, dtype: torch.dtype, length: int, bench: Workbench) -> Trial:
@@ -157,15 +193,22 @@ def prefill(config: ModelConfig, dtype: torch.dtype, length: int, bench: Workben
     models = bench.models.of(config)
     random = torch.Generator(device=bench.device).manual_seed(length)
 
-    def drawn(width: int) -> Tensor:
-        shape = (1, heads, length, width)
-        return torch.randn(shape, generator=random, device=bench.device).to(dtype)
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=random, device=bench.device).to(dtype)
 
-    q, k, v = drawn(config.qk_head_dim), drawn(config.qk_head_dim), drawn(config.v_head_dim)
+    q = drawn(heads, length, config.qk_head_dim)
+    kv = drawn(length, heads * (config.qk_nope_head_dim + config.v_head_dim))
+    k_rope = drawn(length, config.qk_rope_head_dim)
+    k_nope, v = (
+        kv.unflatten(-1, (heads, -1))
+        .transpose(1, 2)
+        .split([config.qk_nope_head_dim, config.v_head_dim], -1)
+    )
+    k = torch.cat([k_nope, k_rope[:, None].expand(-1, heads, -1, -1)], -1)
     call = partial(
         F.scaled_dot_product_attention, q, k, v, is_causal=True, scale=config.qk_head_dim**-0.5
     )
-    ours = core(models, "fp32" if dtype == torch.float32 else "bf16", q, k, v)
+    ours = core(models, "fp32" if dtype == torch.float32 else "bf16", q, kv, k_rope, k, v)
 
     wanted = plain.attend(q, k, v, config.qk_head_dim**-0.5)
 
@@ -204,21 +247,10 @@ def absorbed(config: ModelConfig, rows: int, length: int, bench: Workbench) -> T
     cache.data[0, :, : length - 1] = content[:, :-1]
     cache.advance([length - 1] * rows)
     attention = models.layer("bf16", 0).attn
-    caught: list[tuple] = []
-
-    def catch(*args):
-        caught.append(args)
-        raise Caught
-
-    attention.absorbed = catch
-    try:
-        model(models.text(1).expand(rows, 1).contiguous(), cache=cache)
-    except Caught:
-        pass
-    finally:
-        del attention.absorbed
-    ours = partial(attention.absorbed, *caught[0])
-    q_nope, q_rope, seen, _ = caught[0]
+    token = models.text(1).expand(rows, 1).contiguous()
+    given = core_arguments(attention, lambda: model(token, cache=cache))
+    q_nope, q_rope, seen, _ = given
+    ours = partial(attention.core(q_nope), *given)
     w_uk, w_uv = (part.float() for part in attention.wkv_b.per_head())
     q = torch.cat([torch.einsum("bshd,hdc->bshc", q_nope.float(), w_uk), q_rope.float()], -1)
 

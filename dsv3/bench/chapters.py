@@ -54,7 +54,7 @@ def all_chapters(folder: Path, row: Row, bench: Workbench, allowed: float) -> It
         env=environment,
         capture_output=True,
         text=True,
-        timeout=LIMIT,
+        timeout=min(LIMIT, max(allowed, LEAST)),
     )
     took = time.perf_counter() - began
     each = seconds_of(done.stdout)

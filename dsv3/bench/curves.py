@@ -58,6 +58,8 @@ class Curve:
         return (
             f"{self.group}, {self.name}: {middle:.3g} {self.quantity} at {size:,.0f} {self.size}; "
             f"slope {overall:.2f}, at the end {last:.2f}"
+            + f"; {self.rounds} rounds a point"
+            * (self.rounds > 1)
         )
 
     def to_dict(self) -> dict:
@@ -125,8 +127,8 @@ def memory(say: Callable[[str], None]) -> Iterator[Curve]:
         points = []
         for number in MEMORY[kind]:
             say(f"memory, {name}: {number:,} {size}")
-            told = (number, FIXED_TOKENS) if kind == "experts" else (number,)
-            megabytes = apart(kind, *told)["peak"] / 1e6
+            other = FIXED_TOKENS if kind == "experts" else "fp32"
+            megabytes = apart(kind, number, other)["peak"] / 1e6
             points.append((number, megabytes, megabytes, megabytes))
         yield Curve("memory", name, size, "MB", tuple(points))
     points = []

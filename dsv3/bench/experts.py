@@ -199,6 +199,12 @@ def rows(suite: str) -> list[Row]:
         whole = Row(7, one, "DeepSeek-V3's, 128 tokens", timed(partial(layer_on_gpu, V3, 128)))
         return [big, *found, whole]
     return [
-        Row(6, many, f"32 of 512 x 256, top 4, {n} tokens", timed(partial(grouped, n)))
+        Row(
+            6,
+            many,
+            f"32 of 512 x 256, top 4, {n} tokens",
+            timed(partial(grouped, n)),
+            weight=n / 256,
+        )
         for n in (256, 1024)
     ] + found

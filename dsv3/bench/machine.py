@@ -19,7 +19,7 @@ _UNITS = {
     "_is_avx512_bf16_supported": "avx512_bf16",
     "_is_amx_tile_supported": "amx",
 }
-_PACKAGES = ("triton", "transformers", "sgl-deep-gemm", "sgl-flash-mla")
+_PACKAGES = ("numba", "triton", "transformers", "sgl-deep-gemm", "sgl-flash-mla")
 
 
 def described() -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Row 12: how much memory it takes to convert, cast, load and read.
+"""Row 12: how much memory it takes to convert, cast and load; how a job's peak is measured.
 
 Each job runs in a process of its own, in which a thread reads the anonymous memory (RssAnon) every
 2 ms; what counts is the peak above the level before the job. The checkpoint is one complete MoE
@@ -9,6 +9,7 @@ FP8 -> BF16 -> FP8 code by code. Linux only, for RssAnon.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import subprocess
@@ -22,8 +23,9 @@ from pathlib import Path
 
 import torch
 
+from dsv3.bench.experts import filled
 from dsv3.bench.models import CONFIG, moe_layer
-from dsv3.bench.peers import Missing
+from dsv3.bench.peers import Missing, transformers
 from dsv3.bench.row import Goal, Line, Row, Workbench, quantity
 from dsv3.checkpoint.cast import cast
 from dsv3.checkpoint.convert import convert
@@ -118,6 +120,7 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def peak_of(work: Callable[[], object]) -> int:
     """Bytes of anonymous memory at the peak of some work, above those before it."""
+    _give_back()
     base = peak = _anonymous()
     running = True
 
@@ -137,6 +140,14 @@ def peak_of(work: Callable[[], object]) -> int:
     return max(peak, _anonymous()) - base
 
 
+def _give_back() -> None:
+    """Hand freed memory back to the system, where the C library can: work that found its memory
+    there would seem to take none."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _anonymous() -> int:
     with _STATUS.open() as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
@@ -146,9 +157,11 @@ def job(kind: str, *told: str) -> dict[str, int]:
     """One job in this process, and its bytes: {"peak", ...}.
 
     "convert", "bf16" or "fp8" (a cast) with source and target; "load" with folder, precision and
-    device; "read" or "write", a pass of the bench's model in fp32 over so many tokens, or over one
-    behind so many; "experts" with their number and that of tokens, a layer's weights and its pass;
-    "tokens" with the same, the pass alone.
+    device; "use" with folder and precision: the same, then a prompt and some tokens more, and what
+    is "kept" in the end. "read" or "write" with a number and a precision, or "transformers": a pass
+    of the bench's model over so many tokens, or over one behind so many. "experts" with their
+    number and that of tokens, a layer's weights and its pass; "tokens" with the same, the pass
+    alone.
     """
     if kind in ("convert", "bf16", "fp8"):
         source, target = map(Path, told)
@@ -166,11 +179,33 @@ def job(kind: str, *told: str) -> dict[str, int]:
         peak = peak_of(lambda: held.append(load_model(folder, precision, device)))
         tensors = (*held[0].parameters(), *held[0].buffers())
         return {"peak": peak, "held": sum(t.nbytes for t in tensors if t.device.type == "cpu")}
-    numbers = [int(number) for number in told]
     with torch.inference_mode():
-        return {
-            "peak": (_of_experts if kind in ("experts", "tokens") else _of_a_pass)(kind, *numbers)
-        }
+        if kind == "use":
+            return _of_use(*told)
+        if kind in ("experts", "tokens"):
+            return {"peak": _of_experts(kind, *map(int, told))}
+        count, form = told
+        text = torch.zeros(1, int(count), dtype=torch.int64)
+        of_a_pass = _of_their_pass if form == "transformers" else partial(_of_our_pass, form)
+        return {"peak": of_a_pass(kind, text)}
+
+
+def _of_use(folder: str, precision: str) -> dict[str, int]:
+    held: list[object] = []
+    text = torch.zeros(1, 256, dtype=torch.int64)
+
+    def work() -> None:
+        model = load_model(folder, precision, "cpu")
+        cache = model.new_cache(1, text.shape[1] + 4)
+        model(text, cache=cache, last_only=True)
+        for _ in range(4):
+            model(text[:, :1], cache=cache, last_only=True)
+        held.extend((model, cache))
+
+    before = _anonymous()
+    peak = peak_of(work)
+    _give_back()
+    return {"peak": peak, "kept": _anonymous() - before}
 
 
 def _of_experts(kind: str, experts: int, tokens: int) -> int:
@@ -182,9 +217,9 @@ def _of_experts(kind: str, experts: int, tokens: int) -> int:
     return peak_of(lambda: layer(u))
 
 
-def _of_a_pass(kind: str, count: int) -> int:
-    model = Transformer(CONFIG).init_weights(0).requires_grad_(False)
-    text = torch.zeros(1, count, dtype=torch.int64)
+def _of_our_pass(precision: str, kind: str, text: torch.Tensor) -> int:
+    count = text.shape[1]
+    model = filled(Transformer(CONFIG, precision))
 
     def work() -> None:
         cache = model.new_cache(1, count)
@@ -194,6 +229,24 @@ def _of_a_pass(kind: str, count: int) -> int:
             cache.data.normal_()
             cache.advance([count - 1])
             model(text[:, :1], cache=cache, last_only=True)
+
+    model(text[:, :1])
+    return peak_of(work)
+
+
+def _of_their_pass(kind: str, text: torch.Tensor) -> int:
+    library, count = transformers(), text.shape[1]
+    fields = CONFIG.to_dict() | {"num_mtp_layers": 0}
+    model = library.DeepseekV3ForCausalLM(library.DeepseekV3Config(**fields)).eval()
+
+    def work() -> None:
+        cache = library.DynamicCache(config=model.config)
+        if kind == "write":
+            for layer in range(CONFIG.num_hidden_layers):
+                widths = CONFIG.kv_lora_rank, CONFIG.qk_rope_head_dim
+                cache.update(*(torch.randn(1, 1, count - 1, width) for width in widths), layer)
+        new = text[:, :1] if kind == "write" else text
+        model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     model(text[:, :1])
     return peak_of(work)
@@ -250,35 +303,10 @@ def checkpoints(
     )  # fmt: skip
 
 
-def caches(row: Row, bench: Workbench, allowed: float) -> Iterator[Line]:
-    """What is kept of 512 tokens, beside what transformers keeps, in float32."""
-    models, text = bench.models, bench.models.text(512)
-    ours = models.ours("fp32").new_cache(1, 512).nbytes
-    with torch.inference_mode():
-        theirs = models.theirs(torch.float32)(text, use_cache=True, logits_to_keep=1)
-    kept = sum(
-        part.nbytes
-        for layer in theirs.past_key_values.layers
-        for part in (layer.keys, layer.values)
-    )
-    yield quantity(row, "transformers", ours / 1e6, kept / 1e6, "MB", None)
-
-
-def workspace(row: Row, bench: Workbench, allowed: float) -> Iterator[Line]:
-    """The peak of a pass above the weights, beside its cache."""
-    told = apart("read", 2048)
-    cache = bench.models.config.latent_dim * 2048 * 4 * bench.models.config.num_hidden_layers
-    yield quantity(row, "its cache", told["peak"] / 1e6, cache / 1e6, "MB", None)
-
-
 def rows(suite: str) -> list[Row]:
-    name = "memory at the peak"
     width = f"one layer of true width, {EXPERTS} experts"
-    return [
-        Row(12, name, width, partial(checkpoints, slice_config()), least=60),
-        Row(12, name, "cache of 512 tokens", caches),
-        Row(12, name, "prefill of 2048 tokens, fp32", workspace, least=20),
-    ]
+    work = partial(checkpoints, slice_config())
+    return [Row(12, "memory at the peak", width, work, least=60)]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ be compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -98,6 +99,12 @@ class Models:
     def ours(self, precision: str) -> Transformer:
         return self._once(precision, partial(self._ours, precision))
 
+    def compiled(self, precision: str) -> Transformer:
+        """The same weights, decoding by compiled code."""
+        return self._once(
+            ("compiled", precision), lambda: copy.copy(self.ours(precision)).compile()
+        )
+
     def layer(self, precision: str, number: int) -> Any:
         """A block of ours, with its ``attn`` and ``ffn``."""
         return self.ours(precision).layers[number]
@@ -131,10 +138,15 @@ class Models:
         return model.eval().requires_grad_(False)
 
     def _theirs(self, dtype: torch.dtype) -> nn.Module:
-        library = transformers()
-        fields = self.config.to_dict() | {"num_mtp_layers": 0}
-        model = library.DeepseekV3ForCausalLM(library.DeepseekV3Config(**fields)).eval()
         numbers = self.ours("fp32").state_dict()
-        names = {spec.hf_name: numbers[spec.name].clone() for spec in layout(self.config)}
-        load(model, their_names(self.config, names)[0])
-        return model.to(self.device, dtype).requires_grad_(False)
+        return in_transformers(self.config, numbers).to(self.device, dtype).requires_grad_(False)
+
+
+def in_transformers(config: ModelConfig, numbers: Mapping[str, Tensor]) -> nn.Module:
+    """transformers' model with a copy of these weights, which have our names. Raises Missing."""
+    library = transformers()
+    fields = config.to_dict() | {"num_mtp_layers": 0}
+    model = library.DeepseekV3ForCausalLM(library.DeepseekV3Config(**fields)).eval()
+    names = {spec.hf_name: numbers[spec.name].clone() for spec in layout(config)}
+    load(model, their_names(config, names)[0])
+    return model

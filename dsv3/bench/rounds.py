@@ -71,7 +71,7 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Seconds of each call in every round, after one call of each that is not counted.
 
-    As many rounds as ``allowed`` seconds hold, from 1 to ENOUGH; more where they are short.
+    ENOUGH rounds, or as many as ``allowed`` seconds hold, one at least; more where they are short.
     before: what is done ahead of a call, by its name, and not timed.
     """
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv3.bench.models import Models
 from dsv3.bench.peers import Missing
-from dsv3.bench.rounds import Clock, Spread, in_turn, ratio
+from dsv3.bench.rounds import ENOUGH, Clock, Spread, in_turn, ratio
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ class Workbench:
 class Row:
     """measure: from the bench and the seconds there are to the lines of this row's table.
 
-    number: on the scoreboard. least: seconds below which it is not worth a try.
+    number: on the scoreboard. least: seconds below which it is not worth a try. weight: how many
+    times the usual row's share of the time it is given, since its calls take long.
     """
 
     number: int
@@ -134,6 +137,7 @@ class Row:
     case: str
     measure: Callable[[Row, Workbench, float], Iterator[Line]]
     least: float = 0.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class Line:
     """One ratio. state: "met" or "short" of the goal; "shown" without one; "failed" (the check, or
     the call), "missing" (the peer) or "left out" (no time), of which ``note`` says more.
 
-    ours, theirs: in ``unit``, quartiles over ``rounds``.
+    ours, theirs: in ``unit``, quartiles over ``rounds``; 0 rounds: measured once, as bytes are.
     """
 
     row: int
@@ -158,12 +162,25 @@ class Line:
     check: str = ""
     note: str = ""
 
+    @property
+    def hurried(self) -> bool:
+        """Whether its share of the time held fewer rounds than a row should have."""
+        return 0 < self.rounds < ENOUGH
+
     def to_dict(self) -> dict:
         """For JSON: what is not there is left out."""
-        told = {name: value for name, value in asdict(self).items() if value not in (None, "")}
-        if self.goal:
-            told["goal"] = str(self.goal)
-        return told
+        optional = {field.name for field in fields(self) if field.default in (None, "")}
+        told = asdict(self).items()
+        return {name: value for name, value in told if name not in optional or value}
+
+    @classmethod
+    def of(cls, told: dict) -> Line:
+        """The line that ``to_dict`` told."""
+        kinds = {"goal": Goal, "ratio": Spread, "ours": Spread, "theirs": Spread}
+        values: dict[str, Any] = dict(told)
+        for name in kinds.keys() & told.keys():
+            values[name] = kinds[name](**told[name])
+        return cls(**values)
 
 
 def state_of(goal: Goal | None, value: float) -> str:
@@ -179,7 +196,7 @@ def quantity(
     value = ours / theirs
     return Line(
         row.number, row.name, row.case, peer, state_of(goal, value), goal,
-        *map(_once, (value, ours, theirs)), unit=unit, rounds=1, check=check,
+        *map(_once, (value, ours, theirs)), unit=unit, check=check,
     )  # fmt: skip
 
 
@@ -187,17 +204,19 @@ def _once(value: float) -> Spread:
     return Spread(value, value, value)
 
 
-def timed(prepare: Callable[[Workbench], Trial]) -> Callable:
-    """The measure of a row that is timed. prepare: makes its inputs when its turn comes."""
+def timed(prepare: Callable[[Workbench], Trial], learns: bool = False) -> Callable:
+    """The measure of a row that is timed. prepare: makes its inputs when its turn comes, in the
+    row's own time. learns: whether gradients are needed."""
 
     def measure(row: Row, bench: Workbench, allowed: float) -> Iterator[Line]:
-        with torch.inference_mode():
-            yield from _measure(row, prepare(bench), bench.clock, allowed)
+        until = time.monotonic() + allowed
+        with torch.inference_mode(not learns):
+            yield from _measure(row, prepare(bench), bench.clock, until)
 
     return measure
 
 
-def _measure(row: Row, trial: Trial, clock: Clock, allowed: float) -> Iterator[Line]:
+def _measure(row: Row, trial: Trial, clock: Clock, until: float) -> Iterator[Line]:
     blank = Line(row.number, row.name, row.case, "", "failed")
     check = trial.check()
     if not check.passed:
@@ -219,7 +238,7 @@ def _measure(row: Row, trial: Trial, clock: Clock, allowed: float) -> Iterator[L
                 calls[one.name] = one.call
             else:
                 yield replace(line, note=f"the peer is wrong: {wrong}")
-    times = in_turn(calls, clock, allowed)
+    times = in_turn(calls, clock, until - time.monotonic())
     mine = times.pop("")
 
     def told(seconds: Sequence[float]) -> Spread:

@@ -14,9 +14,12 @@ from dsv3.bench import (
     decoding,
     drafting,
     experts,
+    footprint,
+    make_run,
     memory,
     products,
     quantization,
+    training,
 )
 from dsv3.bench.models import Models
 from dsv3.bench.peers import Missing
@@ -24,7 +27,8 @@ from dsv3.bench.rounds import Clock
 from dsv3.bench.row import Line, Row, Workbench, brief
 
 _GROUPS = (
-    quantization, products, experts, attention, decoding, memory, drafting, chapters
+    quantization, products, experts, attention, decoding, memory, drafting, chapters, training,
+    footprint, make_run
 )  # fmt: skip
 
 
@@ -49,14 +53,15 @@ def measure(
     minutes: float,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Line]:
-    """The lines of these rows. What is left of the minutes is shared out evenly over the rows to
-    come, of which each gets at least what it needs; one for which too little is left is left out.
+    """The lines of these rows. What is left of the minutes is shared out over the rows to come by
+    weight, and each gets at least what it needs; one for which too little is left is left out.
     A row that cannot be measured is a line that says so, and the others go on."""
     end = time.monotonic() + 60 * minutes
     for number, row in enumerate(chosen):
         left = end - time.monotonic()
         later = chosen[number + 1 :]
-        allowed = max((left - sum(each.least for each in later)) / (len(later) + 1), 0.0)
+        share = row.weight / sum(each.weight for each in chosen[number:])
+        allowed = max((left - sum(each.least for each in later)) * share, 0.0)
         blank = Line(row.number, row.name, row.case, "", "left out")
         if left <= row.least or left <= 0:
             needs = f" (it takes {row.least / 60:.0f} or more)" * (row.least >= 60)

@@ -1,4 +1,4 @@
-"""What was measured on a GPU and committed, for readers who have none.
+"""What was measured and committed: on a GPU, for readers who have none; on quiet cores, for all.
 
 ``benchmarks/fp8_gemm.py`` writes ``assets/measurements/fp8_gemm.json`` on a machine with a GPU:
 
@@ -12,17 +12,20 @@ A point is the block-scaled product of m tokens with one weight; bytes are all o
 the result, each counted once; bf16_ratio is how many times as long torch's BF16 product takes.
 
 ``benchmarks/accumulation.py`` writes ``accumulation.json`` beside it: how many of a tensor core's
-sums are, bit for bit, those of each emulated reading.
+sums are, bit for bit, those of each emulated reading. ``dsv3 bench --curves`` writes
+``cost_curves.json``: how time and memory grow on a CPU.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from dsv3.book.ledger import ROOT
 
 FILE = ROOT / "assets" / "measurements" / "fp8_gemm.json"
 SUMS = FILE.with_name("accumulation.json")
+CURVES = FILE.with_name("cost_curves.json")
 
 
 def fp8_gemm_measurement() -> dict:
@@ -55,3 +58,30 @@ def roofline_lines(found: dict) -> dict[str, list[tuple[float, float]]]:
             (flops / point["bytes"], point["tflops"] * 1e12)
         )
     return lines
+
+
+def cost_curves() -> dict:
+    """How costs grow: "machine", and "curves" as ``dsv3.bench.curves.Curve`` tells them: group and
+    name, points (size, and quartiles of a quantity), slope and slope_at_the_end."""
+    return json.loads(CURVES.read_text(encoding="utf-8"))
+
+
+def slopes(found: Mapping) -> str:
+    """A line a curve: its first and last point, and its slopes."""
+    lines, before = [], None
+    for curve in found["curves"]:
+        (first, *_), (last, *_) = curve["points"][0], curve["points"][-1]
+        head = f"{curve['group']}, {first:,.0f} to {last:,.0f} {curve['size']}"
+        if head != before:
+            lines.append(head)
+        low, high = (_short(curve["points"][at][2]) for at in (0, -1))
+        lines.append(
+            f"  {curve['name']:38}{low:>6} to{high:>7} {curve['quantity']}  slope "
+            f"{curve['slope']:.2f}, end {curve['slope_at_the_end']:.2f}"
+        )
+        before = head
+    return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"

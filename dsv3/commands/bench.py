@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 HELP = "Speed and memory beside peers, in one run: ratios, and the goals for them."
 EXAMPLE = "dsv3 bench --only 3 4 --minutes 1"
-ROWS = range(1, 15)
+ROWS = range(1, 19)
+MINUTES = 60.0
 STDOUT = "-"
 
 
@@ -30,14 +31,15 @@ def add_options(parser: ArgumentParser) -> None:
         type=options.count,
         nargs="+",
         metavar="ROW",
-        help="these rows of the scoreboard, 1 to 14 (default: all that the suite has)",
+        help="these rows of the scoreboard, 1 to 18 (default: all that the suite has)",
     )
     parser.add_argument(
         "--minutes",
         type=options.minutes,
-        default=10.0,
+        default=MINUTES,
         metavar="M",
-        help="fit the rounds to about M minutes (default: 10)",
+        help="take about M minutes at most; rows that have fewer than 20 rounds in their share say "
+        f"so (default: {MINUTES:g}, in which all have 20 on most machines)",
     )
     parser.add_argument(
         "--json",
@@ -57,7 +59,9 @@ def run(args: Namespace, _: Sequence[str]) -> int:
     """Measure and print line by line; what is being done is said on stderr. 1 if a check failed."""
     for row in args.only or ():
         if row not in ROWS:
-            raise DSV3Error("no such row", where="--only", found=row, expected="1 to 14")
+            raise DSV3Error(
+                "no such row", where="--only", found=row, expected=f"{ROWS[0]} to {ROWS[-1]}"
+            )
     for file in (args.json, args.curves):
         if file not in (None, STDOUT):
             check_writable(Path(file))
@@ -70,6 +74,7 @@ def run(args: Namespace, _: Sequence[str]) -> int:
     described = machine.described()
     if args.curves:
         return _curves(args, described)
+    from dsv3.bench.rounds import ENOUGH
     from dsv3.bench.suite import measure, rows, workbench
 
     chosen = rows(args.suite, args.only or ())
@@ -81,7 +86,8 @@ def run(args: Namespace, _: Sequence[str]) -> int:
             )  # fmt: skip
     table = args.json != STDOUT
     if table:
-        print(machine.in_words(described), HEADER, sep="\n\n", flush=True)
+        told = f"at most {args.minutes:g} minutes, {ENOUGH} rounds a row where they suffice"
+        print(f"{machine.in_words(described)}\n{told}", HEADER, sep="\n\n", flush=True)
     lines = []
     for line in measure(chosen, workbench(args.suite), args.minutes, _say):
         lines.append(line)
@@ -120,13 +126,19 @@ def in_words(line: Line) -> str:
         why = "; ".join(filter(None, (line.check, line.note)))
         return f"{'':7} {'':15}  {line.goal or ''!s:9} {line.state:8} {where}: {why}"
     r = line.ratio
-    half = f"{_short(r.low)} to {_short(r.high)}" if line.rounds > 1 else ""
-    times = f"{line.rounds} round{'s' * (line.rounds != 1)}"
+    half = f"{_short(r.low)} to {_short(r.high)}" if r.low < r.high else ""
     return (
         f"{_short(r.middle):>7} {half:>15}  {line.goal or ''!s:9} {line.state:8} {where} | "
-        f"{_short(line.ours.middle)} and {_short(line.theirs.middle)} {line.unit}, {times}"
+        f"{_short(line.ours.middle)} and {_short(line.theirs.middle)} {line.unit}, {_rounds(line)}"
         + "".join(f", {more}" for more in (line.check, line.note) if more)
     )
+
+
+def _rounds(line: Line) -> str:
+    if not line.rounds:
+        return "measured once"
+    few = " (its share of the time held no more)" if line.hurried else ""
+    return f"{line.rounds} round{'s' * (line.rounds != 1)}{few}"
 
 
 def _short(value: float) -> str:
@@ -138,8 +150,11 @@ def summary(lines: Sequence[Line]) -> str:
     """How many are met, short, and so on."""
     states = [line.state for line in lines]
     counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    hurried = sum(line.hurried for line in lines)
+    few = f"; {hurried} with fewer rounds than they should have: --minutes M gives more"
     return (
-        f"\n{counted or 'nothing was measured'}; ratio: the peer's time over ours, or size by size"
+        f"\n{counted or 'nothing was measured'}{few if hurried else ''}; "
+        "ratio: the peer's time over ours, or size by size"
     )
 
 

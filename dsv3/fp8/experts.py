@@ -12,7 +12,8 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from dsv3.backward import without_backward
-from dsv3.fp8.quantize import NO_GRADIENT, QuantizedTensor, pick_backend
+from dsv3.fp8.backend import pick_backend
+from dsv3.fp8.quantize import NO_GRADIENT, QuantizedTensor
 from dsv3.opaque import opaque
 
 

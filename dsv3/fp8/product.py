@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dsv3.backward import without_backward
 from dsv3.errors import DSV3Error
+from dsv3.fp8.backend import pick_backend
 from dsv3.fp8.quantize import (
     ACTIVATION_BLOCK,
     COLUMN_BLOCK,
@@ -36,7 +37,6 @@ from dsv3.fp8.quantize import (
     WEIGHT_BLOCK,
     QuantizedTensor,
     dequantize_fast,
-    pick_backend,
     quantize_activation,
     row_chunks,
 )
@@ -118,7 +118,7 @@ def _product(
     backend: str | None,
     dtype: torch.dtype,
 ) -> Float[Tensor, "... out"]:
-    shape, k = (*x.shape[:-1], len(w)), x.shape[-1]
+    shape, k = (*x.shape[:-1], w.shape[0]), x.shape[-1]
     if 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=x.device)
     x, x_scale = x.reshape(-1, k), x_scale.reshape(-1, x_scale.shape[-1])
@@ -132,7 +132,7 @@ def _product(
                 fix='Use the "torch" backend for wider sums',
             )
         out = _product_triton(x, x_scale, w, w_scale, dtype)
-    elif backend == "numba" and len(x) <= ROWS_IN_LOOPS:
+    elif backend == "numba" and x.shape[0] <= ROWS_IN_LOOPS:
         from dsv3.kernels import cpu_fp8
 
         out = cpu_fp8.product(x, x_scale, w, w_scale).to(dtype)

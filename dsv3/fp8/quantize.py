@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +37,7 @@ from torch import Tensor
 from dsv3.backward import without_backward
 from dsv3.errors import DSV3Error
 from dsv3.fields import BLOCK
+from dsv3.fp8.backend import pick_backend
 from dsv3.fp8.formats import (
     E4M3,
     block_scale,
@@ -92,7 +92,7 @@ class QuantizedTensor:
                 "unknown scale format", found=self.scale_format, expected="float32 or ue8m0"
             )
         expected = scale_shape(self.data.shape, self.block)
-        if tuple(self.scale.shape) != expected:
+        if self.scale.shape != expected:
             raise DSV3Error(
                 "scales do not match the quantised data",
                 found=f"scale {tuple(self.scale.shape)}",
@@ -195,49 +195,10 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ..
             found=tuple(shape),
             expected=f"rows and columns for blocks of {block[0]}x{block[1]}",
         )
-    *lead, cols = shape
-    if lead:
-        lead[-1] = -(-lead[-1] // block[0])
-    return (*lead, -(-cols // block[1]))
-
-
-def pick_backend(device: torch.device, backend: str | None = None) -> str:
-    """ "triton" where the GPU multiplies E4M3 itself (compute capability 8.9 and later, NVIDIA),
-    "numba" on a CPU, else "torch"; so, too, where one is not installed. A backend asked for by name
-    is kept, if there is one of that name.
-    """
-    if backend is not None:
-        if backend not in ("torch", "numba", "triton"):
-            raise DSV3Error("unknown FP8 backend", found=backend, expected="torch, numba or triton")
-        if backend != "torch" and not _is_installed(backend):
-            raise DSV3Error(
-                f"{backend.capitalize()} is not installed",
-                where=f"backend={backend!r}",
-                fix=f"Install it ({_WHERE[backend]}), or use backend='torch'.",
-            )
-        return backend
-    if device.type == "cpu":
-        return "numba" if _is_installed("numba") else "torch"
-    if device.type != "cuda" or torch.version.hip:
-        return "torch"
-    has_units = torch.cuda.get_device_capability(device) >= (8, 9)
-    return "triton" if has_units and _is_installed("triton") else "torch"
-
-
-_WHERE = {"triton": "Linux with an NVIDIA GPU", "numba": "pip install numba"}
-
-
-@cache
-def _is_installed(name: str) -> bool:
-    # Import statements, for a compiler follows them, and a call of import_module it does not.
-    try:
-        if name == "triton":
-            import triton  # noqa: F401
-        else:
-            import numba  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    tiles = -(-shape[-1] // block[1])
+    if block[0] == 1:
+        return (*shape[:-1], tiles)
+    return (*shape[:-2], -(-shape[-2] // block[0]), tiles)
 
 
 def quantize_weight(

@@ -54,6 +54,7 @@ from torch import Tensor
 
 from dsv3.errors import DSV3Error
 from dsv3.fields import BLOCK
+from dsv3.fp8.backend import pick_backend
 from dsv3.fp8.formats import E5M6_MAX, block_scale, round_e5m6
 from dsv3.fp8.product import matmul, outer
 from dsv3.fp8.quantize import (
@@ -61,7 +62,6 @@ from dsv3.fp8.quantize import (
     COLUMN_BLOCK,
     WEIGHT_BLOCK,
     QuantizedTensor,
-    pick_backend,
     quantize_activation,
     quantize_columns,
     quantize_weight,

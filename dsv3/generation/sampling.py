@@ -285,7 +285,7 @@ class Chooser:
         if self.decides:
             generators = self.generators if rows is None else self.of(rows)
             ids = sample(self.allowed(logits), s.temperature, s.top_p, generators, s.top_k)
-        return [[choice] for choice in self.agree(logits, ids)]
+        return [[choice] for choice in self.agree(logits, ids, rows)]
 
     def of(self, rows: Sequence[int]) -> list[torch.Generator]:
         """The generators of these texts."""
@@ -307,11 +307,17 @@ class Chooser:
         s = self.sampling
         return probabilities(self.allowed(logits), s.temperature, s.top_p, s.top_k)
 
-    def agree(self, logits: Float[Tensor, "*lead v"], ids: list[int] | None) -> list[Choice]:
+    def agree(
+        self,
+        logits: Float[Tensor, "*lead v"],
+        ids: list[int] | None,
+        texts: Sequence[int] | None = None,
+    ) -> list[Choice]:
         """Rank 0's ids on every rank, one for each row of logits, in order; None where it is
         another rank that decides.
 
-        An id of -1 stands for none and has no log-probability.
+        An id of -1 stands for none and has no log-probability. texts: which the rows belong to, as
+        many rows to each; None: all.
         """
         rows = logits.flatten(0, -2)
         count = len(rows)
@@ -324,21 +330,26 @@ class Chooser:
             told = self.group.broadcast(
                 torch.tensor(numbers, dtype=torch.float64, device=self.group.device)
             )
-            self._compare(rows, told[1 : 1 + count].long())
+            self._compare(rows, told[1 : 1 + count].long(), texts)
             numbers = told.tolist()
         self.interrupted = bool(numbers[0])
         self._choices += 1
         chosen, logprobs = numbers[1 + count : 1 + 2 * count], numbers[1 + 2 * count :]
         return [Choice(int(id), value) for id, value in zip(chosen, logprobs or [None] * count)]
 
-    def _compare(self, rows: Float[Tensor, "n v"], best: Int[Tensor, " n"]) -> None:
+    def _compare(
+        self, rows: Float[Tensor, "n v"], best: Int[Tensor, " n"], texts: Sequence[int] | None
+    ) -> None:
         """Raise DSV3Error where rank 0's best token of a row is not nearly the best one here."""
         mine = rows.max(-1)
         short = mine.values - rows.gather(-1, best[:, None])[:, 0]
+        every = len(self.generators)
+        texts = range(every) if texts is None else texts
         for row in (short > _FAR).nonzero()[:1].flatten().tolist():
+            text = texts[row * len(texts) // len(rows)]
             raise DSV3Error(
                 "the ranks do not agree",
-                where=f"choice {self._choices + 1}, row {row + 1} of {len(rows)}",
+                where=f"choice {self._choices + 1}, row {text + 1} of {every}",
                 found=f"best token {int(best[row])} on rank 0, {int(mine.indices[row])} on rank "
                 f"{self.group.rank}, where its logit is {float(short[row]):.1f} higher",
                 fix="Give all machines the same files and the same version of dsv3",

@@ -241,7 +241,7 @@ class Speculative(Decoder):
             for row, done in zip(self.rows, passes):
                 self.last_pass[row] = done if done and done.drafts else None
             ids = [id for done in passes for id in _padded(done.chosen if done else [0], width, -1)]
-        answer = self.choose.agree(logits, ids)
+        answer = self.choose.agree(logits, ids, self.rows)
         after = [
             [choice for choice in answer[width * row : width * (row + 1)] if choice.id >= 0]
             for row in range(len(counts))
@@ -296,7 +296,7 @@ class Speculative(Decoder):
                 ids = [0] * rows
                 for row, id in zip(fed, drawn, strict=True):
                     ids[row] = id
-            guesses = [guess.id for guess in self.choose.agree(logits, ids)]
+            guesses = [guess.id for guess in self.choose.agree(logits, ids, self.rows)]
             for row, new in enumerate(entering):
                 drafts[row] += guesses[row : row + 1] if new else []
             last = torch.tensor(entering, device=device) - 1

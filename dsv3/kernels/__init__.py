@@ -31,4 +31,11 @@ GPU can still change, at a near tie of two tokens, with the batch, the chunks of
 drafts: torch's own products (the head, W^UK and W^UV around absorbed attention, the expanded keys;
 in bf16 all) are cuBLAS's, which picks a kernel by shape, and many queries are computed in the
 expanded form and few in the absorbed one. That no text changes is promised on a CPU.
+
+How many there are. A layer of a decoding pass in FP8 launches 42 kernels with a dense feed-forward
+and 56 with experts, 13 and 17 of them from here (a test counts; at the released sizes seven are two:
+a second one adds up parts). The aim is 12 a layer, and it is not reached: what is left to torch are
+rotations, the latent's norm and its way into the cache, changes of dtype, the sorting of tokens by
+expert, and w1 and w3 as well as wq_a and wkv_a are products of their own. Under ``--compile``
+neighbours among torch's become one, and all launches of a pass are one call (``dsv3.compiling``).
 """

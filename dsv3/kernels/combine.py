@@ -24,7 +24,9 @@ from dsv3.kernels.launch import INTERPRETING, cdiv, check_input, power_of_two
 def where_stands(order: torch.Tensor, choices: int) -> torch.Tensor:
     """order: which choice comes where, some or all of ``choices``; turned around: where each choice
     came to lie, -1 for those that did not."""
-    places = torch.full((choices,), -1, dtype=torch.int64, device=order.device)
+    places = torch.empty(choices, dtype=torch.int64, device=order.device)
+    if len(order) < choices:
+        places.fill_(-1)
     return places.scatter_(0, order, torch.arange(len(order), device=order.device))
 
 

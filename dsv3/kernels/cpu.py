@@ -11,20 +11,39 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
 from llvmlite import ir
-from numba import types
+from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+# What a compiler may do with a loop in which the order of sums does not matter.
+ANY_ORDER = {"reassoc", "contract", "nsz"}
 # Multiplications that are worth a thread of their own.
 _FOR_A_THREAD = 1 << 21
+
+
+def loop(**options) -> Callable[[Callable], Callable]:
+    """Decorator: compiled when it is first called, and kept beside the source or in the user's
+    cache, where one of them can be written."""
+
+    def decorated(function: Callable) -> Callable:
+        try:
+            return njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # Numba found no place to keep it
+            return njit(nogil=True, **options)(function)
+
+    return decorated
+
+
+def _operation(written: Callable) -> Callable:
+    """Decorator for what writes an operation of a loop in the compiler's own terms."""
+    return intrinsic(written)
 
 
 def _moved_bits(result, argument) -> Callable:
     """An operation that reads the bits of a number as another number."""
 
-    @intrinsic
+    @_operation
     def moved(typing_context, value):
         def written(context, builder, signature, arguments):
             return builder.bitcast(arguments[0], context.get_value_type(result))
@@ -39,7 +58,7 @@ double_of_bits = _moved_bits(types.float64, types.int64)
 bits_of_float = _moved_bits(types.int32, types.float32)
 
 
-@intrinsic
+@_operation
 def float_of_half(typing_context, bits):
     """The float32 of these 16 bits as a float16: one instruction on most processors, subnormal
     numbers included."""
@@ -48,6 +67,24 @@ def float_of_half(typing_context, bits):
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(types.int16), written
+
+
+@_operation
+def _pointer(typing_context, place):
+    def written(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), written
+
+
+@njit(inline="always")
+def numbers(place, shape, dtype):
+    """The array that lies at ``place``, where ``Tensor.data_ptr`` says that a tensor begins.
+
+    Loops that a step of decoding calls a hundred times are given places: to wrap a small tensor in
+    an array takes longer than what is then done with it.
+    """
+    return carray(_pointer(place), shape, dtype)
 
 
 def number(x):
@@ -62,7 +99,7 @@ def _number(x):
     return lambda x: x
 
 
-def array(x: Shaped[Tensor, "..."]) -> np.ndarray:
+def array(x: Tensor) -> np.ndarray:
     """The numbers of a tensor where they lie; codes as bytes with a sign, bfloat16 as its bits."""
     x = x.contiguous()
     if x.dtype == torch.float8_e4m3fn:
@@ -72,21 +109,18 @@ def array(x: Shaped[Tensor, "..."]) -> np.ndarray:
     return x.numpy()
 
 
-def in_threads(
-    run: Callable, inputs: list, out: Shaped[Tensor, "..."], count: int, work: int, step: int
-) -> None:
-    """run(*inputs, first, last, out) over ``count`` things, ``step`` of which stay together, in as
-    many threads as torch has and the work is worth.
+def in_threads(run: Callable[[int, int], None], count: int, together: int, work: int) -> None:
+    """run(first, last) over ``count`` things, of which ``together`` are never parted, in as many
+    threads as torch has and the work is worth.
 
     work: multiplications in all.
     """
-    result = out.numpy()
     threads = min(torch.get_num_threads(), work // _FOR_A_THREAD)
     if threads <= 1:
-        return run(*inputs, 0, count, result)
-    each = -(-count // threads // step) * step
+        return run(0, count)
+    each = -(-count // threads // together) * together
     running = [
-        threading.Thread(target=run, args=(*inputs, first, min(first + each, count), result))
+        threading.Thread(target=run, args=(first, min(first + each, count)))
         for first in range(0, count, each)
     ]
     for thread in running:

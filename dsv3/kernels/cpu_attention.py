@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
 from numba import njit
 from torch import Tensor
 
-from dsv3.kernels.cpu import array, in_threads, number
-
-_ANY_ORDER = {"reassoc", "contract", "nsz"}
+from dsv3.kernels.cpu import ANY_ORDER, array, in_threads, loop, number
 
 
 @njit(inline="always")
@@ -31,7 +28,7 @@ def _widen(keys, first, count, run):
             run[i, c] = number(key[c])
 
 
-@njit(cache=True, nogil=True, fastmath=_ANY_ORDER)
+@loop(fastmath=ANY_ORDER)
 def _scores(q, q_rope, keys, reach, w, scale, first, last, scores):
     """Of heads ``first`` to ``last``; keys that a query does not reach get -inf."""
     latent = w.shape[2]
@@ -65,7 +62,7 @@ def _scores(q, q_rope, keys, reach, w, scale, first, last, scores):
         scores[row, first:last, reach[row] :] = -np.inf
 
 
-@njit(cache=True, nogil=True, fastmath=_ANY_ORDER)
+@loop(fastmath=ANY_ORDER)
 def _values(weights, keys, reach, w, first, last, out):
     """Of heads ``first`` to ``last``."""
     latent = w.shape[2]
@@ -96,33 +93,36 @@ def _values(weights, keys, reach, w, first, last, out):
 
 
 def attention(
-    q_nope: Float[Tensor, "b s heads d_h"],
-    q_rope: Float[Tensor, "b s heads d_r"],
-    seen: Float[Tensor, "b t latent"],
-    reach: Int[Tensor, "b s"],
-    w: Float32[Tensor, "heads d_h+d_v d_c"],
+    q_nope: Tensor,
+    q_rope: Tensor,
+    seen: Tensor,
+    reach: Tensor,
+    w: Tensor,
     scale: float,
     sums: torch.dtype,
-) -> Float[Tensor, "b s heads d_v"]:
-    """Each head's average of its values, in ``sums``.
+) -> Tensor:
+    """Each head's average of its values, (b, s, heads, d_v) in ``sums``.
 
-    w: W^UK and W^UV of each head. reach: how many keys each query sees; what comes out for one that
-    sees none means nothing.
+    q_nope (b, s, heads, d_h), q_rope (b, s, heads, d_r); seen (b, t, d_c + d_r): the cache; reach
+    (b, s): how many keys each query sees, where what comes out for one that sees none means
+    nothing; w (heads, d_h + d_v, d_c) float32: W^UK and W^UV of each head.
     """
     b, s, heads = q_nope.shape[:3]
-    keys, reach = array(_whole(seen)), array(reach.view(-1))
+    keys, seen_by = array(_whole(seen)), array(reach.view(-1))
     rows = (b * s, heads)
     work = b * s * heads * seen.shape[1] * seen.shape[2]
     scores = torch.empty(*rows, seen.shape[1], dtype=sums)
     queries = [array(each.reshape(*rows, -1)) for each in (q_nope, q_rope)]
-    in_threads(_scores, [*queries, keys, reach, w.numpy(), scale], scores, heads, work, 1)
+    inputs = (*queries, keys, seen_by, array(w), scale)
+    in_threads(lambda *heads: _scores(*inputs, *heads, array(scores)), heads, 1, work)
     weights = scores.softmax(-1)  # eq. 10
     out = torch.empty(*rows, w.shape[1] - q_nope.shape[3], dtype=sums)
-    in_threads(_values, [weights.numpy(), keys, reach, w.numpy()], out, heads, work, 1)
+    inputs = (array(weights), keys, seen_by, array(w))
+    in_threads(lambda *heads: _values(*inputs, *heads, array(out)), heads, 1, work)
     return out.view(b, s, heads, -1)
 
 
-def _whole(seen: Float[Tensor, "b t latent"]) -> Float[Tensor, "b room latent"]:
+def _whole(seen: Tensor) -> Tensor:
     """The cache that these keys are the beginning of: it lies in one piece, they may not."""
     width = seen.shape[2]
     if seen.is_contiguous() or seen.stride()[1:] != (width, 1):

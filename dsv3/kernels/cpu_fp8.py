@@ -15,22 +15,22 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float8e4m3fn, Float32, Float64, Int
 from numba import njit
 from torch import Tensor
 
 from dsv3.fields import BLOCK
 from dsv3.kernels.cpu import (
+    ANY_ORDER,
     array,
     bits_of_float,
     double_of_bits,
     float_of_bits,
     float_of_half,
     in_threads,
+    loop,
+    numbers,
 )
 
-# Sums may be taken in any order: they are exact.
-_ANY_ORDER = {"reassoc", "contract", "nsz"}
 # Rows of w that are taken together: x is read once for them.
 _TOGETHER = 4
 _SIGN_AND_SEVEN = np.int64(-(1 << 63) | 0x7F << 49)
@@ -67,7 +67,7 @@ def _encode(value):
     return np.int8(code | ((bits >> np.int32(24)) & np.int32(0x80)))
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _quantize(x, power_of_two, codes, scales):
     """Each row in tiles of 128: codes and scales, bit for bit those of ``quantize_activation``."""
     for row in range(x.shape[0]):
@@ -89,7 +89,18 @@ def _quantize(x, power_of_two, codes, scales):
                 codes[row, start + k] = _encode(x[row, start + k] / divisor)
 
 
-@njit(cache=True, nogil=True)
+@loop()
+def _quantize_at(x, codes, scales, rows, cols, power_of_two):
+    shape, tiles = (rows, cols), (rows, -(-cols // BLOCK))
+    _quantize(
+        numbers(x, shape, np.float32),
+        power_of_two,
+        numbers(codes, shape, np.int8),
+        numbers(scales, tiles, np.float32),
+    )
+
+
+@loop()
 def _dequantize(codes, scales, block_rows, out):
     """code * scale, in the dtype of ``out``."""
     for row in range(codes.shape[0]):
@@ -100,7 +111,7 @@ def _dequantize(codes, scales, block_rows, out):
                 out[row, start + k] = _decode(codes[row, start + k]) * np.float32(256.0) * scale
 
 
-@njit(cache=True, nogil=True, fastmath=_ANY_ORDER)
+@loop(fastmath=ANY_ORDER)
 def _times(x, x_scale, w, w_scale, first, last, out):
     """x w^T for the rows of w from ``first`` to ``last``, with x as values of codes, times 2^-8."""
     inner = w.shape[1]
@@ -133,7 +144,7 @@ def _times(x, x_scale, w, w_scale, first, last, out):
                 out[m, n + i] = sums[m, i]
 
 
-@njit(cache=True, nogil=True, fastmath=_ANY_ORDER)
+@loop(fastmath=ANY_ORDER)
 def _times_row(x, x_scale, w, w_scale, first, last, out):
     """The same for a single row: each number is decoded where it is multiplied.
 
@@ -184,80 +195,106 @@ def _values(x):
     return values
 
 
-@njit(cache=True, nogil=True)
-def _one(x, x_scale, w, w_scale, smallest, first, last, out):
-    _times_rows(_values(x), x_scale, w, w_scale, smallest, first, last, out)
+@loop()
+def _one(x, x_scale, w, w_scale, out, rows, inner, outer, smallest, first, last):
+    """A matrix w (outer, inner)."""
+    tiles, blocks = -(-inner // BLOCK), -(-outer // BLOCK)
+    _times_rows(
+        _values(numbers(x, (rows, inner), np.int8)),
+        numbers(x_scale, (rows, tiles), np.float32),
+        numbers(w, (outer, inner), np.int8),
+        numbers(w_scale, (blocks, tiles), np.float32),
+        smallest,
+        first,
+        last,
+        numbers(out, (rows, outer), np.float64),
+    )
 
 
-@njit(cache=True, nogil=True)
-def _each(x, x_scale, w, w_scale, ends, most, smallest, first, last, out):
+@loop()
+def _each(
+    x,
+    x_scale,
+    w,
+    w_scale,
+    ends,
+    out,
+    rows,
+    inner,
+    outer,
+    experts,
+    parts,
+    most,
+    smallest,
+    first,
+    last,
+):
     """Of experts with up to ``most`` rows: their rows times each of their matrices."""
-    values, begin = _values(x), 0
-    for expert in range(len(ends)):
-        end = ends[expert]
+    tiles, blocks = -(-inner // BLOCK), -(-outer // BLOCK)
+    values = _values(numbers(x, (rows, inner), np.int8))
+    scales = numbers(x_scale, (rows, tiles), np.float32)
+    matrices = numbers(w, (experts, parts, outer, inner), np.int8)
+    grids = numbers(w_scale, (experts, parts, blocks, tiles), np.float32)
+    sums = numbers(out, (rows, parts, outer), np.float64)
+    begin = 0
+    for expert, end in enumerate(numbers(ends, experts, np.int64)):
         if begin < end <= begin + most:
             mine = slice(begin, end)
-            for part in range(w.shape[1]):
+            for part in range(parts):
                 _times_rows(
                     values[mine],
-                    x_scale[mine],
-                    w[expert, part],
-                    w_scale[expert, part],
+                    scales[mine],
+                    matrices[expert, part],
+                    grids[expert, part],
                     smallest,
                     first,
                     last,
-                    out[mine, part],
+                    sums[mine, part],
                 )
         begin = end
 
 
-def quantize(
-    x: Float[Tensor, "rows cols"], scale_format: str
-) -> tuple[Float8e4m3fn[Tensor, "rows cols"], Float32[Tensor, "rows tiles"]]:
-    """Codes and scales of activations, one scale for each row and 128 columns."""
-    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
-    scale = torch.empty(len(x), -(-x.shape[1] // BLOCK))
-    _quantize(array(x.float()), scale_format == "ue8m0", array(codes), array(scale))
+def quantize(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
+    """x (rows, cols) to codes (rows, cols) E4M3 and float32 scales (rows, tiles)."""
+    rows, cols = x.shape
+    x = x.float().contiguous()
+    codes = torch.empty(rows, cols, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(rows, -(-cols // BLOCK))
+    places = (x.data_ptr(), codes.data_ptr(), scale.data_ptr())
+    _quantize_at(*places, rows, cols, scale_format == "ue8m0")
     return codes, scale
 
 
-def dequantize(
-    codes: Float8e4m3fn[Tensor, "rows cols"],
-    scale: Float32[Tensor, "row_blocks tiles"],
-    block_rows: int,
-    out: Float[Tensor, "rows cols"],
-) -> None:
-    """code * scale into ``out``, float32 or float64. A NaN code is not looked for."""
+def dequantize(codes: Tensor, scale: Tensor, block_rows: int, out: Tensor) -> None:
+    """code * scale of codes (rows, cols) and scales (rows / block_rows, tiles) into ``out``,
+    float32 or float64. A NaN code is not looked for."""
     _dequantize(array(codes), array(scale), block_rows, out.numpy())
 
 
-def product(
-    x: Float8e4m3fn[Tensor, "rows inner"],
-    x_scale: Float32[Tensor, "rows tiles"],
-    w: Float8e4m3fn[Tensor, "out inner"],
-    w_scale: Float32[Tensor, "blocks tiles"],
-) -> Float64[Tensor, "rows out"]:
-    """x W^T."""
-    out = torch.empty(len(x), len(w), dtype=torch.float64)
-    arrays = [array(each) for each in (x, x_scale, w, w_scale)]
-    in_threads(_one, [*arrays, _SMALLEST], out, len(w), len(x) * w.numel(), BLOCK)
+def product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
+    """x W^T (rows, out) in float64 for codes x (rows, inner) with scales (rows, tiles), and w (out,
+    inner) with scales (blocks, tiles)."""
+    (rows, inner), outer = x.shape, w.shape[0]
+    out = torch.empty(rows, outer, dtype=torch.float64)
+    tensors = [each.contiguous() for each in (x, x_scale, w, w_scale, out)]
+    inputs = (*(each.data_ptr() for each in tensors), rows, inner, outer, _SMALLEST)
+    in_threads(lambda *part: _one(*inputs, *part), outer, BLOCK, rows * inner * outer)
     return out
 
 
 def products(
-    x: Float8e4m3fn[Tensor, "rows inner"],
-    x_scale: Float32[Tensor, "rows tiles"],
-    w: Float8e4m3fn[Tensor, "experts parts out inner"],
-    w_scale: Float32[Tensor, "experts parts blocks tiles"],
-    ends: Int[Tensor, " experts"],
-    most: int,
-) -> Float64[Tensor, "rows parts out"]:
-    """Rows sorted by expert, times the matrices of their own expert.
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ends: Tensor, most: int
+) -> Tensor:
+    """Rows sorted by expert, times the matrices of their own expert: (rows, parts, out) in float64.
 
-    ends: where each expert's rows end. Rows that follow the last come out as 0. Those of experts
-    with more than ``most`` of them are not written, and are to be filled in.
+    x (rows, inner) and scales (rows, tiles); w (experts, parts, out, inner) and scales (experts,
+    parts, blocks, tiles); ends (experts): where each expert's rows end. Rows that follow the last
+    come out as 0. Those of experts with more than ``most`` of them are left at 0, to be filled in.
     """
-    out = torch.zeros(len(x), *w.shape[1:3], dtype=torch.float64)
-    arrays = [array(each) for each in (x, x_scale, w, w_scale, ends)]
-    in_threads(_each, [*arrays, most, _SMALLEST], out, w.shape[2], len(x) * w[0].numel(), BLOCK)
+    (rows, inner), (experts, parts, outer, _) = x.shape, w.shape
+    out = torch.zeros(rows, parts, outer, dtype=torch.float64)
+    tensors = [each.contiguous() for each in (x, x_scale, w, w_scale, ends, out)]
+    sizes = (rows, inner, outer, experts, parts, most)
+    inputs = (*(each.data_ptr() for each in tensors), *sizes, _SMALLEST)
+    in_threads(lambda *part: _each(*inputs, *part), outer, BLOCK, rows * parts * inner * outer)
     return out

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
-from numba import njit
 from torch import Tensor
 
-from dsv3.kernels.cpu import array, in_threads, number
+from dsv3.kernels.cpu import ANY_ORDER, array, in_threads, loop, number
 
 # Rows of w that are taken together: x is read once for them.
 _TOGETHER = 4
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@loop(fastmath=ANY_ORDER)
 def _times(x, w, first, last, out):
     """x w^T for the rows of w from ``first`` to ``last``."""
     for n in range(first, last, _TOGETHER):
@@ -37,10 +35,10 @@ def _times(x, w, first, last, out):
                     out[m, n + i] = total
 
 
-def product(
-    x: Float[Tensor, "rows inner"], w: Float[Tensor, "out inner"]
-) -> Float64[Tensor, "rows out"]:
-    """x W^T; w in float32 or bfloat16."""
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x W^T (rows, out) in float64 for x (rows, inner) and w (out, inner), float32 or bfloat16."""
     out = torch.empty(len(x), len(w), dtype=torch.float64)
-    in_threads(_times, [array(x.double()), array(w)], out, len(w), len(x) * w.numel(), _TOGETHER)
+    inputs = (array(x.double()), array(w))
+    work = x.shape[0] * w.numel()
+    in_threads(lambda *rows: _times(*inputs, *rows, array(out)), w.shape[0], _TOGETHER, work)
     return out

@@ -106,6 +106,7 @@ def mla_decode_kernel(
     double = split // PARTS_ALIKE
     part = FIRST_PART << double
     begin = (((PARTS_ALIKE << double) - PARTS_ALIKE) * FIRST_PART) + split % PARTS_ALIKE * part
+    reach = tl.minimum(reach, begin + part)
     end = tl.minimum(begin + part, longest)
 
     best = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -221,9 +222,9 @@ def mla_decode(
             found=[tuple(x.shape) for x in (q, seen, reach)],
             expected=[tuple(q.shape), expected, (b, s)],
         )
-    out = q.new_zeros(b, s, heads, latent)
+    out = q.new_empty(b, s, heads, latent)
     if out.numel() == 0 or t == 0:
-        return out
+        return out.zero_()
     if seen.stride(2) != 1:
         seen = seen.contiguous()
     rows = s * heads

@@ -148,9 +148,9 @@ def mla_prefill(
             found=[*found, tuple(reach.shape)],
             expected=[*shapes, (b, s)],
         )
-    out = torch.zeros(b, s, heads, d_v, dtype=torch.float32, device=kv.device)
+    out = torch.empty(b, s, heads, d_v, dtype=torch.float32, device=kv.device)
     if out.numel() == 0 or t == 0:
-        return out
+        return out.zero_()
     if k_rope.stride(2) != 1:
         k_rope = k_rope.contiguous()
     rows = 64 if INTERPRETING else 128

@@ -23,9 +23,8 @@ def cost_curves_figure(found: Mapping) -> Figure:
     groups: dict[str, list[Mapping]] = {}
     for curve in found["curves"]:
         groups.setdefault(curve["group"], []).append(curve)
-    columns = 3 if len(groups) > 4 else 2
-    rows = -(-len(groups) // columns)
-    figure, panels = new_figure(9.6, 3.2 * rows, nrows=rows, ncols=columns, squeeze=False)
+    rows = -(-len(groups) // 2)
+    figure, panels = new_figure(9.6, 3.2 * rows, nrows=rows, ncols=2, squeeze=False)
     for axes, (group, curves) in zip(panels.flat, groups.items()):
         _panel(axes, group, curves)
     for axes in list(panels.flat)[len(groups) :]:
@@ -41,7 +40,9 @@ def _panel(axes: Axes, group: str, curves: Sequence[Mapping]) -> None:
         axes.plot(*_fit(curve), "--", color=GREY, linewidth=1)
     axes.set(xscale="log", yscale="log", title=group, ylabel=curves[0]["quantity"])
     axes.set_xlabel(" / ".join(dict.fromkeys(curve["size"] for curve in curves)))
-    axes.legend(fontsize=7)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** (0.12 * len(curves) + 0.1))  # room for the legend
+    axes.legend(fontsize=7, loc="upper left")
 
 
 def _slopes(curve: Mapping) -> str:

@@ -1,0 +1,254 @@
+"""Compiled loops on a CPU against the plain forms beside them, to the bit where that is said."""
+
+import pytest
+import torch
+from fp8_cases import adversarial_rows, hard_values, same_bits
+
+from dsv3 import fp8, generate
+from dsv3.cache import Step
+from dsv3.config import ModelConfig
+from dsv3.errors import DSV3Error
+from dsv3.fp8 import QuantizedTensor
+from dsv3.fp8.backend import pick_backend
+from dsv3.fp8.product import ROWS_IN_LOOPS
+from dsv3.grouped import fp8_experts
+from dsv3.mla import MLA
+from dsv3.model import Transformer
+from dsv3.parallel.tensor import TensorGroup
+from dsv3.precision import Precision, wide_linear
+
+pytest.importorskip("numba", reason="Numba is not installed")
+
+from dsv3.kernels import cpu, cpu_fp8
+
+FORMATS = ("float32", "ue8m0")
+F64 = torch.float64
+
+
+def codes(*shape: int, seed: int = 0, weight: bool = False) -> QuantizedTensor:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=random) * torch.rand(shape[-1], generator=random).exp2()
+    return fp8.quantize_weight(x) if weight else fp8.quantize_activation(x, backend="torch")
+
+
+def exact(x: QuantizedTensor, w: QuantizedTensor) -> torch.Tensor:
+    """The product of what the codes stand for, in float64: neither value is rounded."""
+
+    def values(q):
+        rows, cols = q.shape
+        scale = q.scale.double().repeat_interleave(q.block[0], 0)[:rows]
+        return q.data.double() * scale.repeat_interleave(q.block[1], 1)[:, :cols]
+
+    return values(x) @ values(w).T
+
+
+# Numbers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_quantised_to_the_same_bits(scale_format, dtype):
+    values = hard_values()
+    tiles = torch.nn.functional.pad(values, (0, -len(values) % 127)).view(-1, 127)
+    inside = tiles.where(tiles.abs() <= 448, 0.0)
+    for x in (
+        torch.nn.functional.pad(inside, (1, 0), value=448.0),  # scale 1: the values themselves
+        torch.nn.functional.pad(tiles, (1, 0), value=torch.inf),  # scale NaN
+        adversarial_rows(20, 300),
+        torch.randn(3, 5, 200),
+        torch.randn(300)[::2],
+        torch.zeros(2, 130),
+    ):
+        x = x.to(dtype)
+        found, plain = (
+            fp8.quantize_activation(x, scale_format, backend) for backend in ("numba", "torch")
+        )
+        assert same_bits(found.data, plain.data) and same_bits(found.scale, plain.scale)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (200, 300), (1, 1), (129, 127)])
+def test_codes_are_dequantised_to_the_same_bits(shape, monkeypatch):
+    every = torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 != 127]
+    data = every.repeat(shape[0] * shape[1] // 254 + 1)[: shape[0] * shape[1]].view(shape)
+    scale = torch.rand(fp8.scale_shape(shape, fp8.WEIGHT_BLOCK)) * 1e-3
+    q = QuantizedTensor(data.view(torch.float8_e4m3fn), scale)
+    fast = q.dequantize(), q.dequantize(torch.bfloat16)
+    monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: False)
+    assert same_bits(fast[0], q.dequantize()) and same_bits(fast[1], q.dequantize(torch.bfloat16))
+
+
+# Products ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, ROWS_IN_LOOPS, ROWS_IN_LOOPS + 1])
+@pytest.mark.parametrize("out, inner", [(1, 1), (7, 129), (130, 576), (256, 128)])
+def test_products_are_exact_but_for_the_last_bits(rows, out, inner):
+    x, w = codes(rows, inner), codes(out, inner, seed=1, weight=True)
+    wanted = exact(x, w)
+    for backend in ("numba", "torch"):
+        found = fp8.matmul(x, w, F64, backend)
+        assert (found - wanted).abs().max() <= 1e-15 * wanted.abs().max() * inner
+
+
+def test_a_sum_over_a_tile_has_no_rounding_at_all():
+    """Codes of all sizes and signs, with scales of 1: whole numbers of 2^-18, added as integers."""
+    random = torch.Generator().manual_seed(0)
+    finite = torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 != 127]
+    x, w = (
+        finite[torch.randint(254, (n, 128), generator=random)].view(torch.float8_e4m3fn)
+        for n in (3, 64)
+    )
+    ones = torch.ones(3, 1), torch.ones(1, 1)
+    whole = [(v.double() * 2**9).long() for v in (x, w)]
+    wanted = (whole[0] @ whole[1].T).double() / 2**18
+    for rows in (slice(0, 1), slice(0, 3)):
+        assert torch.equal(cpu_fp8.product(x[rows], ones[0][rows], w, ones[1]), wanted[rows])
+
+
+def test_a_row_has_the_same_bits_among_others():
+    x, w = codes(9, 700), codes(300, 700, seed=1, weight=True)
+    together = fp8.matmul(x, w, F64)
+    for row in range(9):
+        assert torch.equal(fp8.matmul(x[row : row + 1], w, F64)[0], together[row])
+
+
+def test_threads_take_nothing_from_a_product(monkeypatch):
+    monkeypatch.setattr(cpu, "_FOR_A_THREAD", 1)
+    x, w = codes(3, 200), codes(515, 200, seed=1, weight=True)
+    alone = fp8.matmul(x, w, F64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(fp8.matmul(x, w, F64), alone)
+
+
+def test_nan_in_a_row_stays_in_that_row():
+    x = torch.randn(3, 200)
+    x[1, 150] = torch.nan
+    y = fp8.matmul(fp8.quantize_activation(x), codes(5, 200, seed=1, weight=True), F64)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+    one = fp8.matmul(fp8.quantize_activation(x[1:2]), codes(5, 200, seed=1, weight=True), F64)
+    assert one.isnan().all()
+
+
+def test_small_codes_count_where_subnormal_numbers_do_not():
+    w = QuantizedTensor(torch.full((4, 256), 2.0**-9).to(torch.float8_e4m3fn), torch.ones(1, 2))
+    x = fp8.quantize_activation(torch.full((1, 256), 448.0))
+    torch.set_flush_denormal(True)
+    try:
+        found = fp8.matmul(x, w, F64)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (found == 448 * 2.0**-9 * 256).all() and torch.equal(fp8.matmul(x, w, F64), found)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_experts_in_one_call(parts, without_numba, monkeypatch):
+    """None, one, few and many rows, and rows of nobody at the end."""
+    shares = [0, 1, 3, ROWS_IN_LOOPS + 4, 0, 2]
+    ends = torch.tensor(shares).cumsum(0)
+    x = codes(int(ends[-1]) + 2, 200)
+    w = codes(len(shares) * parts * 130, 200, seed=1)
+    w = QuantizedTensor(
+        w.data.view(len(shares), parts, 130, 200), torch.rand(len(shares), parts, 2, 2) + 0.5
+    )
+    if parts == 1:
+        w = QuantizedTensor(w.data[:, 0], w.scale[:, 0])
+    inputs = x.data, x.scale, w.data, w.scale, ends, F64
+    plain = fp8_experts(*inputs)
+    monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: True)
+    found = fp8_experts(*inputs)
+    assert found.shape == plain.shape and (found[ends[-1] :] == 0).all()
+    assert (found - plain).abs().max() <= 1e-14 * plain.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_products_of_plain_numbers(rows, dtype):
+    x, w = torch.randn(rows, 2, 50).to(torch.bfloat16), torch.randn(33, 50).to(dtype)
+    wanted = x.double() @ w.double().T
+    found = wide_linear(x, w, F64)
+    assert found.dtype == F64 and (found - wanted).abs().max() < 1e-12
+
+
+# Attention ---------------------------------------------------------------------------------------
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=128,
+    moe_intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_group=2,
+    topk_group=1,
+    first_k_dense_replace=1,
+    q_lora_rank=32,
+    kv_lora_rank=40,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=24,
+    max_position_embeddings=256,
+)
+
+
+@pytest.mark.parametrize("name, tolerance", [("fp32", 5e-6), ("bf16", 5e-6), ("fp8", 1e-14)])
+@pytest.mark.parametrize("starts, counts", [([6], [1]), ([0, 9, 4], [2, 1, 2]), ([31, 30], [4, 4])])
+@pytest.mark.parametrize("packed", [False, True])
+def test_absorbed_attention_in_loops(name, tolerance, starts, counts, packed):
+    precision, random = Precision.of(name, CONFIG), torch.Generator().manual_seed(0)
+    layer = MLA(CONFIG, precision, TensorGroup()).requires_grad_(False)
+    layer.wkv_b.weight.normal_(std=0.2, generator=random)
+    b, s = len(starts), max(counts)
+    cache = Transformer(CONFIG, precision).new_cache(b, 40, "fp8" if packed else None)
+    step = Step.make(CONFIG, starts, counts, s, torch.device("cpu"))
+
+    def numbers(*shape):
+        return torch.randn(shape, generator=random).to(precision.dtype)
+
+    before = Step.make(CONFIG, [0] * b, [36] * b, 36, torch.device("cpu"))
+    cache.one(0).append(numbers(b, 36, 48), before)
+    seen = cache.one(0).append(numbers(b, s, 48), step)
+    inputs = numbers(b, s, 3, 16), numbers(b, s, 3, 8), seen, step
+    with torch.no_grad():
+        assert layer.core(inputs[0]) == layer.absorbed_in_loops
+        found, plain = layer.absorbed_in_loops(*inputs), layer.absorbed(*inputs)
+    assert found.shape == plain.shape and found.dtype == precision.core(seen.device)
+    for row, count in enumerate(counts):
+        assert (found[row, :count] - plain[row, :count]).abs().max() < tolerance
+
+
+def test_loops_leave_alone_what_they_cannot_do():
+    layer = MLA(CONFIG, Precision.of("fp32", CONFIG), TensorGroup())
+    q = torch.zeros(1, 1, 3, 16)
+    assert layer.core(q) == layer.absorbed  # a gradient is asked for
+    with torch.no_grad():
+        assert layer.core(q) == layer.absorbed_in_loops
+        assert layer.core(q.expand(1, 5, 3, 16)) == layer.absorbed
+    trains = MLA(CONFIG, Precision.training("fp32"), TensorGroup())
+    with torch.no_grad():
+        assert trains.core(q) == trains.absorbed
+
+
+# Whole models ------------------------------------------------------------------------------------
+
+
+def test_the_text_is_the_same_without_numba(monkeypatch):
+    model = Transformer(CONFIG, "fp32").init_weights(0)
+    stored = model.state_dict()
+    model = Transformer(CONFIG, "fp8")
+    model.load_state_dict(stored)
+    prompts = [[1, 2, 3], list(range(20)), [7] * 40]
+    fast = generate(model, prompts, max_new_tokens=30)
+    monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: False)
+    assert generate(model, prompts, max_new_tokens=30) == fast
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    assert pick_backend(torch.device("cpu")) == "numba"
+    monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: False)
+    assert pick_backend(torch.device("cpu")) == "torch"
+    with pytest.raises(DSV3Error, match="Numba is not installed.*pip install numba"):
+        pick_backend(torch.device("cpu"), "numba")
+    with pytest.raises(DSV3Error, match="torch, numba or triton"):
+        pick_backend(torch.device("cpu"), "cuda")
