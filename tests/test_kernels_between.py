@@ -347,6 +347,7 @@ def test_who_listens_is_given_numbers(monkeypatch):
         model(torch.tensor([[1, 2, 3]]))
     ear.remove()
     assert all(isinstance(each, Normed) for each in given) and len(given) == 2
+    assert model.precision.operand(given[0]) is given[0].operand  # not quantised again
     assert heard.keys() == plain.keys() and len(heard) > 10
     for name, x in heard.items():
         torch.testing.assert_close(x, plain[name], rtol=0.1, atol=0.1 * float(x.abs().max()))
