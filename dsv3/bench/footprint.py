@@ -70,7 +70,7 @@ def caches(row: Row, bench: Workbench, allowed: float) -> Iterator[Line]:
     packed = LatentFormat(large.kv_lora_rank, large.qk_rope_head_dim).bytes
     what = "fp8, a token and layer of DeepSeek-V3: bfloat16"
     yield quantity(row, what, packed, 2 * large.latent_dim, "bytes", None)
-    ours = models.ours("fp32").new_cache(1, text.numel()).nbytes
+    ours = models.ours("fp32").new_cache(1, text.numel()).data.nbytes
     with torch.inference_mode():
         theirs = models.theirs(torch.float32)(text, use_cache=True, logits_to_keep=1)
     kept = sum(
