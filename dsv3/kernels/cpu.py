@@ -101,7 +101,7 @@ def _number(x):
 
 def array(x: Tensor) -> np.ndarray:
     """The numbers of a tensor where they lie; codes as bytes with a sign, bfloat16 as its bits."""
-    x = x.contiguous()
+    x = x.detach().contiguous()
     if x.dtype == torch.float8_e4m3fn:
         x = x.view(torch.int8)
     elif x.dtype == torch.bfloat16:
