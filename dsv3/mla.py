@@ -24,12 +24,8 @@ which is why the position has its own small key.
 In use, the core computes from the stored values in both forms and rounds nothing on the way
 (``Precision.core``), so which one runs changes no rounding, only the order of sums. Kernels on a
 GPU are the exception: they take float32 numbers in two bfloat16 parts, 16 bits or more of each, so
-<<<<<<< HEAD
-there both forms are within about 2^-17 of the numbers they sum, and not within float32's 2^-24.
-=======
 that there both forms are within about 2^-17 of the numbers they sum, and not within float32's
 2^-24.
->>>>>>> dec
 """
 
 from __future__ import annotations
