@@ -18,7 +18,7 @@ FLOORS = [
     ["parallel"],
     ["grouped"],
     ["cache", "precision", "recompute"],
-    ["layers"],
+    ["layers", "listening"],
     ["attention", "mla", "moe"],
     ["block", "placement"],
     ["mtp"],

@@ -61,7 +61,7 @@ ROOMS = (
     Room(
         "The model",
         "layers attention rope mla cache moe grouped block mtp compiling model precision"
-        " costs placement recompute",
+        " costs placement recompute listening",
         "latent attention, experts, multi-token prediction; how each product is taken",
         (50, 32, 96),
         BLUE,
