@@ -31,6 +31,7 @@ EXEMPT = {
     "make run TORCH_INDEX": "the address is to be filled in; see test_setup",
     "dsv3 train": "the whole recipe, hours on two cores; see test_training_run",
     "dsv3 experiment": "a quarter of an hour on two cores; see test_experiments",
+    "dsv3 bench": "an hour of quiet cores; see test_bench",
     "torchrun": "16 GPUs and the released 671B checkpoint",
     "dsv3 inspect DeepSeek-V3": "the released checkpoint; its sizes are in test_inspect",
     "dsv3 convert DeepSeek-V3": "likewise; see test_convert",

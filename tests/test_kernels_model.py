@@ -160,8 +160,8 @@ def test_a_model_in_kernels_is_the_model_without(precision, cache, form, monkeyp
         for number, layer in enumerate(model.layers):
             kept = model.new_cache(2, 8, dtype=cache)
             step, _ = model._step(TEXT[:, :5], kept, None)
-            u = halves.setdefault((number, "u"), x + layer.attend(x, step, kept, number))
-            halves[number, "attends", on] = layer.attend(x, step, kept, number)
+            u = halves.setdefault((number, "u"), x + layer.attend(x, step, kept.one(number)))
+            halves[number, "attends", on] = layer.attend(x, step, kept.one(number))
             halves[number, "feeds", on] = layer.feed_forward(u)
     for number, name in ((0, "attends"), (0, "feeds"), (1, "attends"), (1, "feeds")):
         off = apart(halves[number, name, True], halves[number, name, False])
@@ -188,7 +188,7 @@ def test_kernels_of_a_decode_layer_are_counted(monkeypatch):
         for number, layer in enumerate(model.layers):
             launches.kernels.clear(), launches.torch.clear()
             with launches:
-                x = layer(x, step, kept, number)
+                x = layer(x, step, kept.one(number))
             counts.append((sum(launches.kernels.values()), launches.total))
     dense, with_experts = counts
     assert dense <= (13, 42) and with_experts <= (17, 56)
@@ -207,17 +207,19 @@ def cases() -> dict[str, tuple]:
     w2, ends = fp8.quantize_weight(torch.randn(3, 48, 32)), torch.tensor([2, 2, 6])
     one = fp8.quantize_weight(torch.randn(32, 48))
     seen = LatentFormat(32, 16).pack(torch.randn(2, 5, 48))
+    kept, up = torch.randn(2, 9, 48)[:, :5].bfloat16(), torch.randn(4, 40, 32)
     order, scores = torch.randperm(6), torch.rand(3, 2)
     rule = (torch.randn(8, 48), torch.rand(8), 2, 1, 2, "sigmoid", True, 2.5)
     stacks = w13.data, w13.scale, w2.data, w2.scale
     return {
         "mla_decode": (q, seen, reach, 0.1, 32),
+        "mla_loops": (q[..., :24], q[..., 32:], kept, reach, up, 0.1, torch.float64),
         "mla_prefill": (q[..., :32], q[..., 32:], kv, k_rope, reach, 0.1),
         "norm_quant": (x, weight, 1e-6, "ue8m0"),
-        "norm_quant_keep": (x, weight, 1e-6, "float32"),
         "router": (u, *rule),
         "combine": (torch.randn(6, 48), scores, order, ends[-1:]),
         "rms_norm": (x.transpose(0, 1), weight, 1e-6),
+        "wide_product": (u, torch.randn(20, 48)),
         "plain_experts": (torch.randn(6, 48), torch.randn(3, 32, 48), ends),
         "fp8_experts": (rows.data, rows.scale, w13.data, w13.scale, ends, torch.float64),
         "fused_experts": (rows.data, rows.scale, *stacks, ends, "ue8m0"),
