@@ -28,6 +28,7 @@ from dsv3.errors import DSV3Error
 from dsv3.parallel.environment import Place, check_device, place
 from dsv3.parallel.join import join
 from dsv3.parallel.rank import is_collective
+from dsv3.parallel.shared_memory import SharedMemory
 from dsv3.parallel.watch import Watch
 
 # What a gradient through a collective is told: it would miss what the other ranks did.
@@ -59,7 +60,7 @@ class TensorGroup:
     algorithms' count: 2 (N-1)/N of the tensor for an all-reduce, N-1 times my part for an
     all-gather. experts: the ranks among which routed experts are shared out, when those are other
     ranks than these (``dsv3.parallel.experts``); None: these ranks hold them. watch: the heartbeat
-    between machines; None: nobody needs one.
+    between machines; None: nobody needs one. shared: the memory of ranks on one machine.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class TensorGroup:
         device: torch.device | str = "cpu",
         experts: SharesExperts | None = None,
         watch: Watch | None = None,
+        shared: SharedMemory | None = None,
     ):
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self.process_group, self.experts, self.watch = process_group, experts, watch
+        self.shared = shared
         self.bytes_sent = 0
 
     @property
@@ -107,10 +110,13 @@ class TensorGroup:
             kind = f"cuda:{torch.cuda.current_device()}"
         if here.size == 1:
             return cls.single(kind)
-        watch = None
+        watch = shared = None
         if not dist.is_initialized():
             watch = join(here, "nccl" if kind.startswith("cuda") else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, kind, watch=watch)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        if kind == "cpu" and here.local_size == size:
+            shared = SharedMemory.among(rank, size)
+        return cls(rank, size, dist.group.WORLD, kind, watch=watch, shared=shared)
 
     def close(self) -> None:
         """Leave the group together; to be called last on every rank, and not after a failure."""
@@ -167,6 +173,8 @@ class TensorGroup:
         self.bytes_sent += 2 * (self.size - 1) * x.nbytes // self.size
 
         def summed(x):
+            if self.shared and self.shared.fits(x):
+                return self.shared.sum(x)
             dist.all_reduce(x, group=self.process_group)
             return x
 
@@ -182,6 +190,8 @@ class TensorGroup:
         self.bytes_sent += (self.size - 1) * x.nbytes
 
         def gathered(x):
+            if self.shared and self.shared.fits(x):
+                return torch.cat(self.shared.gather(x), dim=-1)
             parts = [torch.empty_like(x) for _ in range(self.size)]
             dist.all_gather(parts, x.contiguous(), group=self.process_group)
             return torch.cat(parts, dim=-1)
