@@ -22,6 +22,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
 from dsv3.fp8 import QuantizedTensor
+from dsv3.fp8.backend import pick_backend
 from dsv3.opaque import opaque
 from dsv3.parallel.tensor import TensorGroup
 from dsv3.precision import Normed, Precision
@@ -51,6 +52,11 @@ class RMSNorm(nn.Module):
 def _normalised(
     x: Float[Tensor, "*lead d"], weight: Float32[Tensor, " d"], eps: float
 ) -> Float[Tensor, "*lead d"]:
+    trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.dtype == torch.bfloat16 and not trains and pick_backend(x.device) == "numba":
+        from dsv3.kernels import cpu_norm
+
+        return cpu_norm.rms_norm(x, weight, eps)
     return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
 

@@ -12,6 +12,7 @@ from dsv3.fp8 import QuantizedTensor
 from dsv3.fp8.backend import pick_backend
 from dsv3.fp8.product import ROWS_IN_LOOPS
 from dsv3.grouped import fp8_experts
+from dsv3.layers import RMSNorm
 from dsv3.mla import MLA
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
@@ -252,3 +253,19 @@ def test_what_is_not_installed_is_named(monkeypatch):
         pick_backend(torch.device("cpu"), "numba")
     with pytest.raises(DSV3Error, match="torch, numba or triton"):
         pick_backend(torch.device("cpu"), "cuda")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 192), (2, 3, 513), (4, 1)])
+def test_norms_of_bfloat16(shape, without_numba, monkeypatch):
+    """To the last bit but for near ties; a NaN and an infinity do what they do in torch."""
+    random = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=random) * 3).bfloat16()
+    x.view(-1, shape[-1])[0, 0] = {192: torch.nan, 513: torch.inf, 1: 0.0}[shape[-1]]
+    norm = RMSNorm(shape[-1]).requires_grad_(False)
+    norm.weight.copy_(torch.rand(shape[-1], generator=random) + 0.5)
+    plain = norm(x)
+    monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: True)
+    found = norm(x)
+    assert found.dtype == torch.bfloat16 and torch.equal(found.isnan(), plain.isnan())
+    torch.testing.assert_close(found, plain, rtol=2**-7, atol=0, equal_nan=True)
+    assert (found.nan_to_num() != plain.nan_to_num()).float().mean() < 1e-3
