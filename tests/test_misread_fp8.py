@@ -37,7 +37,7 @@ def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def test_misread_divide_by_scale(without_numba):
+def test_misread_divide_by_scale():
     """A dequantised weight is near what was quantised, and the shipped model reads; divided, the
     weights are a million times too large and the model is as good as one that guesses."""
     w = 0.05 * random(200, 300)

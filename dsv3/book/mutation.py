@@ -26,7 +26,8 @@ def mutated(function: Callable, old: str, new: str) -> Iterator[None]:
 
     function: a function of a module, a method (``Class.method``) or a property's function
     (``Class.name.fget``). Modules of the package that imported a plain function by name see the new
-    one too; a notebook's own imports keep the old. Decorators are left out inside the block.
+    one too; a notebook's own imports keep the old. Decorators are left out inside the block, and
+    so are loops that stand in for plain functions on a CPU (``dsv3.kernels.cpu``).
     Raises ValueError when ``old`` does not stand in the source exactly once, and TypeError for
     what this cannot rebuild: closures, and methods that call super() without arguments.
     """
@@ -56,8 +57,21 @@ def mutated(function: Callable, old: str, new: str) -> Iterator[None]:
         flags=__future__.annotations.compiler_flag,
     )
     exec(code, vars(module), made)
-    with _installed(function, original, made[original.__name__], module):
+    with _installed(function, original, made[original.__name__], module), _without_loops():
         yield
+
+
+@contextmanager
+def _without_loops() -> Iterator[None]:
+    """Compiled loops know nothing of a changed source: inside, FP8 on a CPU does without them."""
+    from dsv3.fp8 import backend
+
+    found = backend._is_installed
+    backend._is_installed = lambda name: name != "numba" and found(name)  # type: ignore
+    try:
+        yield
+    finally:
+        backend._is_installed = found
 
 
 @contextmanager

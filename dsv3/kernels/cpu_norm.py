@@ -1,7 +1,7 @@
 """RMSNorm of bfloat16 rows on a CPU, in one loop where torch runs seven operations.
 
-Each step is rounded as ``F.rms_norm`` rounds it in float32; only the mean of the squares is summed
-in float64, so that a last bit of bfloat16 differs now and then.
+Each step is rounded as ``F.rms_norm`` rounds it in float32, and overflows where it does; only the
+squares are summed in float64, so that a last bit of bfloat16 differs now and then.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ def _norm_at(x, weight, out, rows, size, eps):
     for row in range(rows):
         total = 0.0
         for k in range(size):
-            value = np.float64(float_of_bits(np.int32(np.int32(values[row, k]) << np.int32(16))))
-            total += value * value
-        scale = np.float32(1.0) / np.sqrt(np.float32(total / size) + np.float32(eps))
+            value = float_of_bits(np.int32(np.int32(values[row, k]) << np.int32(16)))
+            total += np.float64(np.float32(value * value))
+        mean = np.float32(total) / np.float32(size)
+        scale = np.float32(1.0) / np.sqrt(mean + np.float32(eps))
         for k in range(size):
             value = float_of_bits(np.int32(np.int32(values[row, k]) << np.int32(16)))
             result = np.float32(np.float32(value * scale) * factors[k])
