@@ -8,7 +8,12 @@ here of their bits holds in the interpreter, and ``python -m benchmarks.hopper -
 Nothing is imported here: only who wants a kernel pays for loading Triton, and where there is no
 Triton everything else still works.
 
-What is the same, bit for bit, as without kernels:
+``cpu`` and the modules whose names begin so are for a CPU: loops that Numba compiles, beside the
+same plain forms (``dsv3.fp8``, ``MLA.absorbed``). They sum FP8 products in float64, exactly within
+a tile (``cpu_fp8`` says why), so a text is the one that comes without them, whatever its batch,
+chunks, drafts and ranks.
+
+What is the same on a GPU, bit for bit, as without kernels:
 
 * codes, scales and dequantised weights (``act_quant``, ``column_quant``, ``weight_dequant``);
 * the sum over a token's experts, given their outputs (``combine``).
