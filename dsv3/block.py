@@ -31,9 +31,13 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.precision = precision
-        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
+        self.attn_norm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, device, exact=precision.exact
+        )
         self.attn = MLA(config, precision, group, device)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
+        self.ffn_norm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, device, exact=precision.exact
+        )
         if config.is_moe(layer):
             self.ffn = MoE(config, precision, group, device, layer)
         else:

@@ -35,29 +35,41 @@ class RMSNorm(nn.Module):
     deeper layers into saturation.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-6, device=None):
+    def __init__(self, dim: int, eps: float = 1e-6, device=None, *, exact: bool = False):
+        """exact: whether squares are summed in float64 on a CPU (``Precision.exact``)."""
         super().__init__()
-        self.eps = eps
+        self.eps, self.exact = eps, exact
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32, device=device))
 
     def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return _normalised(x, self.weight, self.eps)
+        return _normalised(x, self.weight, self.eps, self.exact and not x.is_cuda)
 
 
 # A compiler would take the sum in another order, and in FP8 the text would not be the same.
 @opaque(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    like=lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
+    "rms_norm(Tensor x, Tensor weight, float eps, bool exact) -> Tensor",
+    like=lambda x, weight, eps, exact: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 def _normalised(
-    x: Float[Tensor, "*lead d"], weight: Float32[Tensor, " d"], eps: float
+    x: Float[Tensor, "*lead d"], weight: Float[Tensor, " d"], eps: float, exact: bool
 ) -> Float[Tensor, "*lead d"]:
+    if not exact:
+        return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if x.dtype == torch.bfloat16 and not trains and pick_backend(x.device) == "numba":
         from dsv3.kernels import cpu_norm
 
         return cpu_norm.rms_norm(x, weight, eps)
-    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+    return exactly_normalised(x, weight, eps)
+
+
+def exactly_normalised(
+    x: Float[Tensor, "*lead d"], weight: Float[Tensor, " d"], eps: float
+) -> Float[Tensor, "*lead d"]:
+    """x / rms(x) * weight with squares summed in float64; all else is float32."""
+    x_wide = x.float()
+    total = x_wide.square().sum(-1, keepdim=True, dtype=torch.float64).float()
+    return (x_wide / (total / x.shape[-1] + eps).sqrt() * weight).to(x.dtype)
 
 
 class Linear(nn.Module):

@@ -103,12 +103,12 @@ class MLA(nn.Module):
             self.wq = ColumnParallelLinear(d, head_rows, precision, group, **cut)  # W^UQ, W^QR
         else:
             self.wq_a = Linear(d, config.q_lora_rank, precision, device=device)  # W^DQ
-            self.q_norm = RMSNorm(config.q_lora_rank, _LATENT_EPS, device)
+            self.q_norm = RMSNorm(config.q_lora_rank, _LATENT_EPS, device, exact=precision.exact)
             self.wq_b = ColumnParallelLinear(
                 config.q_lora_rank, head_rows, precision, group, **cut
             )  # W^UQ, W^QR
         self.wkv_a = Linear(d, config.latent_dim, precision, device=device)  # W^DKV, W^KR
-        self.kv_norm = RMSNorm(config.kv_lora_rank, _LATENT_EPS, device)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, _LATENT_EPS, device, exact=precision.exact)
         self.wkv_b = LatentUpProjection(config, self.heads, precision, device)  # W^UK, W^UV
         # wo's input is kept in more bits: attention's own backward pass reads it too (TR 3.3.3).
         self.wo = RowParallelLinear(

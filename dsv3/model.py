@@ -73,7 +73,9 @@ class Transformer(nn.Module):
             Block(config, layer, *shared, device=device)
             for layer in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
+        self.norm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, device, exact=self.precision.exact
+        )
         self.head = Head(config.hidden_size, config.vocab_size, *shared, device=device)
         self.mtp = nn.ModuleList(
             MTPModule(config, depth, *shared, device=device)

@@ -36,10 +36,10 @@ class MTPModule(Block):
     ):
         super().__init__(config, config.num_hidden_layers + depth, precision, group, device)
         d = config.hidden_size
-        self.enorm = RMSNorm(d, config.rms_norm_eps, device)
-        self.hnorm = RMSNorm(d, config.rms_norm_eps, device)
+        self.enorm = RMSNorm(d, config.rms_norm_eps, device, exact=precision.exact)
+        self.hnorm = RMSNorm(d, config.rms_norm_eps, device, exact=precision.exact)
         self.eh_proj = Linear(2 * d, d, precision.plain, device=device)  # M_k
-        self.norm = RMSNorm(d, config.rms_norm_eps, device)
+        self.norm = RMSNorm(d, config.rms_norm_eps, device, exact=precision.exact)
 
     def join(
         self, hidden: Float[Tensor, "b s d"], embedded: Float[Tensor, "b s d"]

@@ -1,10 +1,15 @@
 """Compiled loops on a CPU against the plain forms beside them, to the bit where that is said."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from fp8_cases import adversarial_rows, hard_values, same_bits
 
-from dsv3 import fp8, generate
+from dsv3 import fp8, generate, load_model
 from dsv3.cache import Step
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
@@ -255,17 +260,88 @@ def test_what_is_not_installed_is_named(monkeypatch):
         pick_backend(torch.device("cpu"), "cuda")
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 192), (2, 3, 513), (4, 1)])
-def test_norms_of_bfloat16(shape, without_numba, monkeypatch):
-    """To the last bit but for near ties; a NaN and an infinity do what they do in torch."""
+@pytest.mark.parametrize("shape", [(1, 1, 192), (2, 3, 513), (4, 1), (0, 8)])
+def test_norms_of_bfloat16_to_the_bit(shape, without_numba, monkeypatch):
+    """A NaN, an infinity, and squares that overflow or vanish do what they do in torch."""
     random = torch.Generator().manual_seed(0)
-    x = (torch.randn(shape, generator=random) * 3).bfloat16()
-    x.view(-1, shape[-1])[0, 0] = {192: torch.nan, 513: torch.inf, 1: 0.0}[shape[-1]]
-    norm = RMSNorm(shape[-1]).requires_grad_(False)
-    norm.weight.copy_(torch.rand(shape[-1], generator=random) + 0.5)
-    plain = norm(x)
-    monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: True)
-    found = norm(x)
-    assert found.dtype == torch.bfloat16 and torch.equal(found.isnan(), plain.isnan())
-    torch.testing.assert_close(found, plain, rtol=2**-7, atol=0, equal_nan=True)
-    assert (found.nan_to_num() != plain.nan_to_num()).float().mean() < 1e-3
+    for size in (1.0, 1e-22, 2e18, 1e19):
+        x = (torch.randn(shape, generator=random) * size).bfloat16()
+        if x.numel() > 200:
+            x[0, 0, 0], x[-1, -1, 5] = torch.nan, torch.inf
+        norm = RMSNorm(shape[-1], exact=True).requires_grad_(False)
+        norm.weight.copy_(torch.rand(shape[-1], generator=random) + 0.5)
+        monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: False)
+        plain = norm(x)
+        monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: True)
+        found = norm(x)
+        assert found.dtype == torch.bfloat16 and torch.equal(found.isnan(), plain.isnan())
+        assert torch.equal(found.nan_to_num(), plain.nan_to_num())
+        usual = RMSNorm(shape[-1]).requires_grad_(False)
+        usual.weight.copy_(norm.weight)
+        torch.testing.assert_close(found, usual(x), rtol=2**-7, atol=1e-30, equal_nan=True)
+
+
+def test_the_shipped_model_writes_the_same_without_numba(monkeypatch):
+    """Logits of whole prompts, bit by bit: one number on the other side would move many."""
+    model = load_model(Path(__file__).parents[1] / "assets" / "dsv3-mini", "fp8")
+    tokens = torch.randint(2000, (6, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        fast = model(tokens)
+        monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: False)
+        assert (fast - model(tokens)).abs().max() < 1e-5
+
+
+def test_a_thread_that_fails_is_heard(monkeypatch):
+    monkeypatch.setattr(cpu, "_FOR_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def run(first, last):
+        if last == 300:
+            raise ValueError("nothing")
+
+    with pytest.raises(ValueError, match="nothing"):
+        cpu.in_threads(run, 300, 128, 1000)
+
+
+def test_other_dtypes_of_weights_and_keys_are_read_as_what_they_are(monkeypatch):
+    layer = MLA(CONFIG, Precision.of("fp32", CONFIG), TensorGroup()).requires_grad_(False)
+    layer.wkv_b.weight.normal_(std=0.2)
+    layer.wkv_b.bfloat16()
+    step = Step.make(CONFIG, [0, 0], [1, 1], 1, torch.device("cpu"))
+    inputs = (
+        torch.randn(2, 1, 3, 16),
+        torch.randn(2, 1, 3, 8),
+        torch.randn(1, 1, 48).expand(2, -1, -1),
+    )
+    torch.testing.assert_close(
+        layer.absorbed_in_loops(*inputs, step), layer.absorbed(*inputs, step)
+    )
+    norm = RMSNorm(64, exact=True).requires_grad_(False)
+    norm.weight.fill_(0.75)
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(norm.bfloat16()(x), norm.float()(x))
+    assert wide_linear(torch.empty(0, 50), torch.randn(7, 50), F64).shape == (0, 7)
+    ends = torch.tensor([2, 3], dtype=torch.int32)
+    x, w = (
+        codes(3, 64),
+        QuantizedTensor(codes(256, 64, seed=1).data.view(2, 128, 64), torch.ones(2, 1, 1)),
+    )
+    found = [fp8_experts(x.data, x.scale, w.data, w.scale, e, F64) for e in (ends, ends.long())]
+    assert torch.equal(*found)
+
+
+def test_loops_are_for_a_cpu(monkeypatch):
+    with pytest.raises(DSV3Error, match="run on a CPU"):
+        fp8.quantize_activation(torch.empty(1, 128, device="meta"), backend="numba")
+    code = (
+        "import torch; from dsv3.fp8.backend import pick_backend; "
+        "print(pick_backend(torch.device('cpu')))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert told.stdout == "torch\n", told.stderr

@@ -218,7 +218,7 @@ def cases() -> dict[str, tuple]:
         "norm_quant": (x, weight, 1e-6, "ue8m0"),
         "router": (u, *rule),
         "combine": (torch.randn(6, 48), scores, order, ends[-1:]),
-        "rms_norm": (x.transpose(0, 1), weight, 1e-6),
+        "rms_norm": (x.transpose(0, 1), weight, 1e-6, True),
         "wide_product": (u, torch.randn(20, 48)),
         "plain_experts": (torch.randn(6, 48), torch.randn(3, 32, 48), ends),
         "fp8_experts": (rows.data, rows.scale, w13.data, w13.scale, ends, torch.float64),

@@ -23,6 +23,13 @@ def pick_backend(device: torch.device, backend: str | None = None) -> str:
                 where=f"backend={backend!r}",
                 fix=f"Install it ({_WHERE[backend]}), or use backend='torch'.",
             )
+        if backend == "numba" and device.type != "cpu":
+            raise DSV3Error(
+                "Numba's loops run on a CPU",
+                where="backend='numba'",
+                found=f"a tensor on {device}",
+                fix="Use backend='torch', or leave it out.",
+            )
         return backend
     if device.type == "cpu":
         return "numba" if _is_installed("numba") else "torch"
@@ -42,7 +49,9 @@ def _is_installed(name: str) -> bool:
         if name == "triton":
             import triton  # noqa: F401
         else:
-            import numba  # noqa: F401
+            import numba
+
+            return not numba.config.DISABLE_JIT  # pyrefly: ignore[missing-attribute]
     except ImportError:
         return False
     return True

@@ -12,7 +12,7 @@ Three forms compute the same sum.
 
 * "triton": a kernel on a GPU that multiplies E4M3 itself: ``dsv3.kernels.persistent_gemm`` on
   Hopper where rows start at multiples of 16 bytes, else ``dsv3.kernels.fp8_gemm``.
-* "numba": on a CPU, for few rows, a compiled loop over the codes: ``dsv3.kernels.on_cpu``.
+* "numba": on a CPU, for few rows, a compiled loop over the codes: ``dsv3.kernels.cpu_fp8``.
 * "torch": everywhere else. A run of rows of W is dequantised, multiplied, and forgotten. W stays in
   FP8 in memory; nothing that was dequantised outlives the call.
 
@@ -53,7 +53,7 @@ def linear(
     """x times W^T for W (out, in) in FP8.
 
     x is quantised per token and 128 channels, with scales of the format that W has.
-    backend: "torch", "triton", or None for the best one on x's device.
+    backend: "torch", "numba", "triton", or None for the best one on x's device.
     """
     backend = pick_backend(x.device, backend)
     return matmul(quantize_activation(x, w.scale_format, backend), w, backend=backend)
@@ -68,7 +68,7 @@ def matmul(
 ) -> Float[Tensor, "... out"]:
     """The product of quantised activations (..., in) and weights (out, in).
 
-    sums: dtype in which products are added up; float64 for the "torch" form only. dtype: what the
+    sums: dtype in which products are added up; float64 not for the "triton" form. dtype: what the
     sums are rounded to, once; None leaves them as they are.
     No rows at all (an expert without tokens) are fine. NaN scales of activations come out as NaN.
     A gradient through it is refused (``dsv3.backward``); ``fp8_linear`` is the product that trains.

@@ -213,7 +213,8 @@ def quantize_activation(
 ) -> QuantizedTensor:
     """Activations to E4M3 with one scale per token and 128 channels.
 
-    backend: "torch", "triton", or None for the best one on x's device; all give the same bits.
+    backend: "torch", "numba", "triton", or None for the best one on x's device; all give the same
+    bits.
     A gradient through it is refused (``dsv3.backward``).
     """
 

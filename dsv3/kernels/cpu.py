@@ -1,13 +1,14 @@
 """What the loops for a CPU share: bits read as numbers, tensors as arrays, threads.
 
-The loops are written in Python and compiled by Numba (an optional install): the first call in a
-process compiles for its processor, or loads what an earlier one left.
+The loops are written in Python and compiled by Numba: the first call in a process compiles for its
+processor, or loads what an earlier one left. (Numba asks whether the file of a loop has changed,
+and not whether a module has that it uses: after a change here, empty ``__pycache__``.)
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ def loop(**options) -> Callable[[Callable], Callable]:
 
 
 def _operation(written: Callable) -> Callable:
-    """Decorator for what writes an operation of a loop in the compiler's own terms."""
+    """Decorator for what writes an operation of a loop in the compiler's own terms: ``intrinsic``,
+    whose annotations say that such an operation takes what it takes when it is written."""
     return intrinsic(written)
 
 
@@ -111,7 +113,8 @@ def array(x: Tensor) -> np.ndarray:
 
 def in_threads(run: Callable[[int, int], None], count: int, together: int, work: int) -> None:
     """run(first, last) over ``count`` things, of which ``together`` are never parted, in as many
-    threads as torch has and the work is worth.
+    threads as torch has and the work is worth. It returns, or raises, when all of them have ended:
+    nothing that they read or write may go before.
 
     work: multiplications in all.
     """
@@ -119,11 +122,7 @@ def in_threads(run: Callable[[int, int], None], count: int, together: int, work:
     if threads <= 1:
         return run(0, count)
     each = -(-count // threads // together) * together
-    running = [
-        threading.Thread(target=run, args=(first, min(first + each, count)))
-        for first in range(0, count, each)
-    ]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
+    firsts = range(0, count, each)
+    with ThreadPoolExecutor(len(firsts)) as pool:
+        for _ in pool.map(run, firsts, (min(first + each, count) for first in firsts)):
+            pass

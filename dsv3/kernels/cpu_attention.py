@@ -113,6 +113,7 @@ def attention(
     work = b * s * heads * seen.shape[1] * seen.shape[2]
     scores = torch.empty(*rows, seen.shape[1], dtype=sums)
     queries = [array(each.reshape(*rows, -1)) for each in (q_nope, q_rope)]
+    w = w.float()
     inputs = (*queries, keys, seen_by, array(w), scale)
     in_threads(lambda *heads: _scores(*inputs, *heads, array(scores)), heads, 1, work)
     weights = scores.softmax(-1)  # eq. 10
@@ -123,8 +124,8 @@ def attention(
 
 
 def _whole(seen: Tensor) -> Tensor:
-    """The cache that these keys are the beginning of: it lies in one piece, they may not."""
-    width = seen.shape[2]
-    if seen.is_contiguous() or seen.stride()[1:] != (width, 1):
+    """The cache whose first keys these are: it lies in one piece, they may not."""
+    _, t, width = seen.shape
+    if seen.is_contiguous() or seen.stride()[1:] != (width, 1) or seen.stride(0) < t * width:
         return seen
     return seen.as_strided((len(seen), seen.stride(0) // width, width), seen.stride())

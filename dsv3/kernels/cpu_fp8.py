@@ -3,12 +3,12 @@
 A processor has no instruction for E4M3, and torch's operations work on whole tensors: to multiply
 by a matrix of codes they first write all its numbers down, four or eight bytes each, and read them
 again. A loop decodes a number where it needs it, in a register. The plain forms stand in
-``dsv3.fp8``; without Numba (an optional install) they do the work, and write the same text.
+``dsv3.fp8``; without Numba they do the work, and write the same text.
 
 Why any order of a sum will do. A product of two E4M3 codes has 8 significant bits, is a multiple of
 2^-18 and at most 448^2 < 2^18. So 128 of them add up to less than 2^25, and 43 bits hold every sum
 on the way. Float64 has 53: **the sum over one tile is exact**, whatever order a compiler takes it
-in. Only the scales and the sum over tiles round, to 2^-53, and those have a fixed order.
+in. Only the scales and the sum over tiles round, to 2^-53 each.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def products(
     """
     (rows, inner), (experts, parts, outer, _) = x.shape, w.shape
     out = torch.zeros(rows, parts, outer, dtype=torch.float64)
-    tensors = [each.contiguous() for each in (x, x_scale, w, w_scale, ends, out)]
+    tensors = [each.contiguous() for each in (x, x_scale, w, w_scale, ends.long(), out)]
     sizes = (rows, inner, outer, experts, parts, most)
     inputs = (*(each.data_ptr() for each in tensors), *sizes, _SMALLEST)
     in_threads(lambda *part: _each(*inputs, *part), outer, BLOCK, rows * parts * inner * outer)

@@ -144,4 +144,4 @@ def wide_product(x: Tensor, w: Tensor) -> Tensor:
     """x W^T in float64, on a CPU (``kernels.cpu_linear``)."""
     from dsv3.kernels import cpu_linear
 
-    return cpu_linear.product(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], -1)
+    return cpu_linear.product(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], len(w))

@@ -21,13 +21,18 @@ import mmap
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import distributed as dist
+
+from dsv3.parallel.watch import state_of
+
+if TYPE_CHECKING:
+    from dsv3.parallel.tensor import TensorGroup
 
 # Bytes of a rank's numbers at a time; a turn has a line of the cache to itself.
 _ROOM, _LINE = 1 << 16, 64
@@ -55,24 +60,27 @@ class SharedMemory:
         return ranks * (2 * _ROOM + _LINE)
 
     @classmethod
-    def among(cls, rank: int, size: int) -> SharedMemory | None:
-        """Of the ranks of the default group, who are on one machine; None where they cannot."""
+    def among(cls, group: TensorGroup) -> SharedMemory | None:
+        """Of the ranks of a group, who are on one machine and call this together; None where they
+        cannot share memory."""
         if sys.platform != "linux" or platform.machine() != "x86_64":
             return None
-        path, memory = [None], None
-        if rank == 0:
-            path = [_new_file(cls.size_of(size))]
-        dist.broadcast_object_list(path, 0)
+        # A file without a name, which the others open where the first rank holds it: whatever
+        # happens on the way, nothing is left behind.
+        handle = _new_file(cls.size_of(group.size)) if group.rank == 0 else None
+        path = group.broadcast_object(handle and f"/proc/{os.getpid()}/fd/{handle}")
+        memory = None
         try:
-            with open(path[0] or "", "r+b") as file:
-                memory = mmap.mmap(file.fileno(), cls.size_of(size))
+            if path:
+                with open(path, "r+b") as file:
+                    memory = mmap.mmap(file.fileno(), cls.size_of(group.size))
         except OSError:
             pass
-        found: list = [None] * size
-        dist.all_gather_object(found, os.getpid() if memory else None)  # now all have it, or not
-        if rank == 0 and path[0]:
-            os.unlink(path[0])
-        return cls(rank, found, memory) if memory and None not in found else None
+        mine = torch.tensor([os.getpid() if memory else 0])
+        processes = group.all_gather(mine).tolist()  # now all have opened it, or not
+        if handle:
+            os.close(handle)
+        return cls(group.rank, processes, memory) if memory and all(processes) else None
 
     def fits(self, x: torch.Tensor) -> bool:
         return x.nbytes <= _ROOM
@@ -117,34 +125,22 @@ class SharedMemory:
                 time.sleep(_NAP)
             if now - checked > _CHECKS:
                 checked = now
-                if not _is_there(self.processes[rank]):
+                if state_of(self.processes[rank]) == "gone":
                     yield  # it may have said its last turn before it went
                     raise dist.DistError(f"rank {rank} has ended")
             yield
         raise dist.DistError(f"rank {rank} has not come to a sum in {_PATIENCE:.0f} s")
 
 
-def _new_file(size: int) -> str | None:
-    """A file of zeros in memory, or None where there is no place for it."""
+def _new_file(size: int) -> int | None:
+    """The handle of a file of zeros in memory, or None where there is no room for it."""
     try:
-        handle, path = tempfile.mkstemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        handle = os.memfd_create("dsv3")
     except OSError:
         return None
     try:
-        os.posix_fallocate(handle, 0, size)  # a full place is told now, and not by a signal later
+        os.posix_fallocate(handle, 0, size)  # no room is told now, and not by a signal later
     except OSError:
-        os.unlink(path)
-        return None
-    finally:
         os.close(handle)
-    return path
-
-
-def _is_there(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        return None
+    return handle

@@ -60,7 +60,8 @@ class TensorGroup:
     algorithms' count: 2 (N-1)/N of the tensor for an all-reduce, N-1 times my part for an
     all-gather. experts: the ranks among which routed experts are shared out, when those are other
     ranks than these (``dsv3.parallel.experts``); None: these ranks hold them. watch: the heartbeat
-    between machines; None: nobody needs one. shared: the memory of ranks on one machine.
+    between machines; None: nobody needs one. shared: the memory of ranks on one machine,
+    where they have some.
     """
 
     def __init__(
@@ -71,11 +72,10 @@ class TensorGroup:
         device: torch.device | str = "cpu",
         experts: SharesExperts | None = None,
         watch: Watch | None = None,
-        shared: SharedMemory | None = None,
     ):
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self.process_group, self.experts, self.watch = process_group, experts, watch
-        self.shared = shared
+        self.shared: SharedMemory | None = None
         self.bytes_sent = 0
 
     @property
@@ -99,8 +99,9 @@ class TensorGroup:
         """Join the ranks that a launcher started: NCCL with a GPU each, Gloo on CPUs.
 
         device: "cpu", "cuda" or None, for cuda where there is a GPU. Reads RANK, WORLD_SIZE and
-        LOCAL_RANK; without them the group has one member. Raises DSV3Error for variables that
-        say what cannot be, for a device that is not there, and when the ranks cannot meet.
+        LOCAL_RANK; without them the group has one member. All ranks call it together. Raises
+        DSV3Error for variables that say what cannot be, for a device that is not there, and when
+        the ranks cannot meet.
         """
         here = place() or Place(rank=0, size=1, local_rank=0)
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,13 +111,14 @@ class TensorGroup:
             kind = f"cuda:{torch.cuda.current_device()}"
         if here.size == 1:
             return cls.single(kind)
-        watch = shared = None
+        watch = None
         if not dist.is_initialized():
             watch = join(here, "nccl" if kind.startswith("cuda") else "gloo")
         rank, size = dist.get_rank(), dist.get_world_size()
+        group = cls(rank, size, dist.group.WORLD, kind, watch=watch)
         if kind == "cpu" and here.local_size == size:
-            shared = SharedMemory.among(rank, size)
-        return cls(rank, size, dist.group.WORLD, kind, watch=watch, shared=shared)
+            group.shared = SharedMemory.among(group)
+        return group
 
     def close(self) -> None:
         """Leave the group together; to be called last on every rank, and not after a failure."""

@@ -180,7 +180,7 @@ class Watch:
     def _exchange(self) -> None:
         """Write my entry, read all."""
         with self._lock:
-            states = {rank: _state(self._roll.entries[rank].pid) for rank in self._roll.mates()}
+            states = {rank: state_of(self._roll.entries[rank].pid) for rank in self._roll.mates()}
             runs = tuple(rank for rank, state in states.items() if state == "runs")
             self._mine = replace(self._mine, beat=self._mine.beat + 1, runs=runs)
             mine = json.dumps(asdict(self._mine))
@@ -310,7 +310,7 @@ class Watch:
         print(f"\ndsv3: error: {shown(self._line)}", file=sys.stderr, flush=True)
 
 
-def _state(pid: int) -> str:
+def state_of(pid: int) -> str:
     """Of a process of this machine: "runs", "stopped" or "gone"."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
