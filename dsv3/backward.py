@@ -19,10 +19,15 @@ import torch
 from dsv3.errors import DSV3Error
 
 
+def asks_gradient(*inputs: torch.Tensor) -> bool:
+    """Whether what is computed from these goes on autograd's record."""
+    return torch.is_grad_enabled() and any(value.requires_grad for value in inputs)
+
+
 def without_backward(function: Callable, *inputs: torch.Tensor, what: str, fix: str):
     """function(*inputs), a tensor or a tuple of them. A gradient through it is refused with
     ``what`` and ``fix``."""
-    if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
+    if asks_gradient(*inputs):
         return _WithoutBackward.apply(function, what, fix, *inputs)
     return function(*inputs)
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
+from dsv3.backward import asks_gradient
 from dsv3.fp8 import QuantizedTensor
 from dsv3.fp8.backend import pick_backend
 from dsv3.opaque import opaque
@@ -55,8 +56,8 @@ def _normalised(
 ) -> Float[Tensor, "*lead d"]:
     if not exact:
         return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
-    trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.dtype == torch.bfloat16 and not trains and pick_backend(x.device) == "numba":
+    plain = x.dtype != torch.bfloat16 or asks_gradient(x, weight)
+    if not plain and pick_backend(x.device) == "numba":
         from dsv3.kernels import cpu_norm
 
         return cpu_norm.rms_norm(x, weight, eps)

@@ -128,7 +128,7 @@ class MLA(nn.Module):
         q_nope, q_rope = self.queries(operand, step)
         new = self.latents(operand, step)
         seen = new if kept is None else kept.append(new, step)
-        o = self.core(q_nope)(q_nope, q_rope, seen, step)
+        o = self.core(q_nope, q_rope, new)(q_nope, q_rope, seen, step)
         return self.wo(o.flatten(2).to(self.precision.dtype))  # eq. 11
 
     def queries(
@@ -152,12 +152,15 @@ class MLA(nn.Module):
         )  # eq. 1
         return torch.cat([self.kv_norm(c), rotate(k_rope, step.rotation)], -1)  # eq. 3
 
-    def core(self, q: Float[Tensor, "b s heads d_h"]) -> Callable[..., Tensor]:
-        """The form of the core for these queries, here."""
+    def core(self, q: Float[Tensor, "b s heads d_h"], *others: Tensor) -> Callable[..., Tensor]:
+        """The form of the core for these queries, here. others: what else it is to read; loops and
+        kernels have no backward pass."""
         expanded = self.prefers_expanded(q.shape[1])
-        if self.precision.in_kernels(q, self.wkv_b.weight):
+        if self.precision.in_kernels(q, self.wkv_b.weight, *others):
             return self.expanded_in_kernel if expanded else self.absorbed_in_kernel
-        if q.shape[1] <= _QUERIES_IN_LOOPS and self.precision.in_loops(q, self.wkv_b.weight):
+        if q.shape[1] <= _QUERIES_IN_LOOPS and self.precision.in_loops(
+            q, self.wkv_b.weight, *others
+        ):
             return self.absorbed_in_loops
         return self.expanded if expanded else self.absorbed
 

@@ -37,6 +37,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv3 import fp8
+from dsv3.backward import asks_gradient
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
 from dsv3.fp8 import Fp8Recipe, QuantizedTensor, fp8_linear
@@ -131,19 +132,15 @@ class Precision:
         return (
             self.dtype == torch.bfloat16
             and not self.trains
-            and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+            and not asks_gradient(*inputs)
             and pick_backend(inputs[0].device) == "triton"
             and has_room(inputs[0].device)
         )
 
     def in_loops(self, *inputs: Tensor) -> bool:
-        """Whether compiled loops compute attention of few queries there: on a CPU, where Numba is
-        installed, in use and not in training."""
-        return (
-            not self.trains
-            and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
-            and pick_backend(inputs[0].device) == "numba"
-        )
+        """Whether compiled loops compute attention of few queries there: on a CPU, in use."""
+        loops = pick_backend(inputs[0].device) == "numba"
+        return loops and not self.trains and not asks_gradient(*inputs)
 
     @property
     def plain(self) -> Precision:
@@ -280,7 +277,9 @@ class Fp8(Precision):
             blocks = fp8.quantize_weight(weight.float(), self.scale_format)
         else:
             blocks = stored_blocks(name, weight, scale)
-        blocks.check_scales(name)  # here, so that no product has to ask
+        # Asked here, so that no product has to. A scale of 0 is strange and does no harm.
+        if not (blocks.scale < fp8.LARGEST_SCALE).all():
+            blocks.check_scales(name)
         return blocks.data, blocks.scale
 
     def normed(
@@ -413,7 +412,7 @@ def wide_linear(
         flat = torch.mm(x.flatten(0, -2), weight.t(), out_dtype=sums)
         return flat.view(*x.shape[:-1], -1)
     few = sums == torch.float64 and x.numel() <= _ROWS_IN_LOOPS * x.shape[-1]
-    if few and pick_backend(x.device) == "numba":
+    if few and not asks_gradient(x, weight) and pick_backend(x.device) == "numba":
         return wide_product(x, weight)
     wide = x.to(sums)
     parts = [F.linear(wide, rows.to(sums)) for rows in weight.split(_WIDEN_ROWS)]

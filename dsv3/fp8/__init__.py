@@ -8,6 +8,7 @@ from dsv3.fp8.formats import decode_e4m3, decode_scale, encode_e4m3, encode_scal
 from dsv3.fp8.product import linear, matmul, outer
 from dsv3.fp8.quantize import (
     ACTIVATION_BLOCK,
+    LARGEST_SCALE,
     WEIGHT_BLOCK,
     QuantizedTensor,
     quantize_activation,
@@ -22,6 +23,7 @@ __all__ = [
     "Fp8Recipe",
     "QuantizedTensor",
     "ACTIVATION_BLOCK",
+    "LARGEST_SCALE",
     "WEIGHT_BLOCK",
     "decode_e4m3",
     "decode_scale",

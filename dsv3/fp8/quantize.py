@@ -377,7 +377,7 @@ def dequantize_fast(
         return dequantize_rows(data, scale, block, out)
     from dsv3.kernels import cpu_fp8
 
-    out = torch.empty(data.shape) if out is None else out
+    out = scale.new_empty(data.shape) if out is None else out
     cpu_fp8.dequantize(data, scale, block[0], out)
     return out
 

@@ -111,13 +111,13 @@ def attention(
     keys, seen_by = array(_whole(seen)), array(reach.view(-1))
     rows = (b * s, heads)
     work = b * s * heads * seen.shape[1] * seen.shape[2]
-    scores = torch.empty(*rows, seen.shape[1], dtype=sums)
+    scores = seen.new_empty(*rows, seen.shape[1], dtype=sums)
     queries = [array(each.reshape(*rows, -1)) for each in (q_nope, q_rope)]
     w = w.float()
     inputs = (*queries, keys, seen_by, array(w), scale)
     in_threads(lambda *heads: _scores(*inputs, *heads, array(scores)), heads, 1, work)
     weights = scores.softmax(-1)  # eq. 10
-    out = torch.empty(*rows, w.shape[1] - q_nope.shape[3], dtype=sums)
+    out = seen.new_empty(*rows, w.shape[1] - q_nope.shape[3], dtype=sums)
     inputs = (array(weights), keys, seen_by, array(w))
     in_threads(lambda *heads: _values(*inputs, *heads, array(out)), heads, 1, work)
     return out.view(b, s, heads, -1)

@@ -258,8 +258,8 @@ def quantize(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
     """x (rows, cols) to codes (rows, cols) E4M3 and float32 scales (rows, tiles)."""
     rows, cols = x.shape
     x = x.float().contiguous()
-    codes = torch.empty(rows, cols, dtype=torch.float8_e4m3fn)
-    scale = torch.empty(rows, -(-cols // BLOCK))
+    codes = x.new_empty(rows, cols, dtype=torch.float8_e4m3fn)
+    scale = x.new_empty(rows, -(-cols // BLOCK))
     places = (x.data_ptr(), codes.data_ptr(), scale.data_ptr())
     _quantize_at(*places, rows, cols, scale_format == "ue8m0")
     return codes, scale
@@ -275,7 +275,7 @@ def product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
     """x W^T (rows, out) in float64 for codes x (rows, inner) with scales (rows, tiles), and w (out,
     inner) with scales (blocks, tiles)."""
     (rows, inner), outer = x.shape, w.shape[0]
-    out = torch.empty(rows, outer, dtype=torch.float64)
+    out = w_scale.new_empty(rows, outer, dtype=torch.float64)
     tensors = [each.contiguous() for each in (x, x_scale, w, w_scale, out)]
     inputs = (*(each.data_ptr() for each in tensors), rows, inner, outer, _SMALLEST)
     in_threads(lambda *part: _one(*inputs, *part), outer, BLOCK, rows * inner * outer)
@@ -292,7 +292,7 @@ def products(
     come out as 0. Those of experts with more than ``most`` of them are left at 0, to be filled in.
     """
     (rows, inner), (experts, parts, outer, _) = x.shape, w.shape
-    out = torch.zeros(rows, parts, outer, dtype=torch.float64)
+    out = w_scale.new_zeros(rows, parts, outer, dtype=torch.float64)
     tensors = [each.contiguous() for each in (x, x_scale, w, w_scale, ends.long(), out)]
     sizes = (rows, inner, outer, experts, parts, most)
     inputs = (*(each.data_ptr() for each in tensors), *sizes, _SMALLEST)

@@ -37,7 +37,7 @@ def _times(x, w, first, last, out):
 
 def product(x: Tensor, w: Tensor) -> Tensor:
     """x W^T (rows, out) in float64 for x (rows, inner) and w (out, inner), float32 or bfloat16."""
-    out = torch.empty(len(x), len(w), dtype=torch.float64)
+    out = x.new_empty(len(x), len(w), dtype=torch.float64)
     inputs = (array(x.double()), array(w))
     work = x.shape[0] * w.numel()
     in_threads(lambda *rows: _times(*inputs, *rows, array(out)), w.shape[0], _TOGETHER, work)

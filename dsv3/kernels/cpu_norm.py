@@ -7,7 +7,6 @@ exact in float32, are summed in float64, everything else is float32.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dsv3.kernels.cpu import bits_of_float, loop, number, numbers
@@ -42,7 +41,7 @@ def _norm_at(x, weight, out, rows, size, eps):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight for x (..., d) bfloat16 and weight (d)."""
     x, weight = x.contiguous(), weight.float().contiguous()
-    out, size = torch.empty(x.shape, dtype=x.dtype), x.shape[-1]
+    out, size = x.new_empty(x.shape), x.shape[-1]
     places = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
     _norm_at(*places, x.numel() // size, size, eps)
     return out

@@ -76,7 +76,7 @@ class SharedMemory:
                     memory = mmap.mmap(file.fileno(), cls.size_of(group.size))
         except OSError:
             pass
-        mine = torch.tensor([os.getpid() if memory else 0])
+        mine = torch.tensor([os.getpid() if memory else 0], device=group.device)
         processes = group.all_gather(mine).tolist()  # now all have opened it, or not
         if handle:
             os.close(handle)

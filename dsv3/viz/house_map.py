@@ -61,14 +61,12 @@ ROOMS = (
     Room(
         "The model",
         "layers attention rope mla cache moe grouped block mtp compiling model precision"
-        " costs placement recompute listening",
+        " costs placement recompute",
         "latent attention, experts, multi-token prediction; how each product is taken",
         (50, 32, 96),
         BLUE,
     ),
-    Room(
-        "FP8", "fp8 kernels", "formats, scales, products; Triton kernels", (25, 18, 46), VERMILLION
-    ),
+    Room("FP8", "fp8 kernels", "formats, scales, products; kernels", (25, 18, 46), VERMILLION),
     Room(
         "Several ranks",
         "parallel",
