@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 
@@ -324,7 +325,6 @@ def model(sizes: Sizes) -> Iterator[dict]:
     captured; tokens a second."""
     from dsv3 import ModelConfig, Transformer
     from dsv3.generation.loop import complete
-    from dsv3.listening import in_plain_torch
 
     config = ModelConfig.mini().but(num_nextn_predict_layers=0)
     if sizes.small:
@@ -339,7 +339,7 @@ def model(sizes: Sizes) -> Iterator[dict]:
         with torch.inference_mode():
             tokens = torch.tensor(prompts)
             found = network(tokens).float()
-            with in_plain_torch(network):
+            with patch("dsv3.precision.Precision.in_kernels", return_value=False):
                 yield verdict("logits beside plain torch", distance(found, network(tokens)), 0.2)
         together = complete(network, prompts, **options)
         equal = together.ids[0] == complete(network, prompts[:1], **options).ids[0]

@@ -134,7 +134,7 @@ def core_arguments(attention: MLA, run: Callable[[], object]) -> tuple:
     def catch(*args):
         raise Caught(args)
 
-    attention.core = lambda q: catch  # pyrefly: ignore[bad-assignment]
+    attention.core = lambda *_: catch  # pyrefly: ignore[bad-assignment]
     try:
         run()
     except Caught as caught:

@@ -47,6 +47,7 @@ def answer(request: Request) -> None:
         job = Job(args, model, request.tokenizer, Terminal(everyone), sampling, request.own)
         job.check_agreement()
         job.warn()
+        job.get_ready()
         if args.interactive:
             Talk(job).run()
         else:
@@ -66,6 +67,15 @@ class Job:
     terminal: Terminal
     sampling: Sampling
     own: GenerationConfig
+
+    @torch.inference_mode()
+    def get_ready(self) -> None:
+        """Write a token on a CPU: what is compiled by the first pass of a process, or loaded, is
+        there then before anybody waits for text (``dsv3.kernels.cpu``)."""
+        if self.model.device.type == "cpu":
+            cache = self.model.new_cache(1, 3)
+            self.model(torch.zeros(1, 2, dtype=torch.int64), cache)
+            self.model(torch.zeros(1, 1, dtype=torch.int64), cache)
 
     def check_agreement(self) -> None:
         """Raise DSV3Error where another rank has other options or other files; of the weights,
