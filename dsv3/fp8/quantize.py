@@ -64,6 +64,8 @@ LARGEST_SCALE = 2.0**120
 # copy (2 MiB) in dequantising, and there are several in quantising.
 _CHUNK = 1 << 19
 _QUANTIZED_AT_ONCE = 1 << 17
+# What loops on a CPU write.
+_LOOPED = (torch.float32, torch.float64, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +147,8 @@ class QuantizedTensor:
             return torch.stack([matrix.dequantize(dtype) for matrix in self])
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
         data, scale, flat = _matrix(self.data), _matrix(self.scale), _matrix(out)
+        if dtype in _LOOPED and self.block[1] == BLOCK and pick_backend(self.device) == "numba":
+            return dequantize_fast(data, scale, self.block, flat).view(self.shape)
         for rows, blocks in row_chunks(data.shape, self.block[0]):
             if not (scale[blocks] < LARGEST_SCALE).all():
                 wide = scale[blocks].repeat_interleave(self.block[0], 0)
@@ -153,7 +157,7 @@ class QuantizedTensor:
                 flat[rows] = decode_e4m3(some).mul_(wide[: some.shape[0], : some.shape[1]])
                 continue
             in_place = flat[rows] if dtype == torch.float32 else None
-            values = dequantize_fast(data[rows], scale[blocks], self.block, in_place)
+            values = dequantize_rows(data[rows], scale[blocks], self.block, in_place)
             if has_nan_code(data[rows]):
                 values.masked_fill_(is_nan_code(data[rows]), torch.nan)
             if in_place is None:

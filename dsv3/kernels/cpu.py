@@ -19,6 +19,7 @@ from torch import Tensor
 
 # What a compiler may do with a loop in which the order of sums does not matter.
 ANY_ORDER = {"reassoc", "contract", "nsz"}
+BF16_NAN = np.int16(0x7FC0)
 # Multiplications that are worth a thread of their own.
 _FOR_A_THREAD = 1 << 21
 
@@ -99,6 +100,14 @@ def _number(x):
     if isinstance(x, types.Integer):
         return lambda x: float_of_bits(np.int32(np.int32(x) << np.int32(16)))
     return lambda x: x
+
+
+@njit(inline="always")
+def to_bf16(value):
+    """The bits of the bfloat16 nearest to a float32 that is not NaN, ties to even."""
+    bits = bits_of_float(value)
+    even = np.int32((bits >> np.int32(16)) & np.int32(1))
+    return np.int16((bits + np.int32(0x7FFF) + even) >> np.int32(16))
 
 
 def array(x: Tensor) -> np.ndarray:

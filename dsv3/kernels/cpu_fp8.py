@@ -21,6 +21,7 @@ from torch import Tensor
 from dsv3.fields import BLOCK
 from dsv3.kernels.cpu import (
     ANY_ORDER,
+    BF16_NAN,
     array,
     bits_of_float,
     double_of_bits,
@@ -29,10 +30,12 @@ from dsv3.kernels.cpu import (
     in_threads,
     loop,
     numbers,
+    to_bf16,
 )
 
 # Rows of w that are taken together: x is read once for them.
 _TOGETHER = 4
+_SEVEN = np.int8(0x7F)
 _SIGN_AND_SEVEN = np.int64(-(1 << 63) | 0x7F << 49)
 _SUBNORMAL = np.int32(0x3C800000)  # the bits of 2^-6: below, codes step by 2^-9
 _INFINITY = np.int32(0x7F800000)
@@ -68,9 +71,9 @@ def _encode(value):
 
 
 @njit
-def _quantize(x, power_of_two, codes, scales):
+def _quantize(x, power_of_two, codes, scales, first, last):
     """Each row in tiles of 128: codes and scales, bit for bit those of ``quantize_activation``."""
-    for row in range(x.shape[0]):
+    for row in range(first, last):
         for tile in range(scales.shape[1]):
             start, width = tile * BLOCK, min(BLOCK, x.shape[1] - tile * BLOCK)
             largest = np.int32(0)  # of positive floats the bits are ordered as the values are
@@ -90,25 +93,43 @@ def _quantize(x, power_of_two, codes, scales):
 
 
 @loop()
-def _quantize_at(x, codes, scales, rows, cols, power_of_two):
+def _quantize_at(x, codes, scales, rows, cols, power_of_two, first, last):
     shape, tiles = (rows, cols), (rows, -(-cols // BLOCK))
     _quantize(
         numbers(x, shape, np.float32),
         power_of_two,
         numbers(codes, shape, np.int8),
         numbers(scales, tiles, np.float32),
+        first,
+        last,
     )
 
 
 @loop()
-def _dequantize(codes, scales, block_rows, out):
+def _dequantize(codes, scales, block_rows, first, last, out):
     """code * scale, in the dtype of ``out``."""
-    for row in range(codes.shape[0]):
+    for row in range(first, last):
         for tile in range(scales.shape[1]):
             start, width = tile * BLOCK, min(BLOCK, codes.shape[1] - tile * BLOCK)
             scale = out.dtype.type(scales[row // block_rows, tile])
             for k in range(width):
-                out[row, start + k] = _decode(codes[row, start + k]) * np.float32(256.0) * scale
+                code = codes[row, start + k]
+                value = _decode(code) * np.float32(256.0) * scale
+                out[row, start + k] = np.nan if (code & _SEVEN) == _SEVEN else value
+
+
+@loop()
+def _dequantize_bf16(codes, scales, block_rows, first, last, out):
+    """The same, rounded to the bits of a bfloat16."""
+    for row in range(first, last):
+        for tile in range(scales.shape[1]):
+            start, width = tile * BLOCK, min(BLOCK, codes.shape[1] - tile * BLOCK)
+            scale = scales[row // block_rows, tile]
+            for k in range(width):
+                code = codes[row, start + k]
+                out[row, start + k] = to_bf16(_decode(code) * np.float32(256.0) * scale)
+                if (code & _SEVEN) == _SEVEN:
+                    out[row, start + k] = BF16_NAN
 
 
 @loop(fastmath=ANY_ORDER)
@@ -260,15 +281,17 @@ def quantize(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
     x = x.float().contiguous()
     codes = x.new_empty(rows, cols, dtype=torch.float8_e4m3fn)
     scale = x.new_empty(rows, -(-cols // BLOCK))
-    places = (x.data_ptr(), codes.data_ptr(), scale.data_ptr())
-    _quantize_at(*places, rows, cols, scale_format == "ue8m0")
+    inputs = (x.data_ptr(), codes.data_ptr(), scale.data_ptr(), rows, cols, scale_format == "ue8m0")
+    in_threads(lambda *part: _quantize_at(*inputs, *part), rows, 1, 4 * x.numel())
     return codes, scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, block_rows: int, out: Tensor) -> None:
-    """code * scale of codes (rows, cols) and scales (rows / block_rows, tiles) into ``out``,
-    float32 or float64. A NaN code is not looked for."""
-    _dequantize(array(codes), array(scale), block_rows, out.numpy())
+    """code * scale of codes (rows, cols) and scales (rows / block_rows, tiles) into ``out``, which
+    is contiguous, in float32, float64 or, rounded, bfloat16. NaN codes give NaN."""
+    run = _dequantize_bf16 if out.dtype == torch.bfloat16 else _dequantize
+    inputs, result = (array(codes), array(scale), block_rows), array(out)
+    in_threads(lambda *rows: run(*inputs, *rows, result), len(codes), block_rows, codes.numel())
 
 
 def product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:

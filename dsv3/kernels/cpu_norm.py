@@ -9,9 +9,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from dsv3.kernels.cpu import bits_of_float, loop, number, numbers
-
-_BF16_NAN = np.int16(0x7FC0)
+from dsv3.kernels.cpu import BF16_NAN, loop, number, numbers, to_bf16
 
 
 @loop(fastmath={"reassoc"})
@@ -32,10 +30,7 @@ def _norm_at(x, weight, out, rows, size, eps):
         rms = np.sqrt(np.float32(mean + np.float32(eps)))
         for k in range(size):
             y = np.float32(np.float32(number(values[row, k]) / rms) * factors[k])
-            bits = bits_of_float(y)
-            even = np.int32((bits >> np.int32(16)) & np.int32(1))
-            rounded = np.int16((bits + np.int32(0x7FFF) + even) >> np.int32(16))
-            results[row, k] = _BF16_NAN if np.isnan(y) else rounded
+            results[row, k] = BF16_NAN if np.isnan(y) else to_bf16(y)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
