@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float8e4m3fn, Float32, Float64, Int
+from jaxtyping import Float, Float8e4m3fn, Float32, Int
 from torch import Tensor
 
 from dsv3 import fp8
 from dsv3.fp8 import QuantizedTensor
 from dsv3.fp8.backend import pick_backend
-from dsv3.fp8.product import ROWS_IN_LOOPS, product_torch
+from dsv3.fp8.product import ROWS_IN_LOOPS
 from dsv3.opaque import opaque
 
 # A grouped product wants rows that start at multiples of so many bytes.
@@ -109,40 +109,31 @@ def fp8_experts(
     sums: torch.dtype,
 ) -> Float[Tensor, "choices _"]:
     """Products of FP8 codes, in ``sums``; the outputs of an expert's parts stand side by side."""
-    if len(x) and pick_backend(x.device) == "numba":
-        return _in_loops(x, x_scale, w, w_scale, ends).to(sums)
 
     def product(rows, matrix):
         parts = [matrix] if len(matrix.shape) == 2 else matrix
         return torch.cat([fp8.matmul(rows, part, sums) for part in parts], -1)
 
-    codes = QuantizedTensor(x, x_scale, fp8.ACTIVATION_BLOCK)
-    return one_by_one(product, codes, QuantizedTensor(w, w_scale), ends)
+    codes, stack = QuantizedTensor(x, x_scale, fp8.ACTIVATION_BLOCK), QuantizedTensor(w, w_scale)
+    if len(x) and pick_backend(x.device) == "numba":
+        return _in_loops(product, codes, stack, ends).to(sums)
+    return one_by_one(product, codes, stack, ends)
 
 
 def _in_loops(
-    x: Float8e4m3fn[Tensor, "choices in"],
-    x_scale: Float32[Tensor, "choices tiles"],
-    w: Float8e4m3fn[Tensor, "experts *parts out in"],
-    w_scale: Float32[Tensor, "experts *parts blocks tiles"],
-    ends: Int[Tensor, " experts"],
-) -> Float64[Tensor, "choices _"]:
-    """The same on a CPU: all experts with few rows in one call, the others one by one."""
+    product: Callable, x: QuantizedTensor, w: QuantizedTensor, ends: Int[Tensor, " experts"]
+) -> Float[Tensor, "choices _"]:
+    """``one_by_one`` on a CPU: all experts with few rows in one call."""
     from dsv3.kernels import cpu_fp8
 
-    if w.dim() == 3:
-        w, w_scale = w[:, None], w_scale[:, None]
-    out = cpu_fp8.products(x, x_scale, w, w_scale, ends, ROWS_IN_LOOPS)
+    grids = (w.data, w.scale) if len(w.shape) == 4 else (w.data[:, None], w.scale[:, None])
+    out = cpu_fp8.products(x.data, x.scale, *grids, ends, ROWS_IN_LOOPS).flatten(1)
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end - start > ROWS_IN_LOOPS:
-            for part, (matrix, scale) in enumerate(zip(w[expert], w_scale[expert])):
-                rows = slice(start, end)
-                out[rows, part] = product_torch(
-                    x[rows], x_scale[rows], matrix, scale, torch.float64
-                )
+            out[start:end] = product(x[start:end], w[expert])
         start = end
-    return out.flatten(1)
+    return out
 
 
 def spread(

@@ -204,8 +204,7 @@ class MLA(nn.Module):
         w_uk, w_uv = self.wkv_b.per_head()
         q_latent = torch.einsum("bshd,hdc->bshc", q_nope.to(w_uk.dtype), w_uk)  # W^UK^T q^C
         q = torch.cat([q_latent, q_rope.to(w_uk.dtype)], -1) * self.scale
-        if isinstance(seen, PackedLatents):
-            seen = seen.to(self.precision.dtype)
+        seen = self.unpacked(seen)
         scores = dot_keys(q.flatten(1, 2), seen).unflatten(1, q.shape[1:3])  # (b, s, heads, t)
         mask = step.mask
         if mask is None and q.shape[1] > 1:
@@ -216,6 +215,12 @@ class MLA(nn.Module):
         o_latent = mix_values(weights, seen[..., : self.config.kv_lora_rank])
         return torch.einsum("bshc,hdc->bshd", o_latent.unflatten(1, q.shape[1:3]), w_uv)
 
+    def unpacked(
+        self, seen: Float[Tensor, "b t latent"] | PackedLatents
+    ) -> Float[Tensor, "b t latent"]:
+        """The latents themselves, whatever the cache made of them."""
+        return seen.to(self.precision.dtype) if isinstance(seen, PackedLatents) else seen
+
     def absorbed_in_loops(
         self,
         q_nope: Float[Tensor, "b s heads d_h"],
@@ -224,8 +229,7 @@ class MLA(nn.Module):
         step: Step,
     ) -> Float[Tensor, "b s heads d_v"]:
         """``absorbed`` on a CPU, for few queries."""
-        if isinstance(seen, PackedLatents):
-            seen = seen.to(self.precision.dtype)
+        seen = self.unpacked(seen)
         weight = self.wkv_b.weight.view(self.heads, -1, self.config.kv_lora_rank)
         sums = self.precision.core(seen.device)
         return mla_loops(q_nope, q_rope, seen, step.reach, weight, self.scale, sums)

@@ -236,6 +236,10 @@ def test_loops_leave_alone_what_they_cannot_do():
     with torch.no_grad():
         assert layer.core(q) == layer.absorbed_in_loops
         assert layer.core(q.expand(1, 5, 3, 16)) == layer.absorbed
+    layer.requires_grad_(False)
+    latents = torch.zeros(1, 1, 48)
+    assert layer.core(q, latents) == layer.absorbed_in_loops
+    assert layer.core(q, latents.requires_grad_()) == layer.absorbed
     trains = MLA(CONFIG, Precision.training("fp32"), TensorGroup())
     with torch.no_grad():
         assert trains.core(q) == trains.absorbed

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_a_rank_that_has_ended_is_no_wait_for_ever(monkeypatch):
 
 
 def test_a_rank_that_never_comes_is_given_up(monkeypatch):
-    monkeypatch.setattr(shared_memory, "_PATIENCE", 0.05)
+    monkeypatch.setattr(shared_memory, "PATIENCE", timedelta(seconds=0.05))
     place = SharedMemory(0, [os.getpid()] * 2, mmap.mmap(-1, SharedMemory.size_of(2)))
     with pytest.raises(dist.DistError, match="rank 1 has not come"):
         place.sum(torch.ones(3))

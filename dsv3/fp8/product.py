@@ -36,7 +36,7 @@ from dsv3.fp8.quantize import (
     NO_GRADIENT,
     WEIGHT_BLOCK,
     QuantizedTensor,
-    dequantize_fast,
+    dequantize_rows,
     quantize_activation,
     row_chunks,
 )
@@ -137,7 +137,7 @@ def _product(
 
         out = cpu_fp8.product(x, x_scale, w, w_scale).to(dtype)
     else:
-        out = product_torch(x, x_scale, w, w_scale, sums).to(dtype)
+        out = _product_torch(x, x_scale, w, w_scale, sums).to(dtype)
     return out.view(shape)
 
 
@@ -157,7 +157,7 @@ def _product_triton(
     return fp8_gemm(x, x_scale, w, w_scale).to(dtype)
 
 
-def product_torch(
+def _product_torch(
     x: Float8e4m3fn[Tensor, "rows inner"],
     x_scale: Float32[Tensor, "rows tiles"],
     w: Float8e4m3fn[Tensor, "out inner"],
@@ -172,7 +172,7 @@ def product_torch(
     out = values.new_empty(len(x), n)
     for rows, blocks in chunks:
         codes = w[rows]
-        run = dequantize_fast(codes, w_scale[blocks], WEIGHT_BLOCK, out=buffer[: len(codes)])
+        run = dequantize_rows(codes, w_scale[blocks], WEIGHT_BLOCK, out=buffer[: len(codes)])
         if len(x) == 1:
             torch.mv(run, values[0], out=out[0, rows])
         else:
@@ -187,7 +187,7 @@ def _values(
     scale can be as large as 2^120, so it comes in smaller by 256 and the values are mended."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     for rows, tiles in row_chunks(x.shape, ACTIVATION_BLOCK[0]):
-        dequantize_fast(x[rows], scale[tiles] / 256.0, ACTIVATION_BLOCK, out=out[rows])
+        dequantize_rows(x[rows], scale[tiles] / 256.0, ACTIVATION_BLOCK, out=out[rows])
     return out.mul_(256.0)
 
 

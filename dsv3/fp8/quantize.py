@@ -148,7 +148,7 @@ class QuantizedTensor:
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
         data, scale, flat = _matrix(self.data), _matrix(self.scale), _matrix(out)
         if dtype in _LOOPED and self.block[1] == BLOCK and pick_backend(self.device) == "numba":
-            return dequantize_fast(data, scale, self.block, flat).view(self.shape)
+            return dequantize_rows(data, scale, self.block, flat).view(self.shape)
         for rows, blocks in row_chunks(data.shape, self.block[0]):
             if not (scale[blocks] < LARGEST_SCALE).all():
                 wide = scale[blocks].repeat_interleave(self.block[0], 0)
@@ -349,9 +349,15 @@ def dequantize_rows(
     """code * scale for whole rows of blocks, in FP32 or in the dtype of ``out``, which then takes
     the values.
 
-    It asks nothing: on the CPU NaN codes are not looked for, and 256 * scale must be a number
-    (``check`` has seen to both).
+    It asks nothing: NaN codes need not be looked for, and 256 * scale must be a number (``check``
+    has seen to both). On a CPU a loop does it, where there is one: the same values.
     """
+    if block[1] == BLOCK and pick_backend(data.device) == "numba":
+        from dsv3.kernels import cpu_fp8
+
+        out = scale.new_empty(data.shape) if out is None else out
+        cpu_fp8.dequantize(data, scale, block[0], out)
+        return out
     rows, cols = data.shape
     br, bc = block
     if data.device.type == "cpu":
@@ -368,22 +374,6 @@ def dequantize_rows(
     if whole < rows:
         values[whole:].mul_(wide[-1])
     return values
-
-
-def dequantize_fast(
-    data: Float8e4m3fn[Tensor, "rows cols"],
-    scale: Float32[Tensor, "row_blocks col_blocks"],
-    block: tuple[int, int],
-    out: Float[Tensor, "rows cols"] | None = None,
-) -> Float[Tensor, "rows cols"]:
-    """``dequantize_rows`` by the fastest form there is: the same values."""
-    if block[1] != BLOCK or pick_backend(data.device) != "numba":
-        return dequantize_rows(data, scale, block, out)
-    from dsv3.kernels import cpu_fp8
-
-    out = scale.new_empty(data.shape) if out is None else out
-    cpu_fp8.dequantize(data, scale, block[0], out)
-    return out
 
 
 def row_chunks(

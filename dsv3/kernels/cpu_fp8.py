@@ -52,7 +52,7 @@ def _decode(code):
 @njit(inline="always")
 def _shifted(code):
     """The value of an int8 times 2^-1016, in fewer steps. A code below 2^-6 becomes a subnormal
-    number, which takes a processor some 50 times as long; among weights there are few."""
+    number, which takes a processor some 80 times as long; among weights there are few."""
     return double_of_bits((np.int64(code) << np.int64(49)) & _SIGN_AND_SEVEN)
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm of bfloat16 rows on a CPU, in one loop where torch runs nine operations.
+"""RMSNorm of bfloat16 rows on a CPU, in one loop where torch runs ten operations.
 
 Every step rounds as it does in the plain form, ``layers.exactly_normalised``: squares, which are
 exact in float32, are summed in float64, everything else is float32.

@@ -41,7 +41,7 @@ from dsv3.parallel.rank import brief
 from dsv3.parallel.watch import Watch
 
 # A rank that is alive may compute this long before its peers give up on it.
-_PATIENCE = timedelta(minutes=30)
+PATIENCE = timedelta(minutes=30)
 _HANDSHAKE = timedelta(seconds=30)  # each rank has connected to all others by then
 _NOTE_SECONDS = 20
 
@@ -70,7 +70,7 @@ def join(place: Place, backend: str) -> Watch | None:
                 # pyrefly: ignore[missing-attribute] - the stub of Store leaves it out
                 watch = Watch(store.clone(), place, where=_where(), silence=seconds).start()
             dist.init_process_group(
-                backend, store=store, rank=place.rank, world_size=place.size, timeout=_PATIENCE
+                backend, store=store, rank=place.rank, world_size=place.size, timeout=PATIENCE
             )
             if watch:
                 watch.meet()
@@ -96,8 +96,8 @@ def _where() -> str:
 
 def _meeting_point(place: Place) -> dist.Store:
     """torch's store at MASTER_ADDR and MASTER_PORT; entries of an earlier attempt are not seen."""
-    store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=_PATIENCE))
-    store.set_timeout(_PATIENCE)
+    store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=PATIENCE))
+    store.set_timeout(PATIENCE)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"dsv3/{attempt}", store)
 
@@ -108,7 +108,7 @@ def neighbours(place: Place, size: int) -> dist.ProcessGroup:
     Every rank calls it. A new group's ranks connect anew, so they prove themselves anew.
     """
     groups = [
-        dist.new_group(list(range(first, first + size)), timeout=_PATIENCE)
+        dist.new_group(list(range(first, first + size)), timeout=PATIENCE)
         for first in range(0, place.size, size)
     ]
     mine = groups[place.rank // size]

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
+from dsv3.parallel.join import PATIENCE
 from dsv3.parallel.watch import state_of
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _ROOM, _LINE = 1 << 16, 64
 # How long somebody who waits keeps its core: so many looks, then so many seconds lent to others.
 _LOOKS, _LENDS = 200, 0.005
-_NAP, _CHECKS, _PATIENCE = 1e-4, 0.2, 1800.0  # seconds
+_NAP, _CHECKS = 1e-4, 0.2  # seconds
 
 
 class SharedMemory:
@@ -68,7 +69,8 @@ class SharedMemory:
         # A file without a name, which the others open where the first rank holds it: whatever
         # happens on the way, nothing is left behind.
         handle = _new_file(cls.size_of(group.size)) if group.rank == 0 else None
-        path = group.broadcast_object(handle and f"/proc/{os.getpid()}/fd/{handle}")
+        place = None if handle is None else f"/proc/{os.getpid()}/fd/{handle}"
+        path = group.broadcast_object(place)
         memory = None
         try:
             if path:
@@ -78,7 +80,7 @@ class SharedMemory:
             pass
         mine = torch.tensor([os.getpid() if memory else 0], device=group.device)
         processes = group.all_gather(mine).tolist()  # now all have opened it, or not
-        if handle:
+        if handle is not None:
             os.close(handle)
         return cls(group.rank, processes, memory) if memory and all(processes) else None
 
@@ -118,7 +120,7 @@ class SharedMemory:
     def _pauses(self, rank: int) -> Iterator[None]:
         """Waits ever longer; raises DistError when the rank has ended, or never comes."""
         start = checked = time.monotonic()
-        while (now := time.monotonic()) - start < _PATIENCE:
+        while (now := time.monotonic()) - start < PATIENCE.total_seconds():
             if now - start < _LENDS:
                 os.sched_yield()
             else:
@@ -129,7 +131,7 @@ class SharedMemory:
                     yield  # it may have said its last turn before it went
                     raise dist.DistError(f"rank {rank} has ended")
             yield
-        raise dist.DistError(f"rank {rank} has not come to a sum in {_PATIENCE:.0f} s")
+        raise dist.DistError(f"rank {rank} has not come to a sum in {PATIENCE}")
 
 
 def _new_file(size: int) -> int | None:
