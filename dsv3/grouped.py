@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float8e4m3fn, Float32, Int
 from torch import Tensor
 
-from dsv3 import fp8
+from dsv3 import bfloat16, fp8
 from dsv3.fp8 import QuantizedTensor
 from dsv3.fp8.backend import pick_backend
 from dsv3.fp8.product import ROWS_IN_LOOPS
@@ -43,11 +43,12 @@ def grouped(
     """All products in one call; rows past the last end are junk."""
     ends = ends.to(torch.int32)
     place = None
-    if not x.is_cuda and x.dtype == torch.bfloat16 and len(x) >= len(stack) * _SHARE:
+    by_units = x.dtype == torch.bfloat16 and not bfloat16.widens(x)
+    if by_units and not x.is_cuda and len(x) >= len(stack) * _SHARE:
         place, ends = spread(ends, len(x))
         room = x.new_zeros(len(x) + len(stack) * _SHARE, x.shape[1])
         x = room.index_copy(0, place, x)
-    y = F.grouped_mm(x, stack.transpose(1, 2), offs=ends)
+    y = bfloat16.grouped(x, stack, ends)
     return y if place is None else y.index_select(0, place)
 
 
@@ -86,11 +87,7 @@ def plain_experts(
     """Products of plain numbers, in x's dtype, in whichever form there is."""
     if can_group(x, stack):
         return grouped(x, stack.to(x.dtype), ends)
-
-    def product(rows, matrix):
-        return F.linear(rows, matrix.to(rows.dtype))
-
-    return one_by_one(product, x, stack.unbind(), ends)
+    return one_by_one(bfloat16.linear, x, stack.unbind(), ends)
 
 
 @opaque(
@@ -141,7 +138,7 @@ def spread(
 ) -> tuple[Int[Tensor, " {rows}"], Int[Tensor, " experts"]]:
     """Places for rows sorted by expert such that each expert's share is a multiple of 64 rows.
 
-    A bfloat16 product on a CPU is compiled for its shape, which takes longer than the product.
+    A bfloat16 product by a CPU's units is compiled for its shape, which takes longer than itself.
     Rounded up, the few shapes there are come again and again. Rows that belong to nobody (behind
     the last end) go behind the last share. Returns the place of each row, and the new ends.
     """

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsv3.bfloat16 import attention
 from dsv3.cache import OneLayer, Step, dot_keys, mix_values
 from dsv3.config import ModelConfig
 from dsv3.costs import break_even_queries
@@ -188,9 +189,7 @@ class MLA(nn.Module):
         q = torch.cat([q_nope, q_rope], -1).to(k.dtype).transpose(1, 2)  # eq. 9
         causal = step.mask is None and q.shape[2] > 1
         v = F.pad(v, (0, max(k.shape[-1] - v.shape[-1], 0)))
-        o = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=step.mask, scale=self.scale, is_causal=causal
-        )  # eq. 10
+        o = attention(q, k, v, step.mask, causal, self.scale)  # eq. 10
         return o[..., : self.config.v_head_dim].transpose(1, 2)
 
     def absorbed(

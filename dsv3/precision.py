@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsv3 import fp8
+from dsv3 import bfloat16, fp8
 from dsv3.backward import asks_gradient
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
@@ -205,7 +205,7 @@ class Precision:
         self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: Tensor | QuantizedTensor
     ) -> Float[Tensor, "*lead out"]:
         """x W^T in the activations' dtype."""
-        return F.linear(x, matrix.to(x.dtype))
+        return bfloat16.linear(x, matrix)
 
     def wide(
         self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: Tensor | QuantizedTensor
@@ -241,7 +241,7 @@ class Precision:
         self, latent: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"]
     ) -> Float[Tensor, "*lead out"]:
         """Keys and values from the latent, in the latent's dtype."""
-        return F.linear(latent, weight.to(latent.dtype))
+        return bfloat16.linear(latent, weight)
 
 
 @dataclass(frozen=True, kw_only=True)

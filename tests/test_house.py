@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "dsv3"
 FLOORS = [
     ["errors"],
     ["families", "fields", "backward", "opaque", "files", "machine", "shipped"],
-    ["translation", "unfinished", "kernels"],
+    ["translation", "unfinished", "kernels", "bfloat16"],
     ["config"],
     ["costs", "rope", "fp8"],
     ["parallel"],

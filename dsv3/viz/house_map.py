@@ -66,7 +66,13 @@ ROOMS = (
         (50, 32, 96),
         BLUE,
     ),
-    Room("FP8", "fp8 kernels", "formats, scales, products; kernels", (25, 18, 46), VERMILLION),
+    Room(
+        "FP8",
+        "fp8 kernels bfloat16",
+        "formats, scales, products; kernels",
+        (25, 18, 46),
+        VERMILLION,
+    ),
     Room(
         "Several ranks",
         "parallel",
