@@ -1,4 +1,4 @@
-"""What this machine is good at: how many threads, how they wait, and whether bfloat16 is fast.
+"""What this machine is good at: how many threads, and how they wait.
 
 *Waiting.* torch cuts each product over threads, and between two products the threads have nothing
 to do. By default they spin, so that the next start costs nothing. On a machine with other work
@@ -11,10 +11,6 @@ it before that (``wait_passively``).
 over its ranks. Writing one token at a time multiplies small matrices, for which a second thread
 gains little and costs much as soon as its core is wanted elsewhere.
 
-*bfloat16.* A CPU without units for it converts every number on the way into a product. How much
-that costs differs from one to the next (5 to 13 times the time of float32 on one that was
-measured), so it is measured here too.
-
 OMP_NUM_THREADS and OMP_WAIT_POLICY, where the user has set them, win over all of this.
 """
 
@@ -23,16 +19,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
-from functools import cache
 
 from dsv3.errors import DSV3Error
 
 # Where OpenMP's libraries read how threads wait: the standard, GNU's, and LLVM's (macOS).
 _WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-
-# A CPU on which bfloat16 takes this many times as long as float32 has no units for it.
-SLOW = 1.5
 
 
 def wait_passively() -> None:
@@ -75,24 +66,3 @@ def check_threads() -> None:
             expected="a whole number of at least 1",
             fix="Set it so, or unset it",
         )
-
-
-@cache
-def bf16_slowdown() -> float:
-    """A product in bfloat16 on this CPU takes so many times as long as in float32.
-
-    Well below 1 with units for bfloat16, 2 to 60 without. Measured once a process, in some
-    hundredths of a second, on 256 x 256 matrices; the best of five, since noise only adds time.
-    """
-    import torch
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(256, 256, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            torch.nn.functional.linear(a, a)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) / seconds(torch.float32)

@@ -140,3 +140,8 @@ def test_a_model_is_the_same_with_units_and_without(monkeypatch, trains):
     assert len(widened) >= 7 * TINY.num_hidden_layers
     for with_units, without in (logits, slopes)[: 1 + trains]:
         assert (with_units - without).norm() < 0.02 * with_units.norm()
+
+
+def test_how_slow_it_is_is_measured_once():
+    assert 0.01 < bfloat16.slowdown() < 1000
+    assert bfloat16.slowdown() == bfloat16.slowdown()

@@ -308,7 +308,7 @@ def test_a_model_that_was_not_trained_here_is_not_written_over(tmp_path, texts):
 def test_precision_follows_the_machine_and_then_the_run(stopped, tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     for slower, expected in ((30.0, "fp32"), (0.4, "bf16")):
-        monkeypatch.setattr("dsv3.machine.bf16_slowdown", lambda slower=slower: slower)
+        monkeypatch.setattr("dsv3.bfloat16.slowdown", lambda slower=slower: slower)
         assert usual_precision(tmp_path, cpu)[0] == expected
         assert usual_precision(stopped[0], cpu) == (
             "fp32",

@@ -255,7 +255,7 @@ def command(monkeypatch, capsys):
     monkeypatch.setattr(
         "dsv3.training.train", lambda *given, **options: calls.append((given, options))
     )
-    monkeypatch.setattr("dsv3.machine.bf16_slowdown", lambda: 1.0)
+    monkeypatch.setattr("dsv3.bfloat16.slowdown", lambda: 1.0)
 
     def run(*words):
         code = cli.main(["train", "--device", "cpu", *map(str, words)])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dsv3 import __version__, machine
+from dsv3 import __version__, bfloat16, machine
 from dsv3.checkpoint.generation_config import FILE, GenerationConfig
 from dsv3.checkpoint.loading import load_model
 from dsv3.commands.chat import Talk
@@ -98,7 +98,7 @@ class Job:
         if (
             self.args.precision == "bf16"
             and self.model.device.type == "cpu"
-            and (slower := machine.bf16_slowdown()) >= machine.SLOW
+            and (slower := bfloat16.slowdown()) >= bfloat16.SLOW
         ):
             self.terminal.note(
                 "dsv3: on this CPU a product in bfloat16 takes "

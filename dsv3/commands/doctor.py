@@ -120,8 +120,10 @@ def _cores() -> Line:
 
 
 def _bfloat16() -> Line:
-    slower = machine.bf16_slowdown()
-    if slower < machine.SLOW:
+    from dsv3 import bfloat16
+
+    slower = bfloat16.slowdown()
+    if slower < bfloat16.SLOW:
         return "ok", "bfloat16", "fast on this CPU"
     return (
         "--",

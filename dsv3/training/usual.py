@@ -1,8 +1,8 @@
 """The precision of a run whose user names none.
 
-The shipped model was trained with products in bfloat16. A CPU without units for it converts every
-number on the way into a product, and a run of an hour would take days: there it is float32. A run
-that is resumed keeps what it began with, on whatever machine.
+The shipped model was trained with products in bfloat16. On a CPU where those take
+twice as long as in float32, or longer, it is float32. A run that is resumed keeps what it began
+with, on whatever machine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3 import machine
+from dsv3 import bfloat16
 from dsv3.training.recipe import Recipe
 from dsv3.training.resuming import CHECKPOINTS, Stored
 
@@ -25,8 +25,8 @@ def usual_precision(out_dir: str | Path, device: torch.device) -> tuple[str, str
     usual = Recipe().precision
     if device.type != "cpu":
         return usual, f"precision {usual}: as the shipped model was trained"
-    slower = machine.bf16_slowdown()
-    if slower < machine.SLOW:
+    slower = bfloat16.slowdown()
+    if slower < bfloat16.SLOW:
         return usual, f"precision {usual}: it is fast on this CPU"
     return "fp32", (
         f"precision fp32: on this CPU a product in bfloat16 takes {slower:.0f} times "
