@@ -145,7 +145,7 @@ def test_a_model_in_kernels_is_the_model_without(precision, cache, form, monkeyp
     From half to half such differences grow, until two computations round independently: in bfloat16
     2^-9 sqrt(2/3) for each rounding, 7e-3 after the twenty of two layers. A code lies between two
     others 2^-3 apart: of numbers that are off by 1.6e-3, one in 80 lands on the other side, by 2^-4
-    on average, which is 7e-3, and 2.4e-2 after the twelve products of two layers. These, times 1.5,
+    on average, which is 7e-3, and 2.4e-2 after the twelve products of two layers. Both doubled
     are the bounds of the whole. A wrong scale, mask or expert is an error of the order of 1."""
     monkeypatch.setattr(
         "dsv3.mla.break_even_queries", lambda config: {"absorbed": 100, "expanded": 0}[form]
@@ -168,7 +168,9 @@ def test_a_model_in_kernels_is_the_model_without(precision, cache, form, monkeyp
         assert off < {"bf16": 4e-4, "fp8": 5e-3}[precision], (number, name)
     same = (experts[True] == experts[False]).all(-1)  # of near ties another may win
     assert same.float().mean() > 0.8 and logits[False].std() > 0.1
-    assert apart(logits[True][same], logits[False][same]) < {"bf16": 1e-2, "fp8": 3.6e-2}[precision]
+    assert (
+        apart(logits[True][same], logits[False][same]) < {"bf16": 1.4e-2, "fp8": 4.8e-2}[precision]
+    )
     others = {"absorbed": {"mla_prefill"}, "expanded": {"mla_decode", "mla_combine"}}[form]
     wanted = (OF_BOTH - others) | (OF_FP8 if precision == "fp8" else set())
     assert set(launches.kernels) == wanted

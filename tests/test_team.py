@@ -91,10 +91,10 @@ def test_a_rank_that_ends_is_named(team):
 
 
 def test_ranks_that_wait_for_each_other_say_in_which_line(team):
-    team.limit, before = 2, team.limit
+    team.limit, before = 6, team.limit  # a busy machine takes seconds to get there
     try:
         team.run(talk)
-        with pytest.raises(DSV3Error, match="did not end within 2 s") as error:
+        with pytest.raises(DSV3Error, match="did not end within 6 s") as error:
             team.run(cell(wrong=True), 0)
     finally:
         team.limit = before
