@@ -1,8 +1,10 @@
 """Compiled loops on a CPU against the plain forms beside them, to the bit where that is said."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -300,16 +302,44 @@ def test_the_shipped_model_writes_the_same_without_numba(monkeypatch):
         assert (fast - model(tokens)).abs().max() < 1e-5
 
 
-def test_a_thread_that_fails_is_heard(monkeypatch):
+@pytest.mark.parametrize("fails", [0, 256], ids=["the caller's part", "another's"])
+def test_a_thread_that_fails_is_heard_when_all_have_ended(monkeypatch, fails):
     monkeypatch.setattr(cpu, "_FOR_A_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    ended = []
 
     def run(first, last):
-        if last == 300:
+        if first == fails:
             raise ValueError("nothing")
+        time.sleep(0.2)
+        ended.append((first, last))
 
     with pytest.raises(ValueError, match="nothing"):
         cpu.in_threads(run, 300, 128, 1000)
+    assert ended == [(256, 300) if fails == 0 else (0, 256)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+def test_a_forked_process_has_threads_of_its_own(monkeypatch):
+    """A child has none of its parent's threads, and would wait for them for ever."""
+    monkeypatch.setattr(cpu, "_FOR_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    cpu.in_threads(lambda first, last: None, 300, 128, 1000)
+    child = os.fork()
+    if child == 0:
+        try:
+            done = []
+            cpu.in_threads(lambda first, last: done.append(last), 300, 128, 1000)
+            os._exit(sorted(done) != [256, 300])
+        finally:
+            os._exit(2)
+    until = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
+        time.sleep(0.05)
+    if ended[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
 
 
 def test_other_dtypes_of_weights_and_keys_are_read_as_what_they_are(monkeypatch):

@@ -7,8 +7,10 @@ and not whether a module has that it uses: after a change here, empty ``__pycach
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 
 import numpy as np
 import torch
@@ -131,7 +133,19 @@ def in_threads(run: Callable[[int, int], None], count: int, together: int, work:
     if threads <= 1:
         return run(0, count)
     each = -(-count // threads // together) * together
-    firsts = range(0, count, each)
-    with ThreadPoolExecutor(len(firsts)) as pool:
-        for _ in pool.map(run, firsts, (min(first + each, count) for first in firsts)):
-            pass
+    firsts = range(each, count, each)
+    pool = _others(os.getpid(), torch.get_num_threads() - 1)
+    parts = [pool.submit(run, first, min(first + each, count)) for first in firsts]
+    try:
+        run(0, min(each, count))
+    finally:
+        wait(parts)
+    for part in parts:
+        part.result()
+
+
+@cache
+def _others(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads beside the one that asks. They are kept, for to start them takes as long as a small
+    product; a process that was forked has lost its parent's, and gets its own."""
+    return ThreadPoolExecutor(threads)
