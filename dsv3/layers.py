@@ -54,14 +54,14 @@ class RMSNorm(nn.Module):
 def _normalised(
     x: Float[Tensor, "*lead d"], weight: Float[Tensor, " d"], eps: float, exact: bool
 ) -> Float[Tensor, "*lead d"]:
-    if not exact:
-        return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
-    plain = x.dtype != torch.bfloat16 or asks_gradient(x, weight)
-    if not plain and pick_backend(x.device) == "numba":
+    served = x.dtype in (torch.bfloat16, torch.float32) and not asks_gradient(x, weight)
+    if served and pick_backend(x.device) == "numba":
         from dsv3.kernels import cpu_norm
 
         return cpu_norm.rms_norm(x, weight, eps)
-    return exactly_normalised(x, weight, eps)
+    if exact:
+        return exactly_normalised(x, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
 
 def exactly_normalised(

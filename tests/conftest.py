@@ -22,6 +22,7 @@ SHAPED = [
     "dsv3.cache",
     "dsv3.mla",
     "dsv3.moe",
+    "dsv3.bfloat16",
     "dsv3.block",
     "dsv3.mtp",
     "dsv3.model",
