@@ -5,8 +5,8 @@ what such a unit computes, float32 can: widen both operands, sum in float32, rou
 Where a processor has no units, torch does something like it number by number, in 3 to 10 times the
 time of a float32 product (in attention's backward pass 5 times; one AVX2 machine, torch 2.13).
 Widening whole operands costs one more pass over them and leaves the product to the library's best
-code: 1.1 to 1.4 times the time of float32. It rounds at the same points; only attention's weights,
-which torch's own form rounds inside, stay float32.
+code: 1.1 to 1.4 times the time of float32. A product rounds at the same points. Attention rounds
+less: inside, torch's own form rounds its weights and, on the way back, the slopes of its scores.
 """
 
 from __future__ import annotations
@@ -16,57 +16,23 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Int32
+from jaxtyping import BFloat16, Bool, Float
 from torch import Tensor
-
-from dsv3.backward import asks_gradient
 
 
 def _cpu_has_units() -> bool:
     found = torch.cpu.get_capabilities()
-    x86 = found.get("architecture") == "x86_64"
-    return not x86 or found["avx512_bf16"] or found["amx_bf16"]
+    if found.get("architecture") == "x86_64":
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return bool(found.get("bf16", True))
 
 
-# Asked once, for a compiler does not follow the question. Elsewhere than on x86: taken for granted.
+# Asked once, for a compiler does not follow the question. Taken for granted where torch cannot say.
 CPU_HAS_UNITS = _cpu_has_units()
 # A CPU on which bfloat16 takes this many times as long as float32 had better use float32.
 SLOW = 2.0
 # To widen a matrix takes as long as to multiply it by so many rows of bfloat16 numbers.
 _ROWS_WORTH_IT = 4
-
-
-def linear(x: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"]) -> Float[Tensor, "..."]:
-    """x W^T in x's dtype, with W rounded to it."""
-    weight = weight.to(x.dtype)
-    if not widens(x) or x.numel() <= _ROWS_WORTH_IT * x.shape[-1]:
-        return F.linear(x, weight)
-    return _widened(x.reshape(-1, x.shape[-1]), weight, None).view(*x.shape[:-1], -1)
-
-
-def grouped(
-    x: Float[Tensor, "rows in"],
-    stack: Float[Tensor, "groups out in"],
-    ends: Int32[Tensor, " groups"],
-) -> Float[Tensor, "rows out"]:
-    """Each group's rows times its own matrix; ``ends``: where its rows end. Both in one dtype."""
-    if not widens(x) or len(x) <= _ROWS_WORTH_IT * len(stack):
-        return F.grouped_mm(x, stack.mT, offs=ends)
-    return _widened(x, stack, ends)
-
-
-def attention(
-    q: Float[Tensor, "b heads s d"],
-    k: Float[Tensor, "b heads t d"],
-    v: Float[Tensor, "b heads t d"],
-    mask: Bool[Tensor, "..."] | None,
-    causal: bool,
-    scale: float,
-) -> Float[Tensor, "b heads s d"]:
-    """torch's attention, in q's dtype."""
-    wide = (x.float() for x in (q, k, v)) if widens(q) else (q, k, v)
-    o = F.scaled_dot_product_attention(*wide, attn_mask=mask, scale=scale, is_causal=causal)
-    return o.to(q.dtype)
 
 
 def has_units(device: torch.device) -> bool:
@@ -79,39 +45,64 @@ def widens(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and not has_units(x.device)
 
 
-def _widened(x: Tensor, weight: Tensor, ends: Tensor | None) -> Tensor:
-    if asks_gradient(x, weight):
-        return _Widened.apply(x, weight, ends)
-    return _multiply(x.float(), weight.float().mT, ends).to(x.dtype)
+def linear(
+    x: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"]
+) -> Float[Tensor, "*lead out"]:
+    """x W^T in x's dtype, with W rounded to it: summed in float32, rounded once."""
+    weight = weight.to(x.dtype)
+    if not widens(x) or x.numel() <= _ROWS_WORTH_IT * x.shape[-1]:
+        return F.linear(x, weight)
+    flat = widened_product(x.reshape(-1, x.shape[-1]), weight.mT)
+    return flat.view(*x.shape[:-1], len(weight))
 
 
-def _multiply(a: Tensor, b: Tensor, ends: Int[Tensor, " groups"] | None) -> Tensor:
-    return a @ b if ends is None else F.grouped_mm(a, b, offs=ends)
+# One operation, so that what a backward pass or ``dsv3.recompute`` keeps of it is bfloat16.
+@torch.library.custom_op(
+    "dsv3::widened_product", mutates_args=(), schema="(Tensor a, Tensor b) -> Tensor"
+)
+def widened_product(
+    a: BFloat16[Tensor, "rows inner"], b: BFloat16[Tensor, "inner cols"]
+) -> BFloat16[Tensor, "rows cols"]:
+    """a b, summed in float32, rounded once."""
+    return (a.float() @ b.float()).to(a.dtype)
 
 
-class _Widened(torch.autograd.Function):
-    """Kept from forward to backward: the operands as they came, not widened."""
+@widened_product.register_fake
+def _(a, b):
+    return a.new_empty(len(a), b.shape[1])
 
-    @staticmethod
-    def forward(ctx, x, weight, ends):
-        ctx.save_for_backward(x, weight, ends)
-        return _multiply(x.float(), weight.float().mT, ends).to(x.dtype)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight, ends = ctx.saved_tensors
-        grad, of_x, of_weight = grad.float(), None, None
-        if ctx.needs_input_grad[0]:
-            of_x = _multiply(grad, weight.float(), ends).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            of_weight = _multiply(grad.mT, x.float(), ends).to(weight.dtype)
-        return of_x, of_weight, None
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _slopes(ctx, grad):
+    a, b = ctx.saved_tensors
+    of_a = widened_product(grad, b.mT) if ctx.needs_input_grad[0] else None
+    of_b = widened_product(a.mT, grad) if ctx.needs_input_grad[1] else None
+    return of_a, of_b
+
+
+widened_product.register_autograd(_slopes, setup_context=_keep)
+
+
+def attention(
+    q: Float[Tensor, "b heads s d"],
+    k: Float[Tensor, "b heads t d"],
+    v: Float[Tensor, "b heads t d"],
+    mask: Bool[Tensor, "..."] | None,
+    causal: bool,
+    scale: float,
+) -> Float[Tensor, "b heads s d"]:
+    """torch's attention, in q's dtype. mask: True where a query may look."""
+    wide = (x.float() for x in (q, k, v)) if widens(q) else (q, k, v)
+    o = F.scaled_dot_product_attention(*wide, attn_mask=mask, scale=scale, is_causal=causal)
+    return o.to(q.dtype)
 
 
 @cache
 def slowdown() -> float:
-    """A product in bfloat16 on this CPU takes so many times as long as in float32.
+    """A product of many rows in bfloat16 on this CPU takes so many times as long as in float32.
 
     Measured once a process, in some hundredths of a second, on 256 x 256 matrices; the best of
     five, since noise only adds time.

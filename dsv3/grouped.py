@@ -43,12 +43,11 @@ def grouped(
     """All products in one call; rows past the last end are junk."""
     ends = ends.to(torch.int32)
     place = None
-    by_units = x.dtype == torch.bfloat16 and not bfloat16.widens(x)
-    if by_units and not x.is_cuda and len(x) >= len(stack) * _SHARE:
+    if not x.is_cuda and x.dtype == torch.bfloat16 and len(x) >= len(stack) * _SHARE:
         place, ends = spread(ends, len(x))
         room = x.new_zeros(len(x) + len(stack) * _SHARE, x.shape[1])
         x = room.index_copy(0, place, x)
-    y = bfloat16.grouped(x, stack, ends)
+    y = F.grouped_mm(x, stack.transpose(1, 2), offs=ends)
     return y if place is None else y.index_select(0, place)
 
 
@@ -85,7 +84,7 @@ def plain_experts(
     ends: Int[Tensor, " experts"],
 ) -> Float[Tensor, "choices out"]:
     """Products of plain numbers, in x's dtype, in whichever form there is."""
-    if can_group(x, stack):
+    if can_group(x, stack) and not bfloat16.widens(x):  # else all experts' would be widened at once
         return grouped(x, stack.to(x.dtype), ends)
     return one_by_one(bfloat16.linear, x, stack.unbind(), ends)
 

@@ -37,7 +37,8 @@ class RMSNorm(nn.Module):
     """
 
     def __init__(self, dim: int, eps: float = 1e-6, device=None, *, exact: bool = False):
-        """exact: whether squares are summed in float64 on a CPU (``Precision.exact``)."""
+        """exact: whether squares are summed in float64 on a CPU (``Precision.exact``), else in
+        float32."""
         super().__init__()
         self.eps, self.exact = eps, exact
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32, device=device))
@@ -58,7 +59,7 @@ def _normalised(
     if served and pick_backend(x.device) == "numba":
         from dsv3.kernels import cpu_norm
 
-        return cpu_norm.rms_norm(x, weight, eps)
+        return cpu_norm.rms_norm(x, weight, eps, exact)
     if exact:
         return exactly_normalised(x, weight, eps)
     return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
@@ -67,10 +68,12 @@ def _normalised(
 def exactly_normalised(
     x: Float[Tensor, "*lead d"], weight: Float[Tensor, " d"], eps: float
 ) -> Float[Tensor, "*lead d"]:
-    """x / rms(x) * weight with squares summed in float64; all else is float32."""
+    """x / rms(x) * weight with squares summed in float64; all else is float32, and to the nearest
+    (a float32 root is not, where MKL takes it)."""
     x_wide = x.float()
     total = x_wide.square().sum(-1, keepdim=True, dtype=torch.float64).float()
-    return (x_wide / (total / x.shape[-1] + eps).sqrt() * weight).to(x.dtype)
+    rms = (total / x.shape[-1] + eps).double().sqrt().float()
+    return (x_wide / rms * weight).to(x.dtype)
 
 
 class Linear(nn.Module):

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from dsv3.bfloat16 import widened_product
+
 _aten = torch.ops.aten
 # Attention over all pairs of tokens, in the forms that torch chooses from.
 ATTENTION = frozenset(
@@ -33,7 +35,14 @@ ATTENTION = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-PRODUCTS = frozenset({_aten.mm.default, _aten.bmm.default, _aten._grouped_mm.default})
+PRODUCTS = frozenset(
+    {
+        _aten.mm.default,
+        _aten.bmm.default,
+        _aten._grouped_mm.default,
+        widened_product._opoverload,
+    }
+)
 
 
 def recomputed(kept: frozenset, function: Callable[..., torch.Tensor], *inputs) -> torch.Tensor:

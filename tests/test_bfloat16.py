@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import TINY
 
 from dsv3 import bfloat16
 from dsv3.grouped import plain_experts
 from dsv3.model import Transformer
 from dsv3.precision import Precision
+from dsv3.recompute import PRODUCTS, recomputed
 
 BF16 = torch.bfloat16
 GROUPS, ENDS = 5, (3, 3, 40, 41, 70)  # one group without rows; rows 70 and on are nobody's
@@ -44,6 +46,10 @@ def test_linear_rounds_once(units, lead):
 def test_linear_rounds_a_float32_weight_first(units):
     x, w = normal(33, 96), torch.randn(40, 96, generator=torch.Generator().manual_seed(1))
     check_rounded_once(bfloat16.linear(x, w), x.double() @ w.to(BF16).double().T, 96)
+
+
+def test_a_matrix_without_rows(units):
+    assert bfloat16.linear(normal(2, 7, 96), normal(0, 96)).shape == (2, 7, 0)
 
 
 def test_float32_stays_float32(units):
@@ -114,8 +120,27 @@ def test_what_waits_for_the_backward_pass_is_not_widened(monkeypatch):
     x, w = normal(33, 96).requires_grad_(), normal(40, 96, seed=1).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         bfloat16.linear(x, w)
-    assert [tuple(t.shape) for t in kept] == [(33, 96), (40, 96)]
+    assert sorted(tuple(t.shape) for t in kept) == [(33, 96), (96, 40)]
     assert all(t.dtype == BF16 for t in kept)
+
+
+def test_recomputation_keeps_the_rounded_product(monkeypatch):
+    """What is costly is not computed twice, and what is kept of it is bfloat16."""
+    monkeypatch.setattr(bfloat16, "CPU_HAS_UNITS", False)
+    x, w = normal(33, 96).requires_grad_(), normal(40, 96, seed=1).requires_grad_()
+    kinds = []
+
+    class Heard(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+            result = operation(*arguments, **(options or {}))
+            if operation in PRODUCTS:
+                kinds.append((operation, result.dtype))
+            return result
+
+    with Heard():
+        y = recomputed(PRODUCTS, lambda x, w: F.silu(bfloat16.linear(x, w)), x, w)
+        y.sum().backward()
+    assert kinds == [(torch.ops.dsv3.widened_product.default, BF16)] * 3, "one and its two slopes"
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -124,8 +149,10 @@ def test_a_model_is_the_same_with_units_and_without(monkeypatch, trains):
     model = Transformer(TINY, precision).init_weights(0)
     text = torch.randint(TINY.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     widened, logits, slopes = [], [], []
-    plain = bfloat16._widened
-    monkeypatch.setattr(bfloat16, "_widened", lambda *args: widened.append(1) or plain(*args))
+    plain = bfloat16.widened_product
+    monkeypatch.setattr(
+        bfloat16, "widened_product", lambda *args: widened.append(1) or plain(*args)
+    )
     for has_units in (True, False):
         monkeypatch.setattr(bfloat16, "CPU_HAS_UNITS", has_units)
         assert not widened

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fp8_cases import adversarial_rows, hard_values, same_bits
 
 from dsv3 import fp8, generate, load_model
@@ -19,7 +20,7 @@ from dsv3.fp8 import QuantizedTensor
 from dsv3.fp8.backend import pick_backend
 from dsv3.fp8.product import ROWS_IN_LOOPS
 from dsv3.grouped import fp8_experts
-from dsv3.layers import RMSNorm
+from dsv3.layers import RMSNorm, exactly_normalised
 from dsv3.mla import MLA
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
@@ -272,28 +273,50 @@ def test_what_is_not_installed_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(1, 1, 192), (2, 3, 513), (4, 1), (0, 8)])
-def test_norms_are_the_plain_ones(shape, dtype, without_numba, monkeypatch):
-    """A NaN, an infinity, and squares that overflow or vanish do what they do in torch. In bfloat16
-    to the bit; in float32 some of torch's square roots are off in the last bit (MKL on AVX2)."""
+@pytest.mark.parametrize("shape", [(1, 1, 192), (2, 3, 513), (4, 1), (0, 8), (1, 2000, 7)])
+def test_norms_are_the_plain_ones(shape, dtype, monkeypatch):
+    """A NaN, an infinity, and squares that overflow or vanish do what they do in torch. Exact ones
+    to the bit, in several threads too; the others but for the order of float32 sums."""
+    monkeypatch.setattr(cpu, "_FOR_A_THREAD", 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     random = torch.Generator().manual_seed(0)
     for size in (1.0, 1e-22, 2e18, 1e19):
         x = (torch.randn(shape, generator=random) * size).to(dtype)
         if x.numel() > 200:
             x[0, 0, 0], x[-1, -1, 5] = torch.nan, torch.inf
-        norm = RMSNorm(shape[-1], exact=True).requires_grad_(False)
-        norm.weight.copy_(torch.rand(shape[-1], generator=random) + 0.5)
-        monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: False)
-        plain = norm(x)
-        monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: True)
-        found = norm(x)
-        assert found.dtype == dtype and torch.equal(found.isnan(), plain.isnan())
-        within = {torch.bfloat16: 0.0, torch.float32: 2**-21}[dtype]
-        torch.testing.assert_close(found, plain, rtol=within, atol=0.0, equal_nan=True)
-        usual = RMSNorm(shape[-1]).requires_grad_(False)
-        usual.weight.copy_(norm.weight)
-        close = {torch.bfloat16: 2**-7, torch.float32: 2**-20}[dtype]
-        torch.testing.assert_close(found, usual(x), rtol=close, atol=1e-30, equal_nan=True)
+        for exact in (True, False):
+            norm = RMSNorm(shape[-1], exact=exact).requires_grad_(False)
+            norm.weight.copy_(torch.rand(shape[-1], generator=random) + 0.5)
+            found = norm(x)
+            if exact:
+                plain, within = exactly_normalised(x, norm.weight, norm.eps), 0.0
+            else:
+                plain = F.rms_norm(x.float(), shape[-1:], norm.weight, norm.eps).to(dtype)
+                within = {torch.bfloat16: 2**-7, torch.float32: 2**-19}[dtype]
+            assert found.dtype == dtype
+            torch.testing.assert_close(
+                found, plain, rtol=within, atol=0.0 if exact else 1e-30, equal_nan=True
+            )
+
+
+def test_a_norm_without_epsilon_of_zeros_is_nan_as_in_torch():
+    norm = RMSNorm(8, eps=0.0).requires_grad_(False)
+    assert norm.weight.fill_(1.0).shape == (8,) and norm(torch.zeros(2, 8)).isnan().all()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_in_use_go_through_the_loop(dtype, exact, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "dsv3.kernels.cpu_norm.rms_norm", lambda *inputs: calls.append(inputs) or inputs[0]
+    )
+    norm, x = RMSNorm(8, exact=exact), torch.ones(2, 8, dtype=dtype)
+    norm.weight.data.fill_(1.0)
+    norm(x)
+    assert not calls, "its weight asks for a gradient"
+    norm.requires_grad_(False)(x)
+    assert len(calls) == 1 and calls[0][-1] == exact
 
 
 def test_the_shipped_model_writes_the_same_without_numba(monkeypatch):

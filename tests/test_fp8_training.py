@@ -107,8 +107,10 @@ def test_a_second_rounding_of_x_shows_without_powers_of_two():
     assert once < 0.038 and 0.043 < twice < 0.048  # sqrt(3) * 0.026
 
 
+@pytest.mark.parametrize("units", [True, False])
 @pytest.mark.parametrize("name", ["paper", "powers", "mixed"])
-def test_bfloat16_rounds_the_result_once(name):
+def test_bfloat16_rounds_the_result_once(name, units, monkeypatch):
+    monkeypatch.setattr("dsv3.bfloat16.CPU_HAS_UNITS", units)
     recipe = RECIPES[name]
     x, w, dy = case(300, 256, 576, torch.bfloat16)
     y, dx, dw = gradients(x, w, dy, recipe)

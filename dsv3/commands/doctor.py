@@ -31,7 +31,7 @@ PACKAGES = (
     ("jinja2", "3.1.6", "", "chat templates"),
     ("tqdm", "4.66", "", "progress bars"),
     ("jaxtyping", "0.3", "", "shapes written beside tensors"),
-    ("numba", "0.62", "", "FP8 on a CPU, several times as fast"),
+    ("numba", "0.62", "", "loops on a CPU: FP8 several times as fast"),
     ("jupyterlab", "4.2", "book", "reading the book"),
     ("ipykernel", "6.29", "book", "running the book"),
     ("ipywidgets", "8.1", "book", "sliders in the book"),

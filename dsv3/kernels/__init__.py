@@ -9,9 +9,10 @@ Nothing is imported here: only who wants a kernel pays for loading Triton, and w
 Triton everything else still works.
 
 ``cpu`` and the modules whose names begin so are for a CPU: loops that Numba compiles, beside the
-same plain forms (``dsv3.fp8``, ``MLA.absorbed``). They sum FP8 products in float64, exactly within
-a tile (``cpu_fp8`` says why), so a text is the one that comes without them, whatever its batch,
-chunks, drafts and ranks.
+same plain forms (``dsv3.fp8``, ``MLA.absorbed``, ``layers``). In fp8 they sum in float64, exactly
+within a tile (``cpu_fp8`` says why), so a text is the one that comes without them, whatever its
+batch, chunks, drafts and ranks. In fp32 and bf16 (attention, norms) they sum in float32, in another
+order than torch.
 
 What is the same on a GPU, bit for bit, as without kernels:
 

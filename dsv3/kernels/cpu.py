@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 
 import numpy as np
@@ -125,7 +125,7 @@ def array(x: Tensor) -> np.ndarray:
 def in_threads(run: Callable[[int, int], None], count: int, together: int, work: int) -> None:
     """run(first, last) over ``count`` things, of which ``together`` are never parted, in as many
     threads as torch has and the work is worth. It returns, or raises, when all of them have ended:
-    nothing that they read or write may go before.
+    nothing that they read or write may go before. run itself must not call this again.
 
     work: multiplications in all.
     """
@@ -135,11 +135,14 @@ def in_threads(run: Callable[[int, int], None], count: int, together: int, work:
     each = -(-count // threads // together) * together
     firsts = range(each, count, each)
     pool = _others(os.getpid(), torch.get_num_threads() - 1)
-    parts = [pool.submit(run, first, min(first + each, count)) for first in firsts]
+    parts: list[Future] = []
     try:
+        for first in firsts:
+            parts.append(pool.submit(run, first, min(first + each, count)))
         run(0, min(each, count))
-    finally:
         wait(parts)
+    finally:
+        wait(parts)  # after an interrupt too
     for part in parts:
         part.result()
 

@@ -1,8 +1,8 @@
 """The precision of a run whose user names none.
 
-The shipped model was trained with products in bfloat16. On a CPU where those take
-twice as long as in float32, or longer, it is float32. A run that is resumed keeps what it began
-with, on whatever machine.
+The shipped model was trained with products in bfloat16. On a CPU where those take twice as long as
+in float32, or longer, the precision is fp32. A run that is resumed keeps what it began with, on
+whatever machine.
 """
 
 from __future__ import annotations
