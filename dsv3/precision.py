@@ -333,8 +333,9 @@ class Training(Precision):
     """Float32 master weights in every mode, of which a product takes a rounded copy.
 
     A step of AdamW changes a weight by about 1e-3 of itself or less; bfloat16 holds steps of 4e-3,
-    so most updates would be rounded away (TR 3.3.3). In bf16 and fp8, activations are
-    bfloat16, and so is what enters and leaves the attention core. No rank's part is missing from a sum here, so none need go on unrounded.
+    so most updates would be rounded away (TR 3.3.3). In bf16 and fp8, activations are bfloat16, and
+    so is what enters and leaves the attention core. No rank's part is missing from a sum here, so
+    none need go on unrounded.
     """
 
     trains: ClassVar[bool] = True

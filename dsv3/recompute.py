@@ -36,12 +36,7 @@ ATTENTION = frozenset(
     }
 )
 PRODUCTS = frozenset(
-    {
-        _aten.mm.default,
-        _aten.bmm.default,
-        _aten._grouped_mm.default,
-        widened_product._opoverload,
-    }
+    {_aten.mm.default, _aten.bmm.default, _aten._grouped_mm.default, widened_product._opoverload}
 )
 
 
