@@ -147,8 +147,8 @@ def test_what_is_committed_is_whole(told):
 def test_what_the_chapter_says_of_slopes_is_measured(told):
     """Cell costs-answer of chapter 8, sentence by sentence. Measured anew, this says whether the
     words still hold."""
-    if min(curve["rounds"] for curve in told.values() if curve["quantity"] == "ms") < ENOUGH:
-        pytest.skip("the committed curves are a trial: dsv3 bench --curves on quiet cores")
+    timed = [curve for curve in told.values() if curve["quantity"] == "ms"]
+    assert all(curve["rounds"] >= ENOUGH for curve in timed), "a trial is not measured"
     for curve in of(told, "decoding"):
         (first, _, short, _), (last, _, long, _) = curve["points"][0], curve["points"][-1]
         early = curves.slope([(size, middle) for size, _, middle, _ in curve["points"][:3]])
@@ -159,7 +159,8 @@ def test_what_the_chapter_says_of_slopes_is_measured(told):
         assert curve["slope_at_the_end"] > max(0.9, curve["slope"])
     for group in of(told, "MoE layer, 32 experts"), of(told, "MoE layer, 64 tokens"):
         assert all(curve["slope_at_the_end"] < 1 for curve in group)
-    assert all(0.1 < curve["slope"] < 1 for curve in of(told, "MoE layer, 64 tokens"))
+    plain, codes = of(told, "MoE layer, 64 tokens")
+    assert 0.1 < plain["slope"] < 1 and abs(codes["slope"]) < 0.2
     for name in ("writing one token, with its cache", "MoE layer, 64 tokens, with its weights"):
         assert told["memory", name]["slope"] == pytest.approx(1, abs=0.15)
 
