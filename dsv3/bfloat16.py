@@ -79,7 +79,8 @@ def _keep(ctx, inputs, output) -> None:
 def _slopes(ctx, grad):
     a, b = ctx.saved_tensors
     of_a = widened_product(grad, b.mT) if ctx.needs_input_grad[0] else None
-    of_b = widened_product(a.mT, grad) if ctx.needs_input_grad[1] else None
+    # In this order, for b is a weight that was transposed: its slope comes out as the weight lies.
+    of_b = widened_product(grad.mT, a).mT if ctx.needs_input_grad[1] else None
     return of_a, of_b
 
 
