@@ -222,8 +222,8 @@ def test_steps_are_those_of_one_process(ran, name, as_in_use):
     """Clipped by the norm over all stages; weights, biases, and what is returned. The second step
     meets a gradient that is not finite, on one rank, and no rank takes it.
 
-    Without units for bfloat16 its products are MKL's, whose last bit depends on AVX2 on where in
-    memory operands lie; where a gradient is near 0, Adam makes a whole step of its sign."""
+    Without units for bfloat16 two processes once differed (AVX2, one run of three, by 4 % in the
+    norm; from what is open). Where a gradient is near 0, Adam makes a whole step of its sign."""
     ranks, precision = [rank[name] for rank in ran[2]], STEPS[2][name][1]
     within = 1e-5 if precision == "fp32" or bfloat16.CPU_HAS_UNITS else 0.1
     results, weights = three_steps_alone(*STEPS[2][name][1:])
