@@ -4,8 +4,8 @@ A bfloat16 is a float32 without its last 16 bits, and the product of two fits in
 what such a unit computes, float32 can: widen both operands, sum in float32, round once at the end.
 Where a processor has no units, torch does something like it number by number: 16 rows take 6 times,
 1,536 rows 11 times as long as in float32, attention forward and back 5 times (one AVX2 machine,
-torch 2.13). Widening whole operands costs one more pass over them and leaves the product to the
-library's best code: 2.0 and 1.2 times the time of float32. A product rounds at the same points. Attention rounds
+torch 2.13). Widening whole operands costs one more pass over them and leaves the product to the library's best
+code: 2.0 and 1.2 times the time of float32. A product rounds at the same points. Attention rounds
 less: inside, torch's own form rounds its weights and, on the way back, the slopes of its scores.
 """
 
