@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import TINY
 
 from dsv3 import bfloat16
+from dsv3.fp8 import training
 from dsv3.grouped import plain_experts
 from dsv3.model import Transformer
 from dsv3.precision import Precision
@@ -167,6 +168,43 @@ def test_a_model_is_the_same_with_units_and_without(monkeypatch, trains):
     assert len(widened) >= 7 * TINY.num_hidden_layers
     for with_units, without in (logits, slopes)[: 1 + trains]:
         assert (with_units - without).norm() < 0.02 * with_units.norm()
+
+
+def test_the_slope_of_a_weight_lies_as_the_weight(units):
+    x, w = normal(33, 96), normal(40, 96, seed=1).requires_grad_()
+    (slope,) = torch.autograd.grad(bfloat16.linear(x, w), w, normal(33, 40, seed=2))
+    assert slope.stride() == w.stride()
+
+
+def test_experts_are_widened_one_by_one(monkeypatch):
+    """All at once would be a layer's experts in float32, chosen or not."""
+    monkeypatch.setattr(bfloat16, "CPU_HAS_UNITS", False)
+    monkeypatch.setattr("dsv3.grouped.grouped", lambda *inputs: pytest.fail("all at once"))
+    plain_experts(normal(72, 96), normal(GROUPS, 40, 96, seed=1), torch.tensor(ENDS))
+
+
+@pytest.mark.parametrize(
+    "found, expected",
+    [
+        ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, True),
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"architecture": "x86_64"}, False),  # where a sandbox hides the processor
+        ({"architecture": "aarch64", "bf16": True}, True),
+        ({"architecture": "aarch64", "bf16": False}, False),
+        ({}, True),
+    ],
+)
+def test_units_are_what_the_processor_says(found, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert bfloat16._cpu_has_units() is expected
+
+
+def test_fp8_operands_are_bfloat16_where_that_is_fast(units):
+    cpu, operand = torch.device("cpu"), training._operand_dtype
+    assert operand(cpu, BF16, "ue8m0", "ue8m0") == (BF16 if units else torch.float32)
+    assert operand(cpu, BF16, "ue8m0", "float32") == torch.float32
+    assert operand(torch.device("cuda"), BF16, "ue8m0", "ue8m0") == BF16
 
 
 def test_how_slow_it_is_is_measured_once():

@@ -220,8 +220,8 @@ def test_the_model_before_its_extension_is_kept(whole):
     assert short.config == whole.phases[0].config and short.config.rope_scaling is None
     longer = with_context(kept, 1024, "fp32")
     tokens = torch.arange(20)[None]
-    # Not to the bit: once in three runs on an AVX2 machine a last bit differed, from what is open.
-    torch.testing.assert_close(longer(tokens), short(tokens), rtol=0.0, atol=1e-5)
+    with torch.no_grad():  # norms that ask for a gradient are summed in another order
+        assert torch.equal(longer(tokens), short(tokens))
     with pytest.raises(DSV3Error, match="longer than the context"):
         short(torch.zeros(1, 600, dtype=torch.int64))
     assert longer(torch.zeros(1, 600, dtype=torch.int64)).isfinite().all()
