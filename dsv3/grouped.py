@@ -20,6 +20,7 @@ from dsv3.fp8 import QuantizedTensor
 from dsv3.fp8.backend import pick_backend
 from dsv3.fp8.product import ROWS_IN_LOOPS
 from dsv3.opaque import opaque
+from dsv3.plain import FEW_ROWS, in_loops, linear
 
 # A grouped product wants rows that start at multiples of so many bytes.
 _ROW_BYTES = 16
@@ -84,9 +85,24 @@ def plain_experts(
     ends: Int[Tensor, " experts"],
 ) -> Float[Tensor, "choices out"]:
     """Products of plain numbers, in x's dtype, in whichever form there is."""
+    if in_loops(x, stack, -(-len(x) // len(stack))):
+        return _plain_in_loops(x, stack, ends)
     if can_group(x, stack) and not bfloat16.widens(x):  # else all experts' would be widened at once
         return grouped(x, stack.to(x.dtype), ends)
-    return one_by_one(bfloat16.linear, x, stack.unbind(), ends)
+    return one_by_one(linear, x, stack.unbind(), ends)
+
+
+def _plain_in_loops(
+    x: Float[Tensor, "choices in"],
+    stack: Float[Tensor, "experts out in"],
+    ends: Int[Tensor, " experts"],
+) -> Float[Tensor, "choices out"]:
+    """``one_by_one`` on a CPU: all experts with few rows in one call."""
+    from dsv3.kernels import cpu_linear
+
+    stack = stack.to(x.dtype)
+    out = cpu_linear.products(x, stack, ends, FEW_ROWS).to(x.dtype)
+    return _with_the_others(linear, out, FEW_ROWS, x, stack, ends)
 
 
 @opaque(
@@ -112,11 +128,11 @@ def fp8_experts(
 
     codes, stack = QuantizedTensor(x, x_scale, fp8.ACTIVATION_BLOCK), QuantizedTensor(w, w_scale)
     if len(x) and pick_backend(x.device) == "numba":
-        return _in_loops(product, codes, stack, ends).to(sums)
+        return _codes_in_loops(product, codes, stack, ends).to(sums)
     return one_by_one(product, codes, stack, ends)
 
 
-def _in_loops(
+def _codes_in_loops(
     product: Callable, x: QuantizedTensor, w: QuantizedTensor, ends: Int[Tensor, " experts"]
 ) -> Float[Tensor, "choices _"]:
     """``one_by_one`` on a CPU: all experts with few rows in one call."""
@@ -124,10 +140,24 @@ def _in_loops(
 
     grids = (w.data, w.scale) if len(w.shape) == 4 else (w.data[:, None], w.scale[:, None])
     out = cpu_fp8.products(x.data, x.scale, *grids, ends, ROWS_IN_LOOPS).flatten(1)
+    return _with_the_others(product, out, ROWS_IN_LOOPS, x, w, ends)
+
+
+def _with_the_others(
+    product: Callable,
+    out: Float[Tensor, "choices out"],
+    most: int,
+    x: Tensor | QuantizedTensor,
+    stack: Tensor | QuantizedTensor,
+    ends: Int[Tensor, " experts"],
+) -> Float[Tensor, "choices out"]:
+    """out, with the rows filled in of experts that have more than ``most`` of them."""
+    if len(out) <= most:
+        return out
     start = 0
     for expert, end in enumerate(ends.tolist()):
-        if end - start > ROWS_IN_LOOPS:
-            out[start:end] = product(x[start:end], w[expert])
+        if end - start > most:
+            out[start:end] = product(x[start:end], stack[expert])
         start = end
     return out
 

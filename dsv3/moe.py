@@ -45,10 +45,11 @@ from dsv3.config import ModelConfig
 from dsv3.fp8 import QuantizedTensor, fused_experts
 from dsv3.fp8.experts import can_fuse
 from dsv3.grouped import can_group
-from dsv3.kernels.operations import combine, router
+from dsv3.kernels.operations import combine, combine_loops, router
 from dsv3.layers import SwiGLU
 from dsv3.parallel.experts import Holding, experts_of
 from dsv3.parallel.tensor import TensorGroup
+from dsv3.plain import wide_linear
 from dsv3.precision import Normed, Precision, unquantized
 
 
@@ -100,8 +101,7 @@ class Router(nn.Module):
 
     def scores(self, u: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead experts"]:
         """Affinities s_i,t of each token to all N_r experts (eq. 15)."""
-        sums = self.precision.sums(u.device)
-        logits = F.linear(u.to(sums), self.weight.to(sums))
+        logits = wide_linear(u, self.weight, self.precision.sums(u.device))
         return (
             logits.sigmoid()
             if self.config.scoring_func == "sigmoid"  # eq. 15
@@ -202,6 +202,8 @@ class Experts(nn.Module):
         y = self.swiglu(self.precision.operand(u).index_select(0, token), ends)
         if self.precision.in_kernels(y, weights):
             return combine(y, weights, order, ends[-1:])
+        if self.precision.in_loops(y, weights):
+            return combine_loops(y, weights, order, ends[-1:])
         if mine is not None:
             y = y.masked_fill(~mine[:, None], 0.0)
         y = y * weights.flatten()[order, None]

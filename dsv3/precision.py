@@ -32,11 +32,10 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsv3 import bfloat16, fp8
+from dsv3 import fp8
 from dsv3.backward import asks_gradient
 from dsv3.config import ModelConfig
 from dsv3.errors import DSV3Error
@@ -45,12 +44,8 @@ from dsv3.fp8.backend import pick_backend
 from dsv3.fp8.latent import check_kind
 from dsv3.fp8.stored import is_plain, stored_blocks
 from dsv3.grouped import fp8_experts, one_by_one, plain_experts
-from dsv3.kernels.operations import has_room, norm_quant, wide_product
-
-# Rows of a bfloat16 weight that are widened at a time: small enough to stay in a core's cache.
-_WIDEN_ROWS = 1024
-# On a CPU, loops serve up to so many rows of x; beyond, the library's products are faster.
-_ROWS_IN_LOOPS = 4
+from dsv3.kernels.operations import has_room, norm_quant
+from dsv3.plain import linear, wide_linear
 
 
 class Normed(NamedTuple):
@@ -205,7 +200,7 @@ class Precision:
         self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: Tensor | QuantizedTensor
     ) -> Float[Tensor, "*lead out"]:
         """x W^T in the activations' dtype."""
-        return bfloat16.linear(x, matrix)
+        return linear(x, matrix)
 
     def wide(
         self, x: Float[Tensor, "*lead in"] | QuantizedTensor, matrix: Tensor | QuantizedTensor
@@ -241,7 +236,7 @@ class Precision:
         self, latent: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"]
     ) -> Float[Tensor, "*lead out"]:
         """Keys and values from the latent, in the latent's dtype."""
-        return bfloat16.linear(latent, weight)
+        return linear(latent, weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,23 +393,3 @@ def _unknown(name: str) -> DSV3Error:
     return DSV3Error(
         "unknown precision", where="precision", found=name, expected="fp32, bf16 or fp8"
     )
-
-
-def wide_linear(
-    x: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"], sums: torch.dtype
-) -> Float[Tensor, "*lead out"]:
-    """x @ weight.T, summed in ``sums`` and not rounded to fewer bits.
-
-    x and weight come in float32 or bfloat16, the result leaves in ``sums``.
-    """
-    if weight.dtype == sums:
-        return F.linear(x.to(sums), weight)
-    if x.is_cuda:
-        flat = torch.mm(x.flatten(0, -2), weight.t(), out_dtype=sums)
-        return flat.view(*x.shape[:-1], -1)
-    few = sums == torch.float64 and x.numel() <= _ROWS_IN_LOOPS * x.shape[-1]
-    if few and not asks_gradient(x, weight) and pick_backend(x.device) == "numba":
-        return wide_product(x, weight)
-    wide = x.to(sums)
-    parts = [F.linear(wide, rows.to(sums)) for rows in weight.split(_WIDEN_ROWS)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

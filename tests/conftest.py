@@ -23,6 +23,7 @@ SHAPED = [
     "dsv3.mla",
     "dsv3.moe",
     "dsv3.bfloat16",
+    "dsv3.plain",
     "dsv3.block",
     "dsv3.mtp",
     "dsv3.model",

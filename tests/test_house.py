@@ -15,7 +15,7 @@ FLOORS = [
     ["translation", "unfinished", "kernels", "bfloat16"],
     ["config"],
     ["costs", "rope", "fp8"],
-    ["parallel"],
+    ["parallel", "plain"],
     ["grouped"],
     ["cache", "precision", "recompute"],
     ["layers", "listening"],

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, njit, types
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic, overload
+from numba.np.numpy_support import as_dtype
 from torch import Tensor
 
 # What a compiler may do with a loop in which the order of sums does not matter.
@@ -82,6 +84,21 @@ def _pointer(typing_context, place):
     return types.voidptr(types.int64), written
 
 
+@_operation
+def fetch_ahead(typing_context, place):
+    """Ask for the line of the cache that ``place`` lies in. Nothing happens where nothing lies."""
+
+    def written(context, builder, signature, arguments):
+        pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, flag, flag, flag])
+        fetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        to_read, keep, data = flag(0), flag(3), flag(1)
+        builder.call(fetch, [builder.inttoptr(arguments[0], pointer), to_read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), written
+
+
 @njit(inline="always")
 def numbers(place, shape, dtype):
     """The array that lies at ``place``, where ``Tensor.data_ptr`` says that a tensor begins.
@@ -90,6 +107,17 @@ def numbers(place, shape, dtype):
     an array takes longer than what is then done with it.
     """
     return carray(_pointer(place), shape, dtype)
+
+
+def numbers_like(place, shape, one):
+    """The same, of numbers of the kind that ``one`` has."""
+    raise NotImplementedError("only in compiled loops")
+
+
+@overload(numbers_like, inline="always")
+def _numbers_like(place, shape, one):
+    kind = as_dtype(one).type
+    return lambda place, shape, one: carray(_pointer(place), shape, kind)
 
 
 def number(x):

@@ -4,12 +4,15 @@
     o_i   = W^UV_i sum_j softmax_j(score_ij) c_j                                        (eq. 5, 10)
 
 In torch's operations a step of decoding is a dozen small products, which cost less to compute than
-to call, and the cache is widened into a copy before they read it. Two loops do the same: one up to
-the scores, one from the weights on. Softmax stands between them, in torch. Sums are taken in the
-dtype of the result: float64 in fp8, float32 else. The plain form is ``MLA.absorbed``.
+to call, and the cache is widened into a copy before they read it. A softmax of a few hundred
+numbers wakes threads that take longer to come than it takes. One loop does all of it, head by head.
+Sums are taken in the dtype of the result: float64 in fp8, float32 else. The plain form is
+``MLA.absorbed``.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -28,68 +31,99 @@ def _widen(keys, first, count, run):
             run[i, c] = number(key[c])
 
 
-@loop(fastmath=ANY_ORDER)
-def _scores(q, q_rope, keys, reach, w, scale, first, last, scores):
-    """Of heads ``first`` to ``last``; keys that a query does not reach get -inf."""
+@njit(fastmath=ANY_ORDER)
+def _scores(q, q_rope, keys, w, scale, absorbed, run, scores):
+    """Of each head and each key that the query reaches."""
+    heads, reach = scores.shape
     latent = w.shape[2]
-    per_text = q.shape[0] // keys.shape[0]
-    absorbed = np.empty((last - first, keys.shape[2]), scores.dtype)
-    run = np.empty((4, keys.shape[2]), scores.dtype)
+    for head in range(heads):
+        into = absorbed[head]
+        into[:] = 0.0
+        for d in range(q.shape[1]):
+            value = number(q[head, d]) * scale
+            for c in range(latent):
+                into[c] += value * w[head, d, c]
+        for r in range(q_rope.shape[1]):
+            into[latent + r] = number(q_rope[head, r]) * scale
+    for j in range(0, reach, 4):
+        _widen(keys, j, reach, run)
+        for head in range(heads):
+            into = absorbed[head]
+            a = b = c = d = scores.dtype.type(0.0)
+            for k in range(run.shape[1]):
+                a += into[k] * run[0, k]
+                b += into[k] * run[1, k]
+                c += into[k] * run[2, k]
+                d += into[k] * run[3, k]
+            for i, score in enumerate((a, b, c, d)):
+                if j + i < reach:
+                    scores[head, j + i] = score
+
+
+@njit(error_model="numpy")
+def _softmax(scores):
+    """Of each head, in place. Where a score is not a number, none of its head's weights is one."""
+    for head in range(scores.shape[0]):
+        mine = scores[head]
+        largest, total = mine.dtype.type(-np.inf), mine.dtype.type(0.0)
+        for score in mine:
+            largest = max(largest, score)
+        for j, score in enumerate(mine):
+            mine[j] = math.exp(score - largest)
+            total += mine[j]
+        mine /= total
+
+
+@njit(fastmath=ANY_ORDER)
+def _values(weights, keys, w, above, mixed, run, out):
+    """Each head's mixture of the latents, and on to its values. above: rows of W^UK, which stand
+    above those of W^UV in w."""
+    heads, reach = weights.shape
+    zero = out.dtype.type(0.0)
+    mixed[:] = 0.0
+    for j in range(0, reach, 4):
+        _widen(keys, j, reach, run)
+        for head in range(heads):
+            into, weight = mixed[head], weights[head]
+            a = weight[j]
+            b = weight[j + 1] if j + 1 < reach else zero
+            c = weight[j + 2] if j + 2 < reach else zero
+            d = weight[j + 3] if j + 3 < reach else zero
+            for k in range(mixed.shape[1]):
+                into[k] += a * run[0, k] + b * run[1, k] + c * run[2, k] + d * run[3, k]
+    for head in range(heads):
+        into = mixed[head]
+        for v in range(out.shape[1]):
+            total = zero
+            for k in range(mixed.shape[1]):
+                total += into[k] * w[head, above + v, k]
+            out[head, v] = total
+
+
+@loop()
+def _attend(q, q_rope, keys, reach, w, scale, out, first, last):
+    """Heads ``first`` to ``last`` of every query."""
+    heads, per_text = last - first, q.shape[0] // keys.shape[0]
+    absorbed = np.empty((heads, keys.shape[2]), out.dtype)
+    mixed = np.empty((heads, w.shape[2]), out.dtype)
+    run = np.empty((4, keys.shape[2]), out.dtype)
+    scores = np.empty((heads, keys.shape[1]), out.dtype)
     for row in range(q.shape[0]):
-        text = keys[row // per_text]
-        for head in range(first, last):
-            into = absorbed[head - first]
-            into[:] = 0.0
-            for d in range(q.shape[2]):
-                value = number(q[row, head, d]) * scale
-                for c in range(latent):
-                    into[c] += value * w[head, d, c]
-            for r in range(q_rope.shape[2]):
-                into[latent + r] = number(q_rope[row, head, r]) * scale
-        for j in range(0, reach[row], 4):
-            _widen(text, j, reach[row], run)
-            for head in range(first, last):
-                into = absorbed[head - first]
-                a = b = c = d = scores.dtype.type(0.0)
-                for k in range(run.shape[1]):
-                    a += into[k] * run[0, k]
-                    b += into[k] * run[1, k]
-                    c += into[k] * run[2, k]
-                    d += into[k] * run[3, k]
-                for i, score in enumerate((a, b, c, d)):
-                    if j + i < reach[row]:
-                        scores[row, head, j + i] = score
-        scores[row, first:last, reach[row] :] = -np.inf
-
-
-@loop(fastmath=ANY_ORDER)
-def _values(weights, keys, reach, w, first, last, out):
-    """Of heads ``first`` to ``last``."""
-    latent = w.shape[2]
-    per_text = weights.shape[0] // keys.shape[0]
-    above = w.shape[1] - out.shape[2]  # rows of W^UK, which stand above those of W^UV
-    mixed = np.empty((last - first, latent), out.dtype)
-    run = np.empty((4, latent), out.dtype)
-    for row in range(weights.shape[0]):
-        text = keys[row // per_text]
-        mixed[:] = 0.0
-        for j in range(0, reach[row], 4):
-            _widen(text, j, reach[row], run)
-            for head in range(first, last):
-                into, weight = mixed[head - first], weights[row, head]
-                a = weight[j]
-                b = weight[j + 1] if j + 1 < reach[row] else out.dtype.type(0.0)
-                c = weight[j + 2] if j + 2 < reach[row] else out.dtype.type(0.0)
-                d = weight[j + 3] if j + 3 < reach[row] else out.dtype.type(0.0)
-                for k in range(latent):
-                    into[k] += a * run[0, k] + b * run[1, k] + c * run[2, k] + d * run[3, k]
-        for head in range(first, last):
-            into = mixed[head - first]
-            for v in range(out.shape[2]):
-                total = out.dtype.type(0.0)
-                for k in range(latent):
-                    total += into[k] * w[head, above + v, k]
-                out[row, head, v] = total
+        text, mine = keys[row // per_text], scores[:, : reach[row]]
+        _scores(
+            q[row, first:last],
+            q_rope[row, first:last],
+            text,
+            w[first:last],
+            scale,
+            absorbed,
+            run,
+            mine,
+        )
+        _softmax(mine)
+        _values(
+            mine, text, w[first:last], q.shape[2], mixed, run[:, : w.shape[2]], out[row, first:last]
+        )
 
 
 def attention(
@@ -108,18 +142,13 @@ def attention(
     nothing; w (heads, d_h + d_v, d_c) float32: W^UK and W^UV of each head.
     """
     b, s, heads = q_nope.shape[:3]
-    keys, seen_by = array(_whole(seen)), array(reach.view(-1))
     rows = (b * s, heads)
-    work = b * s * heads * seen.shape[1] * seen.shape[2]
-    scores = seen.new_empty(*rows, seen.shape[1], dtype=sums)
-    queries = [array(each.reshape(*rows, -1)) for each in (q_nope, q_rope)]
     w = w.float()
-    inputs = (*queries, keys, seen_by, array(w), scale)
-    in_threads(lambda *heads: _scores(*inputs, *heads, array(scores)), heads, 1, work)
-    weights = scores.softmax(-1)  # eq. 10
     out = seen.new_empty(*rows, w.shape[1] - q_nope.shape[3], dtype=sums)
-    inputs = (array(weights), keys, seen_by, array(w))
-    in_threads(lambda *heads: _values(*inputs, *heads, array(out)), heads, 1, work)
+    queries = [array(each.reshape(*rows, -1)) for each in (q_nope, q_rope)]
+    inputs = (*queries, array(_whole(seen)), array(reach.view(-1)), array(w), scale, array(out))
+    work = 2 * b * s * heads * seen.shape[1] * seen.shape[2]
+    in_threads(lambda *heads: _attend(*inputs, *heads), heads, 1, work)
     return out.view(b, s, heads, -1)
 
 

@@ -25,6 +25,7 @@ from dsv3.kernels.cpu import (
     array,
     bits_of_float,
     double_of_bits,
+    fetch_ahead,
     float_of_bits,
     float_of_half,
     in_threads,
@@ -35,6 +36,7 @@ from dsv3.kernels.cpu import (
 
 # Rows of w that are taken together: x is read once for them.
 _TOGETHER = 4
+_LINE = 64  # bytes that come from memory at once
 _SEVEN = np.int8(0x7F)
 _SIGN_AND_SEVEN = np.int64(-(1 << 63) | 0x7F << 49)
 _SUBNORMAL = np.int32(0x3C800000)  # the bits of 2^-6: below, codes step by 2^-9
@@ -132,6 +134,18 @@ def _dequantize_bf16(codes, scales, block_rows, first, last, out):
                     out[row, start + k] = BF16_NAN
 
 
+@njit(inline="always")
+def _fetch_behind(w, n, tile):
+    """Ask for the rows of w that are taken after those from n on: a part as large as their tile.
+
+    A core fetches ahead of who goes straight on through memory, and not of who walks along four
+    rows at once: without this, a matrix that is not in the cache takes twice as long.
+    """
+    place = w.ctypes.data + (n + _TOGETHER) * w.shape[1] + tile * _TOGETHER * BLOCK
+    for line in range(0, _TOGETHER * BLOCK, _LINE):
+        fetch_ahead(place + line)
+
+
 @loop(fastmath=ANY_ORDER)
 def _times(x, x_scale, w, w_scale, first, last, out):
     """x w^T for the rows of w from ``first`` to ``last``, with x as values of codes, times 2^-8."""
@@ -141,6 +155,7 @@ def _times(x, x_scale, w, w_scale, first, last, out):
     for n in range(first, last, _TOGETHER):
         sums[:] = 0.0
         for tile in range(w_scale.shape[1]):
+            _fetch_behind(w, n, tile)
             start, width = tile * BLOCK, min(BLOCK, inner - tile * BLOCK)
             for i in range(_TOGETHER):
                 row = w[min(n + i, last - 1)]
@@ -178,6 +193,7 @@ def _times_row(x, x_scale, w, w_scale, first, last, out):
         three, four = w[min(n + 2, last - 1)], w[min(n + 3, last - 1)]
         sum_a = sum_b = sum_c = sum_d = 0.0
         for tile in range(w_scale.shape[1]):
+            _fetch_behind(w, n, tile)
             start, width = tile * BLOCK, min(BLOCK, inner - tile * BLOCK)
             a = b = c = d = 0.0
             for k in range(width):

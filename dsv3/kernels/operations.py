@@ -115,6 +115,17 @@ def combine(y: Tensor, weights: Tensor, order: Tensor, used: Tensor) -> Tensor:
 
 
 @opaque(
+    "combine_loops(Tensor y, Tensor weights, Tensor order, Tensor used) -> Tensor",
+    like=lambda y, weights, order, used: y.new_empty((len(weights), y.shape[1])),
+)
+def combine_loops(y: Tensor, weights: Tensor, order: Tensor, used: Tensor) -> Tensor:
+    """The same on a CPU, for y in float32 or float64 (``kernels.cpu_combine``)."""
+    from dsv3.kernels import cpu_combine
+
+    return cpu_combine.combine(y, weights, order, used)
+
+
+@opaque(
     "mla_loops(Tensor q_nope, Tensor q_rope, Tensor seen, Tensor reach, Tensor w, float scale,"
     " ScalarType sums) -> Tensor",
     like=lambda q_nope, q_rope, seen, reach, w, scale, sums: q_nope.new_empty(
@@ -137,11 +148,12 @@ def mla_loops(
 
 
 @opaque(
-    "wide_product(Tensor x, Tensor w) -> Tensor",
-    like=lambda x, w: x.new_empty((*x.shape[:-1], len(w)), dtype=torch.float64),
+    "wide_product(Tensor x, Tensor w, ScalarType sums) -> Tensor",
+    like=lambda x, w, sums: x.new_empty((*x.shape[:-1], len(w)), dtype=sums),
 )
-def wide_product(x: Tensor, w: Tensor) -> Tensor:
-    """x W^T in float64, on a CPU (``kernels.cpu_linear``)."""
+def wide_product(x: Tensor, w: Tensor, sums: torch.dtype) -> Tensor:
+    """x W^T of few rows in ``sums``, on a CPU (``kernels.cpu_linear``)."""
     from dsv3.kernels import cpu_linear
 
-    return cpu_linear.product(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], len(w))
+    flat = x.reshape(-1, x.shape[-1])
+    return cpu_linear.product(flat, w, sums).view(*x.shape[:-1], len(w))

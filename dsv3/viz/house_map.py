@@ -68,7 +68,7 @@ ROOMS = (
     ),
     Room(
         "FP8",
-        "fp8 kernels bfloat16",
+        "fp8 kernels bfloat16 plain",
         "formats, scales, products; kernels",
         (25, 18, 46),
         VERMILLION,
