@@ -232,6 +232,25 @@ def test_absorbed_attention_in_loops(name, tolerance, starts, counts, packed):
         assert (found[row, :count] - plain[row, :count]).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("name, tolerance", [("fp32", 5e-5), ("fp8", 1e-12)])
+def test_scores_that_no_power_can_hold(name, tolerance):
+    """e to the power of a score would be infinite, or 0 for all keys; and a latent that is not a
+    number spoils the queries that see it, and no other."""
+    precision, random = Precision.of(name, CONFIG), torch.Generator().manual_seed(0)
+    layer = MLA(CONFIG, precision, TensorGroup()).requires_grad_(False)
+    layer.wkv_b.weight.normal_(std=0.2, generator=random)
+    step = Step.make(CONFIG, [9, 9, 9], [1, 1, 1], 1, torch.device("cpu"))
+    q = torch.randn(3, 1, 3, 24, generator=random)
+    seen = torch.randn(3, 10, 48, generator=random)
+    q[0] *= 3000  # scores of some thousands
+    seen[1, :, 40:], q[1, ..., :16], q[1, ..., 16:] = 50.0, 0.0, -50.0  # all of -20,000 x scale
+    seen[2, 4, 7] = torch.nan
+    inputs = *q.to(precision.dtype).split([16, 8], -1), seen.to(precision.dtype), step
+    found, plain = layer.absorbed_in_loops(*inputs), layer.absorbed(*inputs)
+    torch.testing.assert_close(found, plain, rtol=0.0, atol=tolerance, equal_nan=True)
+    assert found[:2].isfinite().all() and found[2].isnan().all()
+
+
 def test_loops_leave_alone_what_they_cannot_do():
     layer = MLA(CONFIG, Precision.of("fp32", CONFIG), TensorGroup())
     q = torch.zeros(1, 1, 3, 16)

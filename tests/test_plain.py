@@ -14,7 +14,7 @@ from dsv3.precision import Precision
 
 pytest.importorskip("numba", reason="Numba is not installed")
 
-from dsv3.kernels import cpu
+from dsv3.kernels import cpu, cpu_linear
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 # Of a sum of 200 products of normal numbers, by what it is summed in.
@@ -66,6 +66,10 @@ def test_experts_with_few_rows_in_loops(loops, three_threads, dtype, shares):
     ends = torch.tensor(shares).cumsum(0)
     x, stack = normal(int(ends[-1]) + 2, 200, dtype=dtype), normal(6, 33, 200, seed=1, dtype=dtype)
     assert in_loops(x, stack, -(-len(x) // 6))
+    of_few = cpu_linear.products(x, stack, ends, FEW_ROWS)
+    heavy = torch.tensor(shares) > FEW_ROWS
+    left = torch.cat([heavy.repeat_interleave(torch.tensor(shares)), torch.tensor([True] * 2)])
+    assert torch.equal((of_few == 0).all(-1), left)
     found = plain_experts(x, stack, ends)
     assert found.dtype == dtype and (found[ends[-1] :] == 0).all()
     start = 0
