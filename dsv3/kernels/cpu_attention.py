@@ -32,10 +32,9 @@ def _widen(keys, first, count, run):
 
 
 @njit(fastmath=ANY_ORDER)
-def _scores(q, q_rope, keys, w, scale, absorbed, run, scores):
-    """Of each head and each key that the query reaches."""
-    heads, reach = scores.shape
-    latent = w.shape[2]
+def _scores(q, q_rope, keys, reach, w, scale, absorbed, run, scores):
+    """Of each head and each of the ``reach`` keys that the query sees."""
+    heads, latent = w.shape[0], w.shape[2]
     for head in range(heads):
         into = absorbed[head]
         into[:] = 0.0
@@ -61,24 +60,25 @@ def _scores(q, q_rope, keys, w, scale, absorbed, run, scores):
 
 
 @njit(error_model="numpy")
-def _softmax(scores):
+def _softmax(scores, reach):
     """Of each head, in place. Where a score is not a number, none of its head's weights is one."""
     for head in range(scores.shape[0]):
         mine = scores[head]
         largest, total = mine.dtype.type(-np.inf), mine.dtype.type(0.0)
-        for score in mine:
-            largest = max(largest, score)
-        for j, score in enumerate(mine):
-            mine[j] = math.exp(score - largest)
+        for j in range(reach):
+            largest = max(largest, mine[j])
+        for j in range(reach):
+            mine[j] = math.exp(mine[j] - largest)
             total += mine[j]
-        mine /= total
+        for j in range(reach):
+            mine[j] /= total
 
 
 @njit(fastmath=ANY_ORDER)
-def _values(weights, keys, w, above, mixed, run, out):
+def _values(weights, keys, reach, w, above, mixed, run, out):
     """Each head's mixture of the latents, and on to its values. above: rows of W^UK, which stand
     above those of W^UV in w."""
-    heads, reach = weights.shape
+    heads = w.shape[0]
     zero = out.dtype.type(0.0)
     mixed[:] = 0.0
     for j in range(0, reach, 4):
@@ -103,27 +103,18 @@ def _values(weights, keys, w, above, mixed, run, out):
 @loop()
 def _attend(q, q_rope, keys, reach, w, scale, out, first, last):
     """Heads ``first`` to ``last`` of every query."""
-    heads, per_text = last - first, q.shape[0] // keys.shape[0]
+    heads, per_text, latent = last - first, q.shape[0] // keys.shape[0], w.shape[2]
     absorbed = np.empty((heads, keys.shape[2]), out.dtype)
-    mixed = np.empty((heads, w.shape[2]), out.dtype)
-    run = np.empty((4, keys.shape[2]), out.dtype)
+    mixed = np.empty((heads, latent), out.dtype)
+    whole, run = np.empty((4, keys.shape[2]), out.dtype), np.empty((4, latent), out.dtype)
     scores = np.empty((heads, keys.shape[1]), out.dtype)
+    mine = w[first:last]
     for row in range(q.shape[0]):
-        text, mine = keys[row // per_text], scores[:, : reach[row]]
-        _scores(
-            q[row, first:last],
-            q_rope[row, first:last],
-            text,
-            w[first:last],
-            scale,
-            absorbed,
-            run,
-            mine,
-        )
-        _softmax(mine)
-        _values(
-            mine, text, w[first:last], q.shape[2], mixed, run[:, : w.shape[2]], out[row, first:last]
-        )
+        text, seen = keys[row // per_text], reach[row]
+        asks, turned = q[row, first:last], q_rope[row, first:last]
+        _scores(asks, turned, text, seen, mine, scale, absorbed, whole, scores)
+        _softmax(scores, seen)
+        _values(scores, text, seen, mine, q.shape[2], mixed, run, out[row, first:last])
 
 
 def attention(
