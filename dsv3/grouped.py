@@ -85,7 +85,7 @@ def plain_experts(
     ends: Int[Tensor, " experts"],
 ) -> Float[Tensor, "choices out"]:
     """Products of plain numbers, in x's dtype, in whichever form there is."""
-    if in_loops(x, stack, -(-len(x) // len(stack))):
+    if x.dtype == stack.dtype and in_loops(x, stack, -(-len(x) // len(stack))):
         return _plain_in_loops(x, stack, ends)
     if can_group(x, stack) and not bfloat16.widens(x):  # else all experts' would be widened at once
         return grouped(x, stack.to(x.dtype), ends)
@@ -100,8 +100,8 @@ def _plain_in_loops(
     """``one_by_one`` on a CPU: all experts with few rows in one call."""
     from dsv3.kernels import cpu_linear
 
-    stack = stack.to(x.dtype)
-    out = cpu_linear.products(x, stack, ends, FEW_ROWS).to(x.dtype)
+    sums = torch.promote_types(x.dtype, torch.float32)
+    out = cpu_linear.products(x, stack, ends, FEW_ROWS, sums).to(x.dtype)
     return _with_the_others(linear, out, FEW_ROWS, x, stack, ends)
 
 

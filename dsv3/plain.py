@@ -52,10 +52,10 @@ def in_loops(x: Tensor, weight: Tensor, rows: int, sums: torch.dtype = torch.flo
 def linear(
     x: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"]
 ) -> Float[Tensor, "*lead out"]:
-    """x W^T in x's dtype, with W rounded to it: summed in float32, rounded once."""
-    weight = weight.to(x.dtype)
-    if in_loops(x, weight, x.shape[:-1].numel()):
-        return wide_product(x, weight, torch.float32).to(x.dtype)
+    """x W^T in x's dtype, with W rounded to it: summed in float32 or wider, rounded once."""
+    weight, sums = weight.to(x.dtype), torch.promote_types(x.dtype, torch.float32)
+    if in_loops(x, weight, x.shape[:-1].numel(), sums):
+        return wide_product(x, weight, sums).to(x.dtype)
     return bfloat16.linear(x, weight)
 
 

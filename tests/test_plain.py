@@ -59,14 +59,14 @@ def test_what_is_not_a_number_stays_so(dtype):
     assert torch.equal(found.isinf(), expected.isinf())
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
 @pytest.mark.parametrize("shares", [[0, 1, 3, FEW_ROWS + 1, 0, 2], [FEW_ROWS, 0, 0, 0, 0, 0]])
 def test_experts_with_few_rows_in_loops(loops, three_threads, dtype, shares):
     """And those with more of them beside; rows behind the last end are nobody's."""
     ends = torch.tensor(shares).cumsum(0)
     x, stack = normal(int(ends[-1]) + 2, 200, dtype=dtype), normal(6, 33, 200, seed=1, dtype=dtype)
     assert in_loops(x, stack, -(-len(x) // 6))
-    of_few = cpu_linear.products(x, stack, ends, FEW_ROWS)
+    of_few = cpu_linear.products(x, stack, ends, FEW_ROWS, torch.promote_types(dtype, F32))
     heavy = torch.tensor(shares) > FEW_ROWS
     left = torch.cat([heavy.repeat_interleave(torch.tensor(shares)), torch.tensor([True] * 2)])
     assert torch.equal((of_few == 0).all(-1), left)
@@ -76,7 +76,8 @@ def test_experts_with_few_rows_in_loops(loops, three_threads, dtype, shares):
     for expert, end in enumerate(ends.tolist()):
         exact = x[start:end].double() @ stack[expert].double().T
         step = 2**-8 * exact.abs() if dtype == BF16 else 0.0
-        assert torch.all((found[start:end].double() - exact).abs() <= WITHIN[F32] + step)
+        within = WITHIN[F64 if dtype == F64 else F32]
+        assert torch.all((found[start:end].double() - exact).abs() <= within + step)
         start = end
 
 
@@ -93,6 +94,15 @@ def test_many_rows_an_expert_are_grouped(loops, monkeypatch):
     for rows in (1, 4 * FEW_ROWS, 4 * FEW_ROWS + 1):
         plain_experts(normal(rows, 64), stack, ends)
     assert taken == ["loops", "loops", "grouped"]
+
+
+def test_experts_of_another_dtype_are_rounded_one_by_one(loops, monkeypatch):
+    """Where a model that trains in bfloat16 writes a text: of all experts few are asked."""
+    monkeypatch.setattr("dsv3.grouped._plain_in_loops", lambda *inputs: pytest.fail("all at once"))
+    x, stack = normal(3, 64, dtype=BF16), normal(4, 32, 64, seed=1)
+    found = plain_experts(x, stack, torch.tensor([0, 1, 1, 3]))
+    exact = torch.cat([x[:1] @ stack[1].to(BF16).T, x[1:] @ stack[3].to(BF16).T])
+    torch.testing.assert_close(found, exact, rtol=2**-7, atol=1e-5)
 
 
 def test_who_multiplies_by_loops(loops, monkeypatch):
@@ -130,6 +140,14 @@ def test_linear_takes_the_loop_for_few_rows(loops, monkeypatch, dtype, rows):
     wide = wide_linear(x, w.to(dtype), F32)
     assert wide.dtype == F32 and calls == [F32, F32] * (rows <= FEW_ROWS)
     assert torch.all((wide.double() - exact).abs() <= WITHIN[F32])
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+def test_float64_is_summed_in_float64(loops, rows):
+    """The latent's way up in fp8 on a CPU, or an oracle."""
+    x, w = normal(rows, 200, dtype=F64), normal(40, 200, seed=1)
+    found = linear(x, w)
+    assert found.dtype == F64 and (found - x @ w.double().T).abs().max() < WITHIN[F64]
 
 
 @pytest.mark.parametrize("rows", [1, 12])

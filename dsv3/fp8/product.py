@@ -121,8 +121,12 @@ def _product(
     shape, k = (*x.shape[:-1], w.shape[0]), x.shape[-1]
     if 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=x.device)
-    x, x_scale = x.reshape(-1, k), x_scale.reshape(-1, x_scale.shape[-1])
     backend = pick_backend(x.device, backend)
+    if backend == "numba" and x.shape[:-1].numel() <= ROWS_IN_LOOPS:
+        from dsv3.kernels import cpu_fp8
+
+        return cpu_fp8.product(x, x_scale, w, w_scale).to(dtype)
+    x, x_scale = x.reshape(-1, k), x_scale.reshape(-1, x_scale.shape[-1])
     if backend == "triton":
         if sums != torch.float32:
             raise DSV3Error(
@@ -132,10 +136,6 @@ def _product(
                 fix='Use the "torch" backend for wider sums',
             )
         out = _product_triton(x, x_scale, w, w_scale, dtype)
-    elif backend == "numba" and x.shape[0] <= ROWS_IN_LOOPS:
-        from dsv3.kernels import cpu_fp8
-
-        out = cpu_fp8.product(x, x_scale, w, w_scale).to(dtype)
     else:
         out = _product_torch(x, x_scale, w, w_scale, sums).to(dtype)
     return out.view(shape)

@@ -247,8 +247,7 @@ def _quantized_activation(x, scale_format, backend):
     if backend == "numba":
         from dsv3.kernels import cpu_fp8
 
-        data, scale = cpu_fp8.quantize(_matrix(x), scale_format)
-        return data.view(x.shape), scale.view(scale_shape(x.shape, ACTIVATION_BLOCK))
+        return cpu_fp8.quantize(x, scale_format)
     codes = _quantize(x, ACTIVATION_BLOCK, scale_format)
     return codes.data, codes.scale
 

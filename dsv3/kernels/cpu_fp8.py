@@ -292,13 +292,14 @@ def _each(
 
 
 def quantize(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
-    """x (rows, cols) to codes (rows, cols) E4M3 and float32 scales (rows, tiles)."""
-    rows, cols = x.shape
+    """x (..., cols) to codes (..., cols) E4M3 and float32 scales (..., tiles)."""
+    lead, cols = x.shape[:-1], x.shape[-1]
     x = x.float().contiguous()
-    codes = x.new_empty(rows, cols, dtype=torch.float8_e4m3fn)
-    scale = x.new_empty(rows, -(-cols // BLOCK))
-    inputs = (x.data_ptr(), codes.data_ptr(), scale.data_ptr(), rows, cols, scale_format == "ue8m0")
-    in_threads(lambda *part: _quantize_at(*inputs, *part), rows, 1, 4 * x.numel())
+    codes = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    scale = x.new_empty((*lead, -(-cols // BLOCK)))
+    inputs = (x.data_ptr(), codes.data_ptr(), scale.data_ptr(), lead.numel(), cols)
+    by_two = scale_format == "ue8m0"
+    in_threads(lambda *part: _quantize_at(*inputs, by_two, *part), lead.numel(), 1, 4 * x.numel())
     return codes, scale
 
 
@@ -311,13 +312,13 @@ def dequantize(codes: Tensor, scale: Tensor, block_rows: int, out: Tensor) -> No
 
 
 def product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
-    """x W^T (rows, out) in float64 for codes x (rows, inner) with scales (rows, tiles), and w (out,
+    """x W^T (..., out) in float64 for codes x (..., inner) with scales (..., tiles), and w (out,
     inner) with scales (blocks, tiles)."""
-    (rows, inner), outer = x.shape, w.shape[0]
-    out = w_scale.new_empty(rows, outer, dtype=torch.float64)
+    lead, (outer, inner) = x.shape[:-1], w.shape
+    out = w_scale.new_empty((*lead, outer), dtype=torch.float64)
     tensors = [each.contiguous() for each in (x, x_scale, w, w_scale, out)]
-    inputs = (*(each.data_ptr() for each in tensors), rows, inner, outer, _SMALLEST)
-    in_threads(lambda *part: _one(*inputs, *part), outer, BLOCK, rows * inner * outer)
+    inputs = (*(each.data_ptr() for each in tensors), lead.numel(), inner, outer, _SMALLEST)
+    in_threads(lambda *part: _one(*inputs, *part), outer, BLOCK, lead.numel() * inner * outer)
     return out
 
 

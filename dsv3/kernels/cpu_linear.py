@@ -59,9 +59,10 @@ def _one(x, w, out, rows, inner, outer, kind, sums, first, last):
 
 
 @loop()
-def _each(x, w, ends, out, rows, inner, outer, experts, most, kind, first, last):
+def _each(x, w, ends, out, rows, inner, outer, experts, most, kind, sums, first, last):
     """Of experts with up to ``most`` rows: their rows times their own matrix."""
-    values, results = numbers(x, (rows, inner), np.float32), numbers(out, (rows, outer), np.float32)
+    values = numbers_like(x, (rows, inner), sums)
+    results = numbers_like(out, (rows, outer), sums)
     matrices = numbers_like(w, (experts, outer, inner), kind)
     begin = 0
     for expert, end in enumerate(numbers(ends, experts, np.int64)):
@@ -75,10 +76,10 @@ _ONE = {torch.float32: np.float32(0.0), torch.float64: np.float64(0.0), torch.bf
 
 
 def product(x: Tensor, w: Tensor, sums: torch.dtype) -> Tensor:
-    """x W^T (rows, out) in ``sums``, float32 or float64, for x (rows, inner) and w (out, inner),
-    float32 or bfloat16."""
-    (rows, inner), outer = x.shape, len(w)
-    out = x.new_empty(rows, outer, dtype=sums)
+    """x W^T (..., out) in ``sums``, float32 or float64, for x (..., inner) and w (out, inner), of
+    numbers with no more bits than these."""
+    rows, (outer, inner) = x.shape[:-1].numel(), w.shape
+    out = x.new_empty((*x.shape[:-1], outer), dtype=sums)
     x, w = x.to(sums).contiguous(), w.contiguous()
     inputs = (x.data_ptr(), w.data_ptr(), out.data_ptr(), rows, inner, outer)
     kinds = _ONE[w.dtype], _ONE[sums]
@@ -86,17 +87,17 @@ def product(x: Tensor, w: Tensor, sums: torch.dtype) -> Tensor:
     return out
 
 
-def products(x: Tensor, w: Tensor, ends: Tensor, most: int) -> Tensor:
-    """Rows sorted by expert, times their own expert's matrix: (rows, out) in float32.
+def products(x: Tensor, w: Tensor, ends: Tensor, most: int, sums: torch.dtype) -> Tensor:
+    """Rows sorted by expert, times their own expert's matrix: (rows, out) in ``sums``.
 
-    x (rows, inner) and w (experts, out, inner) in float32 or bfloat16; ends (experts): where each
+    x (rows, inner) and w (experts, out, inner), of numbers as above; ends (experts): where each
     expert's rows end. Rows that follow the last come out as 0. Those of experts with more than
     ``most`` of them are left at 0, to be filled in.
     """
     (rows, inner), (experts, outer, _) = x.shape, w.shape
-    out = x.new_zeros(rows, outer, dtype=torch.float32)
-    tensors = [each.contiguous() for each in (x.float(), w, ends.long(), out)]
-    sizes = (rows, inner, outer, experts, most, _ONE[w.dtype])
+    out = x.new_zeros(rows, outer, dtype=sums)
+    tensors = [each.contiguous() for each in (x.to(sums), w, ends.long(), out)]
+    sizes = (rows, inner, outer, experts, most, _ONE[w.dtype], _ONE[sums])
     inputs = (*(each.data_ptr() for each in tensors), *sizes)
     in_threads(lambda *part: _each(*inputs, *part), outer, _TOGETHER, rows * inner * outer)
     return out
