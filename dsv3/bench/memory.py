@@ -213,7 +213,7 @@ def _of_experts(kind: str, experts: int, tokens: int) -> int:
     layer = moe_layer(CONFIG, experts, "fp32")
     layer(u[:, :1])  # what is made once is there, loops among it
     if kind == "tokens":
-        return peak_of(lambda: layer(u))
+        return peak_of(partial(layer, u))
     del layer
     return peak_of(lambda: moe_layer(CONFIG, experts, "fp32")(u))
 
