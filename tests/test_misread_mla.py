@@ -213,10 +213,9 @@ def test_misread_one_scale(oracle):
         assert oracle() > SEEN
 
 
-def test_misread_decompress_for_use(oracle, monkeypatch):
+def test_misread_decompress_for_use(oracle, without_numba):
     """Decoding by expansion gives the same numbers; what gives it away is the count of FLOPs, which
     is taken of torch's operations."""
-    monkeypatch.setattr(Precision, "in_loops", lambda self, *inputs: False)
     ours, seen = oracle.ours, 60
 
     @torch.no_grad()
