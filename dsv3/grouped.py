@@ -85,8 +85,9 @@ def plain_experts(
     ends: Int[Tensor, " experts"],
 ) -> Float[Tensor, "choices out"]:
     """Products of plain numbers, in x's dtype, in whichever form there is."""
-    if x.dtype == stack.dtype and in_loops(x, stack, -(-len(x) // len(stack))):
-        return _plain_in_loops(x, stack, ends)
+    share, sums = -(-len(x) // len(stack)), torch.promote_types(x.dtype, torch.float32)
+    if x.dtype == stack.dtype and in_loops(x, stack, share, sums):
+        return _plain_in_loops(x, stack, ends, sums)
     if can_group(x, stack) and not bfloat16.widens(x):  # else all experts' would be widened at once
         return grouped(x, stack.to(x.dtype), ends)
     return one_by_one(linear, x, stack.unbind(), ends)
@@ -96,11 +97,11 @@ def _plain_in_loops(
     x: Float[Tensor, "choices in"],
     stack: Float[Tensor, "experts out in"],
     ends: Int[Tensor, " experts"],
+    sums: torch.dtype,
 ) -> Float[Tensor, "choices out"]:
     """``one_by_one`` on a CPU: all experts with few rows in one call."""
     from dsv3.kernels import cpu_linear
 
-    sums = torch.promote_types(x.dtype, torch.float32)
     out = cpu_linear.products(x, stack, ends, FEW_ROWS, sums).to(x.dtype)
     return _with_the_others(linear, out, FEW_ROWS, x, stack, ends)
 

@@ -6,9 +6,10 @@ in float32 or wider, one rounding at the end. What differs is the order of a sum
 *Loops* (``kernels.cpu_linear``) serve few rows on a CPU: where sums are float64, for which torch
 would first write the matrix down in float64, and where the library is slow at few rows. MKL on a
 processor without AVX-512 is: for one row it reads a matrix at 5 to 6 GB/s, where a loop gets 9 to
-10 and two threads 14; for 2 to 8 rows of 512 numbers it takes 1.2 to 3 times as long as the loop,
-in bfloat16 1.5 to 4.5 times (one AVX2 machine, torch 2.13). Beyond, the library's product is as
-fast or faster, with bfloat16 operands widened where there are no units (``dsv3.bfloat16``).
+10 and two threads 14; for 2 to 8 rows of 512 numbers it takes 1.1 to 3.2 times as long as the loop,
+in bfloat16 1.3 to 5.6 times, and for 16 in float32 0.8 to 1.8 times (one AVX2 machine, torch 2.13).
+Beyond few rows the library multiplies, with bfloat16 operands widened where there are no units for
+them (``dsv3.bfloat16``).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _library_streams() -> bool:
 LIBRARY_STREAMS = _library_streams()
 
 
-def in_loops(x: Tensor, weight: Tensor, rows: int, sums: torch.dtype = torch.float32) -> bool:
+def in_loops(x: Tensor, weight: Tensor, rows: int, sums: torch.dtype) -> bool:
     """Whether loops serve a product of so many rows of x, with sums in ``sums``."""
     return (
         rows <= FEW_ROWS
@@ -53,9 +54,9 @@ def linear(
     x: Float[Tensor, "*lead in"], weight: Float[Tensor, "out in"]
 ) -> Float[Tensor, "*lead out"]:
     """x W^T in x's dtype, with W rounded to it: summed in float32 or wider, rounded once."""
-    weight, sums = weight.to(x.dtype), torch.promote_types(x.dtype, torch.float32)
+    sums = torch.promote_types(x.dtype, torch.float32)
     if in_loops(x, weight, x.shape[:-1].numel(), sums):
-        return wide_product(x, weight, sums).to(x.dtype)
+        return wide_product(x, weight.to(x.dtype), sums).to(x.dtype)
     return bfloat16.linear(x, weight)
 
 

@@ -24,7 +24,8 @@ from dsv3.layers import RMSNorm, exactly_normalised
 from dsv3.mla import MLA
 from dsv3.model import Transformer
 from dsv3.parallel.tensor import TensorGroup
-from dsv3.precision import Precision, wide_linear
+from dsv3.plain import wide_linear
+from dsv3.precision import Precision
 
 pytest.importorskip("numba", reason="Numba is not installed")
 

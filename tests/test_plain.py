@@ -65,7 +65,7 @@ def test_experts_with_few_rows_in_loops(loops, three_threads, dtype, shares):
     """And those with more of them beside; rows behind the last end are nobody's."""
     ends = torch.tensor(shares).cumsum(0)
     x, stack = normal(int(ends[-1]) + 2, 200, dtype=dtype), normal(6, 33, 200, seed=1, dtype=dtype)
-    assert in_loops(x, stack, -(-len(x) // 6))
+    assert in_loops(x, stack, -(-len(x) // 6), torch.promote_types(dtype, F32))
     of_few = cpu_linear.products(x, stack, ends, FEW_ROWS, torch.promote_types(dtype, F32))
     heavy = torch.tensor(shares) > FEW_ROWS
     left = torch.cat([heavy.repeat_interleave(torch.tensor(shares)), torch.tensor([True] * 2)])
@@ -86,7 +86,7 @@ def test_many_rows_an_expert_are_grouped(loops, monkeypatch):
     taken = []
 
     def form(name):
-        return lambda x, stack, ends: taken.append(name) or x.new_zeros(len(x), stack.shape[1])
+        return lambda x, stack, *others: taken.append(name) or x.new_zeros(len(x), stack.shape[1])
 
     monkeypatch.setattr("dsv3.grouped._plain_in_loops", form("loops"))
     monkeypatch.setattr("dsv3.grouped.grouped", form("grouped"))
@@ -107,18 +107,18 @@ def test_experts_of_another_dtype_are_rounded_one_by_one(loops, monkeypatch):
 
 def test_who_multiplies_by_loops(loops, monkeypatch):
     x, w = normal(FEW_ROWS, 64), normal(32, 64, seed=1)
-    assert in_loops(x, w, FEW_ROWS) and in_loops(x, w, FEW_ROWS, F64)
+    assert in_loops(x, w, FEW_ROWS, F32) and in_loops(x, w, FEW_ROWS, F64)
     assert not in_loops(x, w, FEW_ROWS + 1, F64)
     monkeypatch.setattr(plain, "LIBRARY_STREAMS", True)
-    assert not in_loops(x, w, 1) and in_loops(x, w, 1, F64)
+    assert not in_loops(x, w, 1, F32) and in_loops(x, w, 1, F64)
     monkeypatch.setattr(plain, "LIBRARY_STREAMS", False)
-    assert not in_loops(x.to("meta"), w.to("meta"), 1)
+    assert not in_loops(x.to("meta"), w.to("meta"), 1, F32)
     w.requires_grad_()
-    assert not in_loops(x, w, 1)
+    assert not in_loops(x, w, 1, F32)
     with torch.no_grad():
-        assert in_loops(x, w, 1)
+        assert in_loops(x, w, 1, F32)
         monkeypatch.setattr("dsv3.fp8.backend._is_installed", lambda name: False)
-        assert not in_loops(x, w, 1)
+        assert not in_loops(x, w, 1, F32)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -24,6 +24,10 @@ from torch import Tensor
 # What a compiler may do with a loop in which the order of sums does not matter.
 ANY_ORDER = {"reassoc", "contract", "nsz"}
 BF16_NAN = np.int16(0x7FC0)
+LINE = 64  # bytes that come from memory at once
+NEIGHBOURS = LINE // 4  # results that threads had better not part, lest two write to one line
+# A number as loops see it, by what torch calls it; a bfloat16 is its bits.
+ONE = {torch.float32: np.float32(0.0), torch.float64: np.float64(0.0), torch.bfloat16: np.int16(0)}
 # Multiplications that are worth a thread of their own.
 _FOR_A_THREAD = 1 << 21
 

@@ -8,14 +8,9 @@ highest, and gives the bits of ``index_add``.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from dsv3.kernels.cpu import in_threads, loop, numbers, numbers_like
-
-# Neighbours in out, which threads had better not part: a line of the cache.
-_TOGETHER = 16
-_ONE = {torch.float32: np.float32(0.0), torch.float64: np.float64(0.0)}
+from dsv3.kernels.cpu import NEIGHBOURS, ONE, in_threads, loop, numbers, numbers_like
 
 
 @loop()
@@ -39,6 +34,6 @@ def combine(y: Tensor, weights: Tensor, order: Tensor, used: Tensor) -> Tensor:
     (tokens, k), (rows, width) = weights.shape, y.shape
     out = y.new_zeros(tokens, width)
     tensors = [each.contiguous() for each in (y, weights.to(y.dtype), order, used.long(), out)]
-    inputs = (*(each.data_ptr() for each in tensors), rows, width, tokens, k, _ONE[y.dtype])
-    in_threads(lambda *columns: _combine(*inputs, *columns), width, _TOGETHER, 2 * y.numel())
+    inputs = (*(each.data_ptr() for each in tensors), rows, width, tokens, k, ONE[y.dtype])
+    in_threads(lambda *columns: _combine(*inputs, *columns), width, NEIGHBOURS, 2 * y.numel())
     return out

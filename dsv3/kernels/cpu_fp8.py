@@ -22,6 +22,7 @@ from dsv3.fields import BLOCK
 from dsv3.kernels.cpu import (
     ANY_ORDER,
     BF16_NAN,
+    LINE,
     array,
     bits_of_float,
     double_of_bits,
@@ -36,7 +37,6 @@ from dsv3.kernels.cpu import (
 
 # Rows of w that are taken together: x is read once for them.
 _TOGETHER = 4
-_LINE = 64  # bytes that come from memory at once
 _SEVEN = np.int8(0x7F)
 _SIGN_AND_SEVEN = np.int64(-(1 << 63) | 0x7F << 49)
 _SUBNORMAL = np.int32(0x3C800000)  # the bits of 2^-6: below, codes step by 2^-9
@@ -139,10 +139,10 @@ def _fetch_behind(w, n, tile):
     """Ask for the rows of w that are taken after those from n on: a part as large as their tile.
 
     A core fetches ahead of who goes straight on through memory, and not of who walks along four
-    rows at once: without this, a matrix that is not in the cache takes twice as long.
+    rows at once: without this, a matrix that is not in the cache takes 1.4 to 2.1 times as long.
     """
     place = w.ctypes.data + (n + _TOGETHER) * w.shape[1] + tile * _TOGETHER * BLOCK
-    for line in range(0, _TOGETHER * BLOCK, _LINE):
+    for line in range(0, _TOGETHER * BLOCK, LINE):
         fetch_ahead(place + line)
 
 
